@@ -1,0 +1,56 @@
+# Everything a newcomer needs: `make serve` and `make test`. CI calls the same targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+ARTIFACT := artifacts/tamiyo-v1
+HOST ?= 127.0.0.1
+PORT ?= 8000
+
+.PHONY: help install serve test check format lock clean
+
+help:
+	@echo "make serve    install, export a default policy if there is none, serve it on $(HOST):$(PORT)"
+	@echo "make test     install, run every check and test"
+	@echo "make check    formatting, lint and types only"
+	@echo "make format   rewrite the sources as the formatter wants them"
+	@echo "make lock     re-pin constraints.txt from pyproject.toml, in a fresh environment"
+	@echo "make clean    remove the environment, the default artifact and all caches"
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tamiyo-serve needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[torch,dev]'
+	@touch $@
+
+install: $(INSTALLED)
+
+$(ARTIFACT)/manifest.json: | $(INSTALLED)
+	$(BIN)/python -m export --preset tamiyo-v1 --seed 0 --output $(ARTIFACT)
+
+serve: $(INSTALLED) $(ARTIFACT)/manifest.json
+	$(BIN)/python -m service --artifact $(ARTIFACT) --host $(HOST) --port $(PORT)
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Local version labels (torch 2.13.0+cpu) are dropped: which build of torch a machine gets is its
+# own pip configuration's choice, and every build pins the CUDA libraries it needs itself.
+lock:
+	rm -rf .lock && $(PYTHON) -m venv .lock
+	.lock/bin/pip install --quiet 'torch==2.13.0' && .lock/bin/pip install --quiet --editable '.[torch,dev]'
+	{ echo "# Every package of the environment, pinned. Made by 'make lock'."; \
+	  .lock/bin/pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//'; } > constraints.txt
+	rm -rf .lock
+
+clean:
+	rm -rf $(VENV) $(ARTIFACT) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
