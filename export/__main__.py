@@ -1,0 +1,186 @@
+"""`python -m export`: a trainer's checkpoint becomes a verified artifact directory.
+
+Exit codes: 0 every requested format passed its parity check; 1 one did not, and there is no
+artifact; 2 bad input; 130 interrupted. One clear line on stderr says why.
+"""
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from export.exporter import export_policy
+from export.formats import FORMATS
+from export.manifest import Manifest, Source
+from export.parity import ParityError
+from model.checkpoint import CheckpointError, load_checkpoint
+from model.normalizer import ObservationNormalizer
+from model.policy import FactoredRecurrentActorCritic
+from model.spec import PolicySpec
+
+PRESETS: dict[str, Callable[[], PolicySpec]] = {"tamiyo-v1": PolicySpec.tamiyo_v1}
+
+EXAMPLES = """examples:
+  python -m export --checkpoint best.pt --output artifacts/best
+  python -m export --preset tamiyo-v1 --seed 0 --output artifacts/fresh --overwrite
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        _fail(f"{message}; see python -m export --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    progress = Console(stderr=True)
+    try:
+        with progress.status("reading the policy") as status:
+            policy, normalizer, source = _load(options)
+            manifest = export_policy(
+                policy,
+                normalizer,
+                options.output,
+                name=options.name or source.name,
+                source=source,
+                formats=options.formats,
+                device=options.device,
+                overwrite=options.overwrite,
+                on_stage=status.update,
+            )
+    except (CheckpointError, FileExistsError) as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or options.output}: cannot be written ({error.strerror})")
+    except ParityError as error:
+        _fail(f"no artifact was written: {error}", code=1)
+    except KeyboardInterrupt:
+        _fail("interrupted; no artifact was written", code=130)
+    _summarize(manifest, options.output)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m export",
+        description="Exports a recurrent, action-masked policy into verified artifacts.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    origin = parser.add_mutually_exclusive_group(required=True)
+    origin.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="a trainer's checkpoint or state_dict (.pt, .safetensors); code in it is refused",
+    )
+    origin.add_argument("--preset", help=f"a freshly initialised policy: {', '.join(PRESETS)}")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="initialises a preset (default 0)"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="the artifact directory to write"
+    )
+    parser.add_argument("--name", help="the policy's name (default: that of its source)")
+    parser.add_argument(
+        "--formats",
+        type=_formats,
+        default=tuple(FORMATS),
+        metavar="LIST",
+        help=f"which of {','.join(FORMATS)} to write (default: all)",
+    )
+    parser.add_argument(
+        "--device",
+        type=_device,
+        default="cpu",
+        help="cpu or cuda: where the artifact is traced and compared, and will run (default cpu)",
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32",), default="fp32", help="of weights and products"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    return parser
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    for name in names:
+        if name not in FORMATS:
+            raise argparse.ArgumentTypeError(
+                f"unknown format {name!r}; the formats are {', '.join(FORMATS)}"
+            )
+    if not names:
+        raise argparse.ArgumentTypeError("at least one format is needed")
+    return names
+
+
+def _device(text: str) -> str:
+    if text not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"unknown device {text!r}; the devices are cpu, cuda")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("no CUDA device is visible to torch on this machine")
+    return text
+
+
+def _load(
+    options: argparse.Namespace,
+) -> tuple[FactoredRecurrentActorCritic, ObservationNormalizer | None, Source]:
+    if options.preset is not None:
+        if options.preset not in PRESETS:
+            raise CheckpointError(
+                f"unknown preset {options.preset!r}; the presets are {', '.join(PRESETS)}"
+            )
+        with torch.random.fork_rng():
+            torch.manual_seed(options.seed)
+            policy = FactoredRecurrentActorCritic(PRESETS[options.preset]())
+        return policy, None, Source(kind="preset", name=options.preset, seed=options.seed)
+
+    spec, state_dict, normalizer = load_checkpoint(options.checkpoint)
+    if normalizer is None:
+        Console(stderr=True, soft_wrap=True).print(
+            f"warning: {options.checkpoint} holds no observation statistics (esper-lite's V1 "
+            "trainer does not save them): the artifact takes observations as they come. If the "
+            "policy was trained on normalised ones, its actions are wrong unless the client "
+            "normalises them.",
+            style="bold yellow",
+            highlight=False,
+        )
+    policy = FactoredRecurrentActorCritic(spec)
+    policy.load_state_dict(state_dict, strict=True)
+    digest = hashlib.sha256(options.checkpoint.read_bytes()).hexdigest()
+    return (
+        policy,
+        normalizer,
+        Source(kind="checkpoint", name=options.checkpoint.stem, sha256=digest),
+    )
+
+
+def _summarize(manifest: Manifest, output: Path) -> None:
+    table = Table("format", "file", "size", "largest error", "actions equal to eager's")
+    for name, file in manifest.formats.items():
+        parity = manifest.parity.formats[name]
+        table.add_row(
+            name,
+            file.file,
+            f"{file.bytes / 1e6:.2f} MB",
+            f"{max(parity.max_error.values()):.1e}",
+            f"{parity.action_agreement:.4%} of {parity.rows * len(manifest.spec.heads)}",
+        )
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(table)
+    console.print(f"{manifest.name} ({manifest.policy_version[:19]}) is in {output}")
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
+    sys.stderr.write(f"export: {' '.join(message.split())}\n")
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

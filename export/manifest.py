@@ -1,0 +1,156 @@
+"""What an artifact directory says about itself, and how its files are read.
+
+Torch-free. A file is read once: the bytes that were hashed are the bytes that get loaded, so no
+loader ever touches content whose SHA-256 is not the manifest's.
+"""
+
+import builtins
+import hashlib
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from model.spec import PolicySpec
+
+MANIFEST_FILE = "manifest.json"
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ArtifactError(ValueError):
+    """The directory is not an artifact that can be trusted; the message says why."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class File(_Record):
+    """One file of the artifact, by its plain name inside the directory."""
+
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+    sha256: Sha256
+    bytes: Annotated[int, Field(ge=0)]
+
+    @classmethod
+    def describe(cls, path: Path) -> Self:
+        content = path.read_bytes()
+        return cls(
+            file=path.name, sha256=hashlib.sha256(content).hexdigest(), bytes=len(content)
+        )  # fmt: skip
+
+    def read(self, directory: Path) -> builtins.bytes:
+        """The file's content, or ArtifactError where it is missing or not what was exported."""
+        path = directory / self.file
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from error
+        if hashlib.sha256(content).hexdigest() != self.sha256:
+            raise ArtifactError(
+                f"{path}: its SHA-256 is not the one in {MANIFEST_FILE}; the file was changed or "
+                "damaged after the export"
+            )
+        return content
+
+
+class Array(_Record):
+    """A named input or output of the step. Dimensions are sizes, or the name of a free one."""
+
+    name: str
+    dtype: Literal["float32", "int64", "bool"]
+    shape: tuple[int | str, ...]
+
+
+class FormatParity(_Record):
+    """How one format compared with the eager policy, over `rows` rows of carried steps."""
+
+    rows: int
+    action_agreement: float
+    """Share of decisions equal to eager's; the others are ties within `atol`."""
+    max_error: dict[str, float]
+
+
+class Parity(_Record):
+    atol: float
+    rtol: float
+    batch_sizes: tuple[int, ...]
+    steps: int
+    formats: dict[str, FormatParity]
+
+
+class Source(_Record):
+    """Where the weights came from: a checkpoint file by hash, or a preset by seed."""
+
+    kind: Literal["checkpoint", "preset"]
+    name: str
+    sha256: Sha256 | None = None
+    seed: int | None = None
+
+
+class Manifest(_Record):
+    """`manifest.json`. `policy_version` names the weights and is the same for every format."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    spec: PolicySpec
+    precision: Literal["fp32"]
+    device: Literal["cpu", "cuda"]
+    has_normalizer: bool
+    inputs: tuple[Array, ...]
+    outputs: tuple[Array, ...]
+    weights: File
+    formats: dict[str, File]
+    parity: Parity
+    source: Source
+    versions: dict[str, str]
+
+    @property
+    def policy_version(self) -> str:
+        return f"sha256:{self.weights.sha256}"
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """Reads `directory/manifest.json`; ArtifactError says what is wrong with it."""
+        path = directory / MANIFEST_FILE
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ArtifactError(
+                f"{directory}: is not an artifact, {MANIFEST_FILE} cannot be read "
+                f"({error.strerror}); make one with `python -m export`"
+            ) from error
+        try:
+            return cls.model_validate_json(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise ArtifactError(f"{path}: {where}: {first['msg']}") from error
+
+    def write(self, directory: Path) -> None:
+        (directory / MANIFEST_FILE).write_text(self.model_dump_json(indent=2) + "\n")
+
+
+def step_inputs(spec: PolicySpec) -> tuple[Array, ...]:
+    """The step's inputs, in the order every format takes them."""
+    state = ("batch", spec.num_layers, spec.hidden_dim)
+    return (
+        Array(name="observation", dtype="float32", shape=("batch", spec.observation_dim)),
+        Array(name="action_mask", dtype="bool", shape=("batch", spec.num_choices)),
+        Array(name="noise", dtype="float32", shape=("batch", spec.num_choices)),
+        Array(name="state_h_in", dtype="float32", shape=state),
+        Array(name="state_c_in", dtype="float32", shape=state),
+    )
+
+
+def step_outputs(spec: PolicySpec) -> tuple[Array, ...]:
+    """The step's outputs, in the order every format gives them."""
+    state = ("batch", spec.num_layers, spec.hidden_dim)
+    return (
+        Array(name="action", dtype="int64", shape=("batch", len(spec.heads))),
+        Array(name="log_prob", dtype="float32", shape=("batch", len(spec.heads))),
+        Array(name="value", dtype="float32", shape=("batch",)),
+        Array(name="state_h_out", dtype="float32", shape=state),
+        Array(name="state_c_out", dtype="float32", shape=state),
+    )
