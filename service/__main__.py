@@ -1,0 +1,123 @@
+"""`python -m service`: serves an artifact until SIGTERM or Ctrl-C.
+
+Exit codes: 0 asked to stop; 1 the policy failed while warming up; 2 bad settings or artifact.
+"""
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from typing import NoReturn
+
+import uvicorn
+from pydantic import ValidationError
+from pydantic_settings import CliApp
+
+from export.manifest import ArtifactError, Manifest
+from service.app import create_app
+from service.policy_service import PolicyService
+from service.runtime.load import load_runtime
+from service.settings import Settings
+
+logger = logging.getLogger("service")
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, and one line with a working request once `/act` is open."""
+
+    def __init__(self, config: uvicorn.Config, service: PolicyService) -> None:
+        super().__init__(config)
+        self.service = service
+        self.has_failed = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            self._announcing = asyncio.create_task(self._announce(host, port))
+
+    async def _announce(self, host: str, port: int) -> None:
+        assert self.service.warming is not None
+        try:
+            await asyncio.shield(self.service.warming)
+        except Exception:
+            logger.exception("the policy failed while warming up")
+            self.has_failed = self.should_exit = True
+            return
+        repeats = self.service.manifest.spec.observation_dim - 1
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        sys.stdout.write(
+            f"ready: curl -s http://{address}/act -H 'Content-Type: application/json' "
+            f"""-d "{{\\"session_id\\":\\"env-0\\",\\"episode_start\\":true,"""
+            f"""\\"observation\\":[$(printf '0.1,%.0s' $(seq {repeats}))0.1]}}"\n"""
+        )
+        sys.stdout.flush()
+
+
+def main() -> int:
+    settings = _settings()
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        manifest = Manifest.read(settings.artifact)
+        runtime = load_runtime(
+            settings.artifact,
+            manifest,
+            name=settings.runtime,
+            device=settings.device,
+            num_threads=settings.num_threads,
+        )
+    except ArtifactError as error:
+        _fail(str(error))
+    service = PolicyService(manifest, runtime, settings)
+    logger.info(
+        "%s %s, %s on %s, batches up to %d",
+        manifest.name,
+        manifest.policy_version[:19],
+        runtime.name,
+        runtime.device,
+        settings.max_batch_size,
+    )
+    server = _Server(
+        uvicorn.Config(
+            create_app(service),
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=settings.drain_s,
+        ),
+        service,
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Uvicorn raises a signal again once it has drained; by then it has done its work.
+        signal.signal(number, lambda *_: None)
+    try:
+        server.run()
+    except SystemExit:
+        _fail(f"cannot listen on {settings.host}:{settings.port}")
+    return 1 if server.has_failed else 0
+
+
+def _settings() -> Settings:
+    try:
+        return CliApp.run(Settings)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        option = "--" + "-".join(map(str, first["loc"])).replace("_", "-")
+        if first["type"] == "missing":
+            _fail(f"{option} is required; see python -m service --help")
+        _fail(f"{option}: {first['msg']}, not {first['input']!r}")
+
+
+def _fail(message: str) -> NoReturn:
+    sys.stderr.write(f"service: {message}\n")
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

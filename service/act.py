@@ -1,0 +1,143 @@
+"""`POST /act`: bytes -> a validated request -> its turn -> bytes.
+
+Everything that can be the client's fault is found here or in the session table, before the model
+runs: a batch that fails is the server's fault.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from pydantic_core import to_json
+
+from model.spec import PolicySpec
+from service.engine import HiddenState, StepAnswer, StepRequest
+from service.errors import Invalid, Malformed
+from service.schemas import ActRequest, HiddenStateBody
+
+CONTENT_TYPE = "application/json"
+
+
+class ActCodec:
+    """Reads and writes the bodies of `POST /act` for one policy."""
+
+    def __init__(self, spec: PolicySpec, policy_version: str) -> None:
+        self._spec = spec
+        self._policy_version = policy_version
+        self._columns: dict[str, slice] = {}
+        start = 0
+        for head in spec.heads:
+            self._columns[head.name] = slice(start, start + head.size)
+            start += head.size
+
+    def parse(self, body: bytes) -> tuple[StepRequest, float | None]:
+        """The request and its `timeout_ms`, complete and consistent with the policy.
+
+        Raises Malformed where the body is not of the documented form, and Invalid where it is but
+        a length, a value or a mask is not the policy's.
+        """
+        try:
+            act = ActRequest.model_validate_json(body)
+        except ValidationError as error:
+            raise Malformed(_sentence(error)) from error
+        self._check_combination(act)
+        request = StepRequest(
+            observation=self._observation(act.observation),
+            action_mask=self._action_mask(act.action_mask),
+            deterministic=act.deterministic,
+            session_id=act.session_id,
+            episode=act.episode,
+            step=act.step,
+            episode_start=act.episode_start,
+            seed=act.seed,
+            state=None if act.state is None else self._state(act.state),
+        )
+        return request, act.timeout_ms
+
+    def write(self, request: StepRequest, answer: StepAnswer) -> bytes:
+        """The answer's bytes; the same answer always gives the same bytes."""
+        names = self._columns
+        body: dict[str, Any] = {}
+        if request.session_id is not None:
+            body["session_id"] = request.session_id
+        body |= {
+            "step": answer.step,
+            "action": dict(zip(names, answer.action, strict=True)),
+            "log_prob": dict(zip(names, answer.log_prob, strict=True)),
+            "value": answer.value,
+            "policy_version": self._policy_version,
+        }
+        if answer.state is not None:
+            body["state"] = {"h": answer.state[0].tolist(), "c": answer.state[1].tolist()}
+        return to_json(body)
+
+    @staticmethod
+    def _check_combination(act: ActRequest) -> None:
+        if act.session_id is not None and act.state is not None:
+            raise Invalid("`state` is for stateless requests; the server keeps a session's state")
+        if act.session_id is None:
+            for name, is_given in (
+                ("episode", act.episode is not None),
+                ("episode_start", act.episode_start),
+            ):
+                if is_given:
+                    raise Invalid(f"`{name}` needs a `session_id`")
+        if act.episode_start and act.step:
+            raise Invalid(f"an episode starts at step 0, not {act.step}")
+
+    def _observation(self, values: list[float]) -> NDArray[np.float32]:
+        if len(values) != self._spec.observation_dim:
+            raise Invalid(
+                f"`observation` has {len(values)} values, the policy reads "
+                f"{self._spec.observation_dim}"
+            )
+        return _finite("observation", values, (len(values),))
+
+    def _action_mask(self, by_head: dict[str, list[bool]] | None) -> NDArray[np.bool_]:
+        mask = np.ones(self._spec.num_choices, dtype=np.bool_)
+        for name, allowed in (by_head or {}).items():
+            columns = self._columns.get(name)
+            if columns is None:
+                raise Invalid(
+                    f"`action_mask` names an unknown head {name!r}; the heads are "
+                    f"{', '.join(self._columns)}"
+                )
+            size = columns.stop - columns.start
+            if len(allowed) != size:
+                raise Invalid(
+                    f"`action_mask.{name}` has {len(allowed)} values, the head has {size}"
+                )
+            if not any(allowed):
+                raise Invalid(f"`action_mask.{name}` allows nothing")
+            mask[columns] = allowed
+        return mask
+
+    def _state(self, body: HiddenStateBody) -> HiddenState:
+        shape = (self._spec.num_layers, self._spec.hidden_dim)
+        for name, rows in (("h", body.h), ("c", body.c)):
+            if len(rows) != shape[0] or any(len(row) != shape[1] for row in rows):
+                raise Invalid(f"`state.{name}` is not {shape[0]} rows of {shape[1]} values")
+        return _finite("state.h", body.h, shape), _finite("state.c", body.c, shape)
+
+
+def _finite(name: str, values: list[Any], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # a double beyond float32 becomes infinite, and is refused
+        array = np.array(values, dtype=np.float64).astype(np.float32).reshape(shape)
+    if not np.isfinite(array).all():
+        index = tuple(np.argwhere(~np.isfinite(array))[0].tolist())
+        where = "".join(f"[{i}]" for i in index)
+        raise Invalid(f"`{name}{where}` is not a finite float32")
+    return array
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    if first["type"] == "json_invalid":
+        return f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}"
+    if first["type"] == "extra_forbidden":
+        return f"`{where}` is not a field of the request"
+    if first["type"] == "missing":
+        return f"`{where}` is required"
+    return f"`{where}`: {first['msg']}" if where else f"the body: {first['msg']}"

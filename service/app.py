@@ -1,0 +1,136 @@
+"""The FastAPI application: routes, and the one place where errors become responses."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from service.act import CONTENT_TYPE
+from service.errors import ServiceError, TooLarge, UnsupportedContentType
+from service.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
+from service.policy_service import PolicyService
+from service.schemas import ActRequest, ActResponse, ErrorResponse, PolicyResponse
+
+
+def create_app(service: PolicyService) -> FastAPI:
+    """The HTTP face of `service`; warm-up runs while the socket already answers `/healthz`."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await service.stop()
+
+    app = FastAPI(
+        title="tamiyo-serve",
+        description="Actions of a recurrent, factored, action-masked policy, one step at a time.",
+        lifespan=lifespan,
+        responses={"default": {"model": ErrorResponse, "description": "Any error"}},
+    )
+    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unknown_error)
+
+    @app.post("/act", response_model=ActResponse, openapi_extra=_act_body())
+    async def act(request: Request) -> Response:
+        """Takes one step of one environment."""
+        result = "internal"
+        try:
+            body = await _read_body(request, service.settings.max_body_bytes)
+            content, is_replay = await service.act(body)
+            result = "replayed" if is_replay else "ok"
+        except ServiceError as error:
+            result = error.error_type
+            raise
+        finally:
+            service.metrics.requests.labels(result).inc()
+        headers = {"Replayed": "true"} if is_replay else None
+        return Response(content, media_type=CONTENT_TYPE, headers=headers)
+
+    @app.delete("/sessions/{session_id}", status_code=204)
+    async def end_session(session_id: str) -> None:
+        """Ends a session and frees its state."""
+        service.sessions.end(session_id)
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, bool]:
+        """The process is alive."""
+        return {"alive": True}
+
+    @app.get("/readyz")
+    async def readyz() -> dict[str, bool]:
+        """Every batch size has run once: `/act` answers at full speed."""
+        service.check_ready()
+        return {"ready": True}
+
+    @app.get("/policy")
+    async def policy() -> PolicyResponse:
+        """What is served, and within which limits."""
+        settings, manifest = service.settings, service.manifest
+        return PolicyResponse(
+            name=manifest.name,
+            policy_version=manifest.policy_version,
+            spec=manifest.spec.model_dump(mode="json"),
+            runtime=service.runtime.name,
+            device=service.runtime.device,
+            limits={
+                "max_batch_size": settings.max_batch_size,
+                "max_waiting": settings.max_waiting,
+                "max_sessions": settings.max_sessions,
+                "session_idle_s": settings.session_idle_s,
+                "timeout_ms": settings.timeout_ms,
+                "max_body_bytes": settings.max_body_bytes,
+            },
+        )
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        return Response(service.metrics.render(), media_type=METRICS_CONTENT_TYPE)
+
+    return app
+
+
+async def _read_body(request: Request, max_bytes: int) -> bytes:
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != CONTENT_TYPE:
+        raise UnsupportedContentType(
+            f"the content type is {content_type or 'missing'!r}; send {CONTENT_TYPE}"
+        )
+    too_large = TooLarge(f"the body is larger than {max_bytes} bytes")
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > max_bytes:
+        raise too_large
+    chunks = bytearray()
+    async for chunk in request.stream():
+        chunks += chunk
+        if len(chunks) > max_bytes:
+            raise too_large
+    return bytes(chunks)
+
+
+def _act_body() -> dict[str, Any]:
+    schema = ActRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs")  # HiddenStateBody is a component already, by way of ActResponse
+    return {"requestBody": {"required": True, "content": {CONTENT_TYPE: {"schema": schema}}}}
+
+
+async def _service_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServiceError)
+    return JSONResponse(error.body(), error.status_code, error.headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    error_type = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "malformed")
+    sentence = f"{request.method} {request.url.path}: {error.detail}"
+    body = {"error": sentence, "error_type": error_type}
+    return JSONResponse(body, error.status_code, error.headers)
+
+
+async def _unknown_error(request: Request, error: Exception) -> Response:
+    # Starlette raises the error again once this is sent, so the server's log has it all.
+    return await _service_error(request, ServiceError("internal error"))

@@ -1,0 +1,125 @@
+"""Concurrent submissions -> batches -> futures.
+
+The next batch is whatever waits when the model is free: a lone item never waits, and while a batch
+runs the next one gathers by itself. There is no timer. Knows nothing of HTTP or of arrays.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+from service.errors import DeadlineExceeded, Draining, Overloaded, ServiceError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
+
+
+class _Waiting(NamedTuple, Generic[Item, Result]):
+    item: Item
+    key: Hashable
+    deadline_s: float
+    future: asyncio.Future[Result]
+
+
+class Batcher(Generic[Item, Result]):
+    """Runs `run_batch` on the event loop, with at most `max_batch_size` items at a time.
+
+    `run_batch` returns a result or an error for each item, in order. Two items with the same key
+    (None is no key) never share a batch and run in the order they came.
+    """
+
+    def __init__(
+        self,
+        run_batch: Callable[[list[Item]], Sequence[Result | ServiceError]],
+        *,
+        max_batch_size: int,
+        max_waiting: int,
+    ) -> None:
+        self._run_batch = run_batch
+        self._max_batch_size = max_batch_size
+        self._max_waiting = max_waiting
+        self._waiting: deque[_Waiting[Item, Result]] = deque()
+        self._is_scheduled = False
+        self._is_closed = False
+        self._drained: asyncio.Event = asyncio.Event()
+        self._drained.set()
+
+    def submit(
+        self, item: Item, *, key: Hashable = None, timeout_s: float = float("inf")
+    ) -> asyncio.Future[Result]:
+        """A future of the item's result; cancelling it takes the item out before it runs.
+
+        Raises Overloaded where `max_waiting` items wait already, and Draining after `drain`. The
+        future fails with DeadlineExceeded where `timeout_s` passes before the item's batch forms.
+        """
+        if self._is_closed:
+            raise Draining("the server is shutting down")
+        if len(self._waiting) >= self._max_waiting:
+            raise Overloaded(f"{len(self._waiting)} requests wait already; back off and retry")
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Result] = loop.create_future()
+        self._waiting.append(_Waiting(item, key, loop.time() + timeout_s, future))
+        self._schedule(loop)
+        return future
+
+    async def drain(self) -> None:
+        """Takes no new items and returns once every waiting one has its result."""
+        self._is_closed = True
+        await self._drained.wait()
+
+    def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
+        # Called back after all I/O that is ready now: what arrived together rides together.
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._drained.clear()
+            loop.call_soon(self._run_next, loop)
+
+    def _run_next(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._is_scheduled = False
+        batch = self._take(loop.time())
+        if batch:
+            for waiting, result in zip(batch, self._results(batch), strict=True):
+                if waiting.future.done():
+                    continue
+                if isinstance(result, ServiceError):
+                    waiting.future.set_exception(result)
+                else:
+                    waiting.future.set_result(result)
+        if self._waiting:
+            self._schedule(loop)
+        else:
+            self._drained.set()
+
+    def _take(self, now_s: float) -> list[_Waiting[Item, Result]]:
+        batch: list[_Waiting[Item, Result]] = []
+        keys: set[Hashable] = set()
+        put_back: list[_Waiting[Item, Result]] = []
+        while self._waiting and len(batch) < self._max_batch_size:
+            waiting = self._waiting.popleft()
+            if waiting.future.done():
+                continue
+            if waiting.deadline_s <= now_s:
+                waiting.future.set_exception(
+                    DeadlineExceeded("the time allowed passed before the model was free")
+                )
+            elif waiting.key is not None and waiting.key in keys:
+                put_back.append(waiting)
+            else:
+                keys.add(waiting.key)
+                batch.append(waiting)
+        self._waiting.extendleft(reversed(put_back))
+        return batch
+
+    def _results(self, batch: list[_Waiting[Item, Result]]) -> Sequence[Result | ServiceError]:
+        try:
+            results = self._run_batch([waiting.item for waiting in batch])
+            if len(results) != len(batch):
+                raise RuntimeError(f"{len(results)} results for a batch of {len(batch)}")
+        except Exception:
+            logger.exception("a batch of %d failed", len(batch))
+            return [ServiceError("internal error") for _ in batch]
+        return results

@@ -1,0 +1,224 @@
+"""A batch of validated requests -> their answers: the recurrent half of the service.
+
+Gathers each session's state, makes the noise, runs the exported step once, scatters the new state.
+Knows nothing of HTTP, JSON or of how batches form.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.spec import PolicySpec
+from service.errors import Invalid, ServiceError
+from service.noise import gumbel_noise
+from service.runtime.protocol import Runtime, StepArrays
+from service.sessions import START, Session, SessionTable, Turn
+
+HiddenState = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""`(h, c)` of one environment, each `[layers, hidden]`."""
+
+_Row = tuple["StepRequest", Turn]
+
+
+@dataclass(slots=True)
+class StepRequest:
+    """One step of one environment, fully validated. No `session_id` means stateless.
+
+    `fingerprint` stands for what decides the answer: a retry has it, another body has not.
+    """
+
+    observation: NDArray[np.float32]
+    action_mask: NDArray[np.bool_]
+    deterministic: bool = False
+    session_id: str | None = None
+    episode: str | None = None
+    step: int | None = None
+    episode_start: bool = False
+    seed: int | None = None
+    state: HiddenState | None = None
+    fingerprint: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        digest = blake2b(self.observation.tobytes(), digest_size=16)
+        digest.update(self.action_mask.tobytes())
+        digest.update(b"\1" if self.deterministic else b"\0")
+        self.fingerprint = digest.digest()
+
+
+@dataclass(frozen=True, slots=True)
+class StepAnswer:
+    """What the policy decided; `state` only for a stateless request, which carries it itself."""
+
+    action: list[int]
+    log_prob: list[float]
+    value: float
+    step: int
+    state: HiddenState | None = None
+    is_replay: bool = False
+
+
+class Engine:
+    """Steps batches of at most `max_batch_size` requests, one per session."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        sessions: SessionTable,
+        spec: PolicySpec,
+        *,
+        buckets: Sequence[int],
+        seed: int,
+    ) -> None:
+        self._runtime = runtime
+        self._sessions = sessions
+        self._spec = spec
+        self._buckets = tuple(sorted(buckets))
+        self._seed = seed
+        self._num_stateless = 0
+        rows = self._buckets[-1]
+        state = (rows, spec.num_layers, spec.hidden_dim)
+        self._observation = np.zeros((rows, spec.observation_dim), dtype=np.float32)
+        self._action_mask = np.ones((rows, spec.num_choices), dtype=np.bool_)
+        self._noise = np.zeros((rows, spec.num_choices), dtype=np.float32)
+        self._h = np.zeros(state, dtype=np.float32)
+        self._c = np.zeros(state, dtype=np.float32)
+
+    @property
+    def max_batch_size(self) -> int:
+        return self._buckets[-1]
+
+    def warm_up(self, times: int = 3) -> None:
+        """Runs every bucket, so that no request pays for a first run."""
+        for bucket in self._buckets:
+            for _ in range(times):
+                self._run(bucket)
+
+    def step(self, requests: Sequence[StepRequest]) -> list[StepAnswer | ServiceError]:
+        """Answers each request, or says why not, in order; one request's error is its own."""
+        answers: dict[int, StepAnswer | ServiceError] = {}
+        rows: dict[int, _Row] = {}
+        for index, request in enumerate(requests):
+            try:
+                admitted = self._admit(request)
+            except ServiceError as error:
+                answers[index] = error
+                continue
+            if isinstance(admitted, Turn):
+                rows[index] = (request, admitted)
+            else:
+                answers[index] = self._replay(admitted)
+        if rows:
+            answers |= zip(rows, self._advance(list(rows.values())), strict=True)
+        return [answers[index] for index in range(len(requests))]
+
+    def _admit(self, request: StepRequest) -> Turn | Session:
+        if request.session_id is not None:
+            return self._sessions.admit(
+                request.session_id,
+                start=request.episode_start,
+                episode=request.episode,
+                step=request.step,
+                seed=request.seed,
+                fingerprint=request.fingerprint,
+            )
+        seed = request.seed
+        if seed is None:
+            self._num_stateless += 1
+            seed = derived_seed(self._seed, "", None, self._num_stateless)
+        return Turn(START, request.step or 0, seed)
+
+    def _replay(self, session: Session) -> StepAnswer:
+        table, row = self._sessions, session.row
+        return StepAnswer(
+            table.action[row].tolist(),
+            table.log_prob[row].tolist(),
+            float(table.value[row]),
+            session.next_step - 1,
+            is_replay=True,
+        )
+
+    def _advance(self, rows: list[_Row]) -> list[StepAnswer | ServiceError]:
+        for at, (request, turn) in enumerate(rows):
+            self._observation[at] = request.observation
+            self._action_mask[at] = request.action_mask
+            self._load_state(at, request, turn)
+        self._make_noise(rows)
+        bucket = next(size for size in self._buckets if size >= len(rows))
+        decided = self._run(bucket)
+        finite = _is_finite(decided)
+        answers: list[StepAnswer | ServiceError] = []
+        for at, (request, turn) in enumerate(rows):
+            try:
+                if not finite[at]:
+                    raise Invalid(
+                        "the policy's output for this observation is not finite; the session has "
+                        "not moved"
+                    )
+                answers.append(self._answer(request, turn, decided, at))
+            except ServiceError as error:
+                answers.append(error)
+        return answers
+
+    def _answer(self, request: StepRequest, turn: Turn, decided: StepArrays, at: int) -> StepAnswer:
+        state = None
+        if request.session_id is None:
+            state = (decided.h[at].copy(), decided.c[at].copy())
+        else:
+            session = self._sessions.commit(
+                request.session_id, turn, episode=request.episode, fingerprint=request.fingerprint
+            )
+            self._sessions.store(session.row, decided, at)
+        return StepAnswer(
+            decided.action[at].tolist(),
+            decided.log_prob[at].tolist(),
+            float(decided.value[at]),
+            turn.step,
+            state,
+        )
+
+    def _load_state(self, at: int, request: StepRequest, turn: Turn) -> None:
+        if turn.row != START:
+            self._h[at] = self._sessions.h[turn.row]
+            self._c[at] = self._sessions.c[turn.row]
+        elif request.state is not None:
+            self._h[at], self._c[at] = request.state
+        else:
+            self._h[at] = 0.0
+            self._c[at] = 0.0
+
+    def _make_noise(self, rows: list[_Row]) -> None:
+        self._noise[: len(rows)] = 0.0
+        sampled = [at for at, (request, _) in enumerate(rows) if not request.deterministic]
+        if sampled:
+            seeds = np.array([rows[at][1].seed for at in sampled], dtype=np.uint64)
+            steps = np.array([rows[at][1].step for at in sampled], dtype=np.uint64)
+            self._noise[sampled] = gumbel_noise(seeds, steps, self._spec.num_choices)
+
+    def _run(self, bucket: int) -> StepArrays:
+        return self._runtime(
+            self._observation[:bucket],
+            self._action_mask[:bucket],
+            self._noise[:bucket],
+            self._h[:bucket],
+            self._c[:bucket],
+        )
+
+
+def _is_finite(decided: StepArrays) -> NDArray[np.bool_]:
+    finite: NDArray[np.bool_] = np.isfinite(decided.value) & np.isfinite(decided.log_prob).all(1)
+    finite &= np.isfinite(decided.h).all((1, 2)) & np.isfinite(decided.c).all((1, 2))
+    return finite
+
+
+def derived_seed(server_seed: int, session_id: str, episode: str | None, starts: int) -> int:
+    """The seed of an episode that brings none: from the server's seed and the episode's identity.
+
+    An unnamed episode counts by how often its session has started, so that the episodes of one
+    environment differ; a run without seeds repeats when its requests do.
+    """
+    which = f"#{starts}" if episode is None else f"={episode}"
+    identity = f"{server_seed}/{session_id}/{which}".encode()
+    return int.from_bytes(blake2b(identity, digest_size=8).digest(), "little")

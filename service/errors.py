@@ -1,0 +1,97 @@
+"""What can go wrong with a request, each with its status; turned into a response in one place.
+
+    ServiceError                500 internal
+        Malformed               400 malformed
+        UnknownSession          404 unknown_session
+        StepConflict            409 step_conflict
+        SessionLost             410 session_lost
+        TooLarge                413 too_large
+        UnsupportedContentType  415 unsupported_content_type
+        Invalid                 422 invalid
+        Overloaded              429 overloaded
+        NotReady                503 not_ready
+        Draining                503 draining
+        DeadlineExceeded        504 deadline_exceeded
+
+The message is for the client: what, which one, what to do. Anything else that is raised is a bug of
+ours: the client gets a fixed sentence, the log gets the rest.
+"""
+
+
+class ServiceError(Exception):
+    """The server failed; the log says how."""
+
+    status_code = 500
+    error_type = "internal"
+    headers: dict[str, str] = {}  # noqa: RUF012 - read only, overridden by subclasses
+
+    def body(self) -> dict[str, str]:
+        return {"error": str(self), "error_type": self.error_type}
+
+
+class Malformed(ServiceError):
+    """The body is not JSON, or not of the request's form."""
+
+    status_code, error_type = 400, "malformed"
+
+
+class UnknownSession(ServiceError):
+    """The session was never started here."""
+
+    status_code, error_type = 404, "unknown_session"
+
+
+class StepConflict(ServiceError):
+    """The request is not the session's next step, nor a retry of its last one."""
+
+    status_code, error_type = 409, "step_conflict"
+
+
+class SessionLost(ServiceError):
+    """The session was here and its state is gone; the episode must start anew."""
+
+    status_code, error_type = 410, "session_lost"
+
+
+class TooLarge(ServiceError):
+    """The body is larger than any request of this policy can be."""
+
+    status_code, error_type = 413, "too_large"
+
+
+class UnsupportedContentType(ServiceError):
+    """The body is of a kind this server does not read."""
+
+    status_code, error_type = 415, "unsupported_content_type"
+
+
+class Invalid(ServiceError):
+    """The request is well formed, and its values are not the policy's: shape, NaN, empty mask."""
+
+    status_code, error_type = 422, "invalid"
+
+
+class Overloaded(ServiceError):
+    """As many requests wait, or sessions live, as the server takes; back off and retry."""
+
+    status_code, error_type = 429, "overloaded"
+    headers = {"Retry-After": "1"}  # noqa: RUF012
+
+
+class NotReady(ServiceError):
+    """The runtime is still warming up."""
+
+    status_code, error_type = 503, "not_ready"
+    headers = {"Retry-After": "1"}  # noqa: RUF012
+
+
+class Draining(ServiceError):
+    """The server is shutting down and takes no new work."""
+
+    status_code, error_type = 503, "draining"
+
+
+class DeadlineExceeded(ServiceError):
+    """The request's time ran out before the model saw it; its session has not moved."""
+
+    status_code, error_type = 504, "deadline_exceeded"

@@ -1,0 +1,85 @@
+"""One policy being served: codec, sessions, engine and batcher, joined."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+from export.manifest import Manifest
+from service.act import ActCodec
+from service.batcher import Batcher
+from service.engine import Engine, StepAnswer, StepRequest, derived_seed
+from service.errors import NotReady, ServiceError
+from service.metrics import Metrics
+from service.runtime.protocol import Runtime
+from service.sessions import SessionTable
+from service.settings import Settings
+
+
+class PolicyService:
+    """Answers `POST /act` bodies with one artifact's policy. Made on the event loop it serves."""
+
+    def __init__(self, manifest: Manifest, runtime: Runtime, settings: Settings) -> None:
+        spec = manifest.spec
+        self.manifest = manifest
+        self.runtime = runtime
+        self.settings = settings
+        self.codec = ActCodec(spec, manifest.policy_version)
+        self.sessions = SessionTable(
+            spec,
+            capacity=settings.max_sessions,
+            idle_timeout_s=settings.session_idle_s,
+            default_seed=lambda *identity: derived_seed(settings.seed, *identity),
+            clock=time.monotonic,
+        )
+        self.engine = Engine(
+            runtime,
+            self.sessions,
+            spec,
+            buckets=buckets(settings.max_batch_size),
+            seed=settings.seed,
+        )
+        self.batcher = Batcher[StepRequest, StepAnswer](
+            self._step,
+            max_batch_size=settings.max_batch_size,
+            max_waiting=settings.max_waiting,
+        )
+        self.metrics = Metrics(lambda: len(self.sessions))
+        self.warming: asyncio.Future[None] | None = None
+
+    def start(self) -> None:
+        """Runs every bucket off the event loop; `/act` opens when all have."""
+        self.warming = asyncio.ensure_future(asyncio.to_thread(self.engine.warm_up))
+
+    async def stop(self) -> None:
+        """Answers everything that waits, then takes nothing more."""
+        await self.batcher.drain()
+
+    def check_ready(self) -> None:
+        """Raises NotReady until the warm-up has ended well."""
+        warming = self.warming
+        if warming is None or not warming.done() or warming.exception() is not None:
+            raise NotReady("the policy is still warming up")
+
+    async def act(self, body: bytes) -> tuple[bytes, bool]:
+        """The answer to one request's body, and whether it is a replay."""
+        self.check_ready()
+        request, timeout_ms = self.codec.parse(body)
+        timeout_s = (timeout_ms or self.settings.timeout_ms) / 1000
+        future = self.batcher.submit(request, key=request.session_id, timeout_s=timeout_s)
+        if request.session_id is not None:
+            self.sessions.hold(request.session_id, future)
+        answer = await future
+        return self.codec.write(request, answer), answer.is_replay
+
+    def _step(self, requests: list[StepRequest]) -> Sequence[StepAnswer | ServiceError]:
+        started_s = time.perf_counter()
+        answers = self.engine.step(requests)
+        self.metrics.step_seconds.observe(time.perf_counter() - started_s)
+        self.metrics.batch_size.observe(len(requests))
+        return answers
+
+
+def buckets(max_batch_size: int) -> tuple[int, ...]:
+    """The batch sizes a step runs at: powers of two up to, and including, the largest."""
+    powers = [2**n for n in range(max_batch_size.bit_length()) if 2**n < max_batch_size]
+    return (*powers, max_batch_size)

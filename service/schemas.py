@@ -1,0 +1,88 @@
+"""The wire types of the HTTP interface: what `/docs` shows is what is read and written."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Identifier = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class HiddenStateBody(BaseModel):
+    """A recurrent state the client carries itself: each `[layers][hidden]`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    h: list[list[float]]
+    c: list[list[float]]
+
+
+class ActRequest(BaseModel):
+    """One step of one environment. Only `observation` is required."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    observation: Annotated[
+        list[float], Field(description="Raw, as the environment gives it; the policy normalises.")
+    ]
+    action_mask: Annotated[
+        dict[str, list[bool]] | None,
+        Field(description="Per head, true = allowed. A head left out has everything allowed."),
+    ] = None
+    session_id: Annotated[
+        Identifier | None,
+        Field(description="The environment. Without it the request is stateless."),
+    ] = None
+    episode: Annotated[
+        Identifier | None,
+        Field(description="The client's name for the episode; makes a start safe to retry."),
+    ] = None
+    step: Annotated[
+        int | None,
+        Field(ge=0, lt=2**64, description="Index in the episode; makes a step safe to retry."),
+    ] = None
+    episode_start: Annotated[
+        bool, Field(description="Starts the session, or starts it anew, from zero state.")
+    ] = False
+    seed: Annotated[
+        int | None,
+        Field(ge=0, lt=2**64, description="Of the episode's noise; read at its start."),
+    ] = None
+    deterministic: Annotated[
+        bool, Field(description="Take the most likely action instead of sampling.")
+    ] = False
+    timeout_ms: Annotated[
+        float | None, Field(gt=0, description="Give up (504) if the model was not free by then.")
+    ] = None
+    state: Annotated[
+        HiddenStateBody | None, Field(description="Stateless only: `state` of the last answer.")
+    ] = None
+
+
+class ActResponse(BaseModel):
+    """The decision. `state` comes with stateless requests only."""
+
+    session_id: str | None = None
+    step: int
+    action: dict[str, int]
+    log_prob: dict[str, float]
+    value: float
+    policy_version: str
+    state: HiddenStateBody | None = None
+
+
+class ErrorResponse(BaseModel):
+    """Every answer that is not 2xx."""
+
+    error: str
+    error_type: str
+
+
+class PolicyResponse(BaseModel):
+    """What is served, and within which limits."""
+
+    name: str
+    policy_version: str
+    spec: dict[str, Any]
+    runtime: str
+    device: str
+    limits: dict[str, int | float]

@@ -1,0 +1,76 @@
+"""What an operator can set: command line, then `TAMIYO_*` in the environment, then the default."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Serves an exported policy: POST /act."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="TAMIYO_",
+        cli_prog_name="python -m service",
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_implicit_flags=True,
+        extra="forbid",
+    )
+
+    artifact: Annotated[
+        Path,
+        Field(description="The directory `python -m export` wrote; another one, another policy."),
+    ]
+    host: Annotated[
+        str, Field(description="Address to listen on; 0.0.0.0 opens the service to the network.")
+    ] = "127.0.0.1"
+    port: Annotated[
+        int, Field(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    ] = 8000
+    runtime: Annotated[
+        Literal["auto", "torchscript"],
+        Field(description="Which of the artifact's formats runs; auto takes the fastest here."),
+    ] = "auto"
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        Field(description="Where the policy runs; auto is the device it was exported for."),
+    ] = "auto"
+    num_threads: Annotated[
+        int,
+        Field(
+            ge=1, description="Threads of one step; more helps large policies, hurts small ones."
+        ),
+    ] = 1
+    max_batch_size: Annotated[
+        int,
+        Field(ge=1, le=4096, description="Most requests in one step; larger: throughput, latency."),
+    ] = 64
+    max_waiting: Annotated[
+        int, Field(ge=1, description="Requests that may wait; beyond, they get 429 at once.")
+    ] = 4096
+    max_sessions: Annotated[
+        int,
+        Field(ge=1, description="Live sessions; beyond, the least recently used one is given up."),
+    ] = 16384
+    session_idle_s: Annotated[
+        float, Field(gt=0, description="A session without a request for so long ends (410 after).")
+    ] = 600.0
+    timeout_ms: Annotated[
+        float,
+        Field(gt=0, description="Longest wait for the model where a request names none (504)."),
+    ] = 10_000.0
+    max_body_bytes: Annotated[
+        int, Field(ge=1024, description="Larger bodies get 413 without being read further.")
+    ] = 1_000_000
+    drain_s: Annotated[
+        int, Field(ge=0, description="On SIGTERM, time for requests under way before the exit.")
+    ] = 10
+    seed: Annotated[
+        int, Field(ge=0, description="Default seeds come from this one; another, other samples.")
+    ] = 0
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Field(description="info: start, ready, stop; debug adds more; numbers are in /metrics."),
+    ] = "info"
