@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 
 class StepArrays(NamedTuple):
-    """The step's outputs: `[B, heads]` int64 and float32, `[B]`, and twice `[B, layers, hidden]`."""
+    """The step's outputs: `[B, heads]` int64, float32, then `[B]`, twice `[B, layers, hidden]`."""
 
     action: NDArray[np.int64]
     log_prob: NDArray[np.float32]

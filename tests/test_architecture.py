@@ -1,0 +1,66 @@
+"""The packages depend on one another in one direction only, and torch stays where it belongs."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("model", "export", "service")
+ALLOWED = {
+    "model": lambda module: module.startswith("model."),
+    "export": lambda module: module.startswith(("model.", "export.")),
+    "service": lambda module: (
+        module.startswith("service.") or module in ("export.manifest", "model.spec")
+    ),
+}
+NEEDS_TORCH = {"service.runtime.torchscript"}
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imported_modules(source: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source} imports relatively"
+            yield node.module or ""
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_imports_only_what_stands_before_it(package: str) -> None:
+    for source in sources(package):
+        for module in imported_modules(source):
+            if module.partition(".")[0] in PACKAGES:
+                where = source.relative_to(ROOT)
+                assert ALLOWED[package](module), f"{where} imports {module}"
+
+
+def test_the_packages_themselves_are_empty_so_that_importing_one_module_imports_no_other() -> None:
+    for package in PACKAGES:
+        for source in (ROOT / package).rglob("__init__.py"):
+            assert source.read_text() == "", f"{source.relative_to(ROOT)} is not empty"
+
+
+def test_the_service_imports_no_torch_until_a_torch_runtime_is_loaded() -> None:
+    modules = [
+        ".".join(source.relative_to(ROOT).with_suffix("").parts)
+        for source in sources("service")
+        if source.name != "__init__.py"
+    ]
+    light = [module for module in modules if module not in NEEDS_TORCH]
+    assert len(light) < len(modules)
+    code = f"import sys, {', '.join(light)}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_nothing_but_a_programs_entry_reads_the_environment(package: str) -> None:
+    for source in sources(package):
+        assert "os.environ" not in source.read_text(), source.relative_to(ROOT)
