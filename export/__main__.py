@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     origin.add_argument("--preset", help=f"a freshly initialised policy: {', '.join(PRESETS)}")
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="initialises a preset (default 0)"
+        "--seed", type=_seed, default=0, metavar="N", help="initialises a preset (default 0)"
     )
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="the artifact directory to write"
@@ -120,6 +120,12 @@ def _formats(text: str) -> tuple[str, ...]:
     return names
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 2**63 - 1")
+    return int(text)
+
+
 def _device(text: str) -> str:
     if text not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"unknown device {text!r}; the devices are cpu, cuda")
@@ -150,6 +156,7 @@ def _load(
             "normalises them.",
             style="bold yellow",
             highlight=False,
+            markup=False,
         )
     policy = FactoredRecurrentActorCritic(spec)
     policy.load_state_dict(state_dict, strict=True)
@@ -174,7 +181,7 @@ def _summarize(manifest: Manifest, output: Path) -> None:
         )
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
-    console.print(f"{manifest.name} ({manifest.policy_version[:19]}) is in {output}")
+    console.print(f"{manifest.name} ({manifest.policy_version[:19]}) is in {output}", markup=False)
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:

@@ -1,5 +1,8 @@
 """A policy -> a verified artifact directory: the whole story of an export."""
 
+import errno
+import json
+import os
 import platform
 import shutil
 import tempfile
@@ -13,6 +16,7 @@ from safetensors.torch import save_file
 from export.formats import FORMATS, StepInput
 from export.manifest import (
     MANIFEST_FILE,
+    SCHEMA_VERSION,
     File,
     FormatParity,
     Manifest,
@@ -44,13 +48,14 @@ def export_policy(
     """Writes `output` with every format of `formats`, each compared with `policy` from its file.
 
     The directory appears complete or not at all: it is written beside `output` and renamed. Raises
-    FileExistsError where `output` exists and is not an artifact to `overwrite`, and ParityError, leaving no
-    artifact, where a file does not do what the policy does. `on_stage` hears what happens next.
+    FileExistsError where `output` exists, unless it is an artifact and `overwrite` is set; and
+    ParityError, leaving no artifact, where a file does not do what the policy does. `on_stage`
+    hears what happens next.
     """
     _check_replaceable(output, overwrite)
     policy = policy.to(device=device, dtype=torch.float32).eval()
     normalizer = None if normalizer is None else normalizer.to(device)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    _make_parent(output)
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         on_stage("writing the weights")
@@ -67,6 +72,7 @@ def export_policy(
                 format_name, files[format_name], staging, reference
             )  # fmt: skip
         manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
             name=name,
             spec=policy.spec,
             precision="fp32",
@@ -87,7 +93,7 @@ def export_policy(
             },
         )
         manifest.write(staging)
-        _publish(staging, output)
+        _publish(staging, output, overwrite)
         return manifest
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -98,8 +104,27 @@ def _check_replaceable(output: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(f"{output} exists already; --overwrite replaces it")
-    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST_FILE).is_file()):
+    if not _is_artifact(output):
         raise FileExistsError(f"{output} is not an artifact, so it is not overwritten")
+
+
+def _make_parent(output: Path) -> None:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:  # exists, as a file
+        reason = os.strerror(errno.ENOTDIR)
+        raise NotADirectoryError(errno.ENOTDIR, reason, str(output.parent)) from error
+
+
+def _is_artifact(directory: Path) -> bool:
+    """Whether it holds an artifact's manifest, of whatever version, or nothing at all."""
+    try:
+        if not any(directory.iterdir()):
+            return True
+        manifest = json.loads((directory / MANIFEST_FILE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.keys() >= {"schema_version", "formats"}
 
 
 def _write_weights(
@@ -147,8 +172,9 @@ def _example(step: PolicyStep) -> StepInput:
     )
 
 
-def _publish(staging: Path, output: Path) -> None:
+def _publish(staging: Path, output: Path, overwrite: bool) -> None:
     """Puts the finished directory in place; an older one is gone only once the new one stands."""
+    _check_replaceable(output, overwrite)
     staging.chmod(0o755)  # mkdtemp's and safetensors' files are the owner's alone
     for file in staging.iterdir():
         file.chmod(0o644)
@@ -156,6 +182,11 @@ def _publish(staging: Path, output: Path) -> None:
         staging.rename(output)
         return
     retired = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    output.rename(retired / output.name)
-    staging.rename(output)
-    shutil.rmtree(retired)
+    older = output.rename(retired / output.name)
+    try:
+        staging.rename(output)
+    except OSError:
+        older.rename(output)
+        raise
+    finally:
+        shutil.rmtree(retired)

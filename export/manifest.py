@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from model.spec import PolicySpec
 
+SCHEMA_VERSION: Literal[1] = 1
 MANIFEST_FILE = "manifest.json"
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -92,7 +93,7 @@ class Source(_Record):
 class Manifest(_Record):
     """`manifest.json`. `policy_version` names the weights and is the same for every format."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1]
     name: str
     spec: PolicySpec
     precision: Literal["fp32"]

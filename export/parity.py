@@ -23,6 +23,9 @@ RTOL = 1e-5
 BATCH_SIZES = (1, 2, 7, 64)
 STEPS = 50
 RESET_PROBABILITY = 0.05
+FAR_PROBABILITY = 0.1
+FAR = 30.0
+"""Some observations lie beyond the normaliser's clip, so that forgetting it shows."""
 
 
 class ParityError(Exception):
@@ -162,6 +165,8 @@ def _episode_inputs(
     device = heads.valid.device
     for number in range(STEPS):
         observation = torch.randn(batch_size, spec.observation_dim, generator=generator).to(device)
+        far = torch.rand(batch_size, 1, generator=generator) < FAR_PROBABILITY
+        observation = torch.where(far.to(device), observation * FAR, observation)
         if reference.normalizer is not None:
             observation = observation * reference.normalizer.var.sqrt() + reference.normalizer.mean
         density = torch.rand(batch_size, 1, generator=generator) * 1.2

@@ -1,5 +1,6 @@
 """The FastAPI application: routes, and the one place where errors become responses."""
 
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -7,12 +8,15 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from service.act import CONTENT_TYPE
-from service.errors import ServiceError, TooLarge, UnsupportedContentType
+from service.errors import Malformed, ServiceError, TooLarge, UnsupportedContentType
 from service.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
 from service.policy_service import PolicyService
 from service.schemas import ActRequest, ActResponse, ErrorResponse, PolicyResponse
+
+LENGTH = re.compile("[0-9]{1,18}")
 
 
 def create_app(service: PolicyService) -> FastAPI:
@@ -28,6 +32,7 @@ def create_app(service: PolicyService) -> FastAPI:
         title="tamiyo-serve",
         description="Actions of a recurrent, factored, action-masked policy, one step at a time.",
         lifespan=lifespan,
+        redirect_slashes=False,
         responses={"default": {"model": ErrorResponse, "description": "Any error"}},
     )
     app.add_exception_handler(ServiceError, _service_error)
@@ -45,12 +50,15 @@ def create_app(service: PolicyService) -> FastAPI:
         except ServiceError as error:
             result = error.error_type
             raise
+        except ClientDisconnect:
+            result = "disconnected"
+            return Response(status_code=499)  # nobody reads it
         finally:
             service.metrics.requests.labels(result).inc()
         headers = {"Replayed": "true"} if is_replay else None
         return Response(content, media_type=CONTENT_TYPE, headers=headers)
 
-    @app.delete("/sessions/{session_id}", status_code=204)
+    @app.delete("/sessions/{session_id:path}", status_code=204)
     async def end_session(session_id: str) -> None:
         """Ends a session and frees its state."""
         service.sessions.end(session_id)
@@ -101,8 +109,10 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
             f"the content type is {content_type or 'missing'!r}; send {CONTENT_TYPE}"
         )
     too_large = TooLarge(f"the body is larger than {max_bytes} bytes")
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > max_bytes:
+    length = request.headers.get("content-length", "0")
+    if not LENGTH.fullmatch(length):
+        raise Malformed("the Content-Length is not a number")
+    if int(length) > max_bytes:
         raise too_large
     chunks = bytearray()
     async for chunk in request.stream():

@@ -15,7 +15,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self.requests = Counter(
             "tamiyo_act_requests_total",
-            "Answers to POST /act by result: ok, replayed, or the error's type.",
+            "Answers to POST /act by result: ok, replayed, disconnected, or the error's type.",
             ["result"],
             registry=self._registry,
         )

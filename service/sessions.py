@@ -8,6 +8,7 @@ from asyncio import Future
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,10 +32,6 @@ class Session:
     starts: int
     last_request: bytes
     last_used_s: float
-    num_waiting: int = 0
-
-    def release(self, _: object) -> None:
-        self.num_waiting -= 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +68,7 @@ class SessionTable:
         self.log_prob = np.zeros((capacity, len(spec.heads)), dtype=np.float32)
         self.value = np.zeros(capacity, dtype=np.float32)
         self._live: OrderedDict[str, Session] = OrderedDict()  # least recently used first
+        self._num_waiting: dict[str, int] = {}
         self._lost: OrderedDict[str, None] = OrderedDict()
         self._free_rows = list(range(capacity - 1, -1, -1))
         self._capacity = capacity
@@ -87,11 +85,12 @@ class SessionTable:
         return self._live.get(session_id)
 
     def hold(self, session_id: str, until: Future[Any]) -> None:
-        """Keeps a live session from eviction until `until` is done: a request of it waits."""
-        session = self.find(session_id)
-        if session is not None:
-            session.num_waiting += 1
-            until.add_done_callback(session.release)
+        """Keeps a session from eviction until `until` is done: a request of it waits.
+
+        The session may be one that is about to start.
+        """
+        self._num_waiting[session_id] = self._num_waiting.get(session_id, 0) + 1
+        until.add_done_callback(partial(self._release, session_id))
 
     def admit(
         self,
@@ -187,10 +186,15 @@ class SessionTable:
             "`episode_start`: true"
         )
 
+    def _release(self, session_id: str, _: object) -> None:
+        self._num_waiting[session_id] -= 1
+        if self._num_waiting[session_id] == 0:
+            del self._num_waiting[session_id]
+
     def _take_row(self) -> int:
         if not self._free_rows:
-            for session_id, session in self._live.items():
-                if session.num_waiting == 0:
+            for session_id in self._live:
+                if session_id not in self._num_waiting:
                     self._lose(session_id)
                     break
             else:
@@ -201,7 +205,7 @@ class SessionTable:
         oldest = self._clock() - self._idle_timeout_s
         while self._live:
             session_id, session = next(iter(self._live.items()))
-            if session.last_used_s > oldest or session.num_waiting > 0:
+            if session.last_used_s > oldest or session_id in self._num_waiting:
                 break
             self._lose(session_id)
 

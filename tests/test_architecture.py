@@ -3,14 +3,14 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("model", "export", "service")
-ALLOWED = {
+ALLOWED: dict[str, Callable[[str], bool]] = {
     "model": lambda module: module.startswith("model."),
     "export": lambda module: module.startswith(("model.", "export.")),
     "service": lambda module: (

@@ -1,0 +1,545 @@
+"""`python -m export`: exit codes, one clear line, and nothing half-written.
+
+The truth is a real process; what a process start adds nothing to runs in this one.
+"""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from export.__main__ import PRESETS, main
+from export.formats import FORMATS, Format, LoadedStep, StepInput
+from export.manifest import Manifest
+from export.step import PolicyStep
+from model.policy import FactoredRecurrentActorCritic
+from model.spec import PolicySpec
+from tests.golden import GOLDEN, golden_tensors, needs_golden
+from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL
+from tests.random_inputs import random_policy
+
+torch.set_num_threads(1)  # two spin for each other on matrices this small
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm"}
+TIMEOUT_S = 200
+FORCED_STYLE = 2
+
+
+def export_process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "export", *map(str, arguments)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+
+
+def loaded(output: Path) -> tuple[LoadedStep, PolicySpec]:
+    """The step of an artifact as a server would load it."""
+    manifest = Manifest.read(output)
+    content = manifest.formats["torchscript"].read(output)
+    return FORMATS["torchscript"].load(content, torch.device("cpu")), manifest.spec
+
+
+def checkpoint_of(policy: FactoredRecurrentActorCritic, normalized: bool) -> dict[str, Any]:
+    """What the V1 trainer saves, and, on request, the statistics it forgets to."""
+    checkpoint: dict[str, Any] = {
+        "checkpoint_version": 1,
+        "network_state_dict": policy.state_dict(),
+        "train_steps": 3,
+    }
+    if normalized:
+        dim = policy.observation_dim
+        checkpoint["metadata"] = {
+            "obs_normalizer_mean": [0.5] * dim,
+            "obs_normalizer_var": [2.0] * dim,
+        }
+    return checkpoint
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """Where a test's input files go: not beside the output, whose surroundings are looked at."""
+    (tmp_path / "inputs").mkdir()
+    return tmp_path / "inputs"
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    (tmp_path / "outputs").mkdir()
+    return tmp_path / "outputs" / "tiny"
+
+
+@pytest.fixture
+def checkpoint(policy: FactoredRecurrentActorCritic, inputs: Path) -> Path:
+    torch.save(checkpoint_of(policy, normalized=True), inputs / "best.pt")
+    return inputs / "best.pt"
+
+
+@pytest.fixture
+def tiny_preset(spec: PolicySpec, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(PRESETS, "tiny", lambda: spec)
+    return "tiny"
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """Runs the command in this process, which must exit 2, and gives its one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main(list(map(str, arguments)))
+    printed = capsys.readouterr()
+    assert exit_.value.code == 2
+    assert printed.out == ""
+    assert printed.err.startswith("export: ")
+    assert printed.err.count("\n") == 1
+    assert printed.err.endswith("\n")
+    return printed.err
+
+
+def test_preset_becomes_an_artifact_of_every_format(tmp_path: Path) -> None:
+    output = tmp_path / "fresh"
+    done = export_process("--preset", "tamiyo-v1", "--output", output)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    manifest = Manifest.read(output)
+    assert manifest.spec == PolicySpec.tamiyo_v1()
+    assert manifest.formats.keys() == manifest.parity.formats.keys() == FORMATS.keys()
+    assert manifest.name == "tamiyo-v1"
+    assert (manifest.source.kind, manifest.source.seed) == ("preset", 0)
+    assert manifest.policy_version[:19] in done.stdout
+    assert str(output) in done.stdout
+    for name, file in manifest.formats.items():
+        assert len(file.read(output)) == file.bytes
+        assert name in done.stdout
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_seed_decides_the_weights(tiny_preset: str, tmp_path: Path) -> None:
+    def version_of(seed: str, name: str) -> str:
+        arguments = ["--preset", tiny_preset, "--seed", seed, "--formats", "torchscript"]
+        assert main([*arguments, "--output", str(tmp_path / name)]) == 0
+        manifest = Manifest.read(tmp_path / name)
+        assert manifest.source.seed == int(seed)
+        return manifest.policy_version
+
+    torch.manual_seed(5)
+    first = version_of("3", "first")
+    torch.manual_seed(6)
+    assert version_of("3", "again") == first
+    assert version_of("4", "other") != first
+
+
+def test_export_leaves_the_callers_random_numbers_alone(tiny_preset: str, output: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    assert main(["--preset", tiny_preset, "--output", str(output)]) == 0
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_checkpoint_with_statistics_is_exported_without_a_warning(
+    checkpoint: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--checkpoint", str(checkpoint), "--output", str(output)]) == 0
+    assert capsys.readouterr().err == ""
+    manifest = Manifest.read(output)
+    assert manifest.has_normalizer
+    assert (manifest.name, manifest.source.kind, manifest.source.name) == (
+        "best",
+        "checkpoint",
+        "best",
+    )
+    assert manifest.source.sha256 is not None
+
+
+def test_checkpoint_without_statistics_is_exported_with_a_loud_warning(
+    policy: FactoredRecurrentActorCritic,
+    inputs: Path,
+    output: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    torch.save(checkpoint_of(policy, normalized=False), inputs / "v1.pt")
+    arguments = ["--checkpoint", str(inputs / "v1.pt"), "--output", str(output)]
+    assert main([*arguments, "--name", "renamed"]) == 0
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: {inputs / 'v1.pt'} holds no observation statistics")
+    assert "wrong" in warning
+    assert not Manifest.read(output).has_normalizer
+    assert Manifest.read(output).name == "renamed"
+
+
+def test_paths_are_printed_as_they_are(
+    policy: FactoredRecurrentActorCritic,
+    inputs: Path,
+    output: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = inputs / "run[best].pt"
+    torch.save(checkpoint_of(policy, normalized=False), path)
+    output = output.with_name("tiny[best]")
+    assert main(["--checkpoint", str(path), "--output", str(output)]) == 0
+    printed = capsys.readouterr()
+    assert str(path) in printed.err
+    assert str(output) in printed.out
+
+
+def missing(inputs: Path, good: Mapping[str, Any]) -> Path:
+    return inputs / "missing.pt"
+
+
+def directory(inputs: Path, good: Mapping[str, Any]) -> Path:
+    return inputs
+
+
+def empty(inputs: Path, good: Mapping[str, Any]) -> Path:
+    (inputs / "empty.pt").touch()
+    return inputs / "empty.pt"
+
+
+def text(inputs: Path, good: Mapping[str, Any]) -> Path:
+    (inputs / "notes.pt").write_text("not a checkpoint\n")
+    return inputs / "notes.pt"
+
+
+def truncated(inputs: Path, good: Mapping[str, Any]) -> Path:
+    path = inputs / "truncated.pt"
+    torch.save(good, path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path
+
+
+def truncated_safetensors(inputs: Path, good: Mapping[str, Any]) -> Path:
+    path = inputs / "truncated.safetensors"
+    save_file(good["network_state_dict"], path)
+    path.write_bytes(path.read_bytes()[:-1])
+    return path
+
+
+def foreign_keys(inputs: Path, good: Mapping[str, Any]) -> Path:
+    torch.save({"network_state_dict": {"encoder.weight": torch.ones(2, 2)}}, inputs / "other.pt")
+    return inputs / "other.pt"
+
+
+def one_key_missing(inputs: Path, good: Mapping[str, Any]) -> Path:
+    weights = {**good["network_state_dict"]}
+    del weights["tempo_head.2.bias"]
+    torch.save({"network_state_dict": weights}, inputs / "lacking.pt")
+    return inputs / "lacking.pt"
+
+
+def one_key_too_many(inputs: Path, good: Mapping[str, Any]) -> Path:
+    weights = good["network_state_dict"] | {"q_head.0.bias": torch.ones(3)}
+    torch.save({"network_state_dict": weights}, inputs / "more.pt")
+    return inputs / "more.pt"
+
+
+def wrong_shape(inputs: Path, good: Mapping[str, Any]) -> Path:
+    weights = good["network_state_dict"] | {"tempo_head.2.bias": torch.ones(4)}
+    torch.save({"network_state_dict": weights}, inputs / "shape.pt")
+    return inputs / "shape.pt"
+
+
+def not_a_number(inputs: Path, good: Mapping[str, Any]) -> Path:
+    bias = good["network_state_dict"]["lstm_ln.bias"].clone()
+    bias[3] = torch.nan
+    weights = good["network_state_dict"] | {"lstm_ln.bias": bias}
+    torch.save({"network_state_dict": weights}, inputs / "diverged.pt")
+    return inputs / "diverged.pt"
+
+
+def second_version(inputs: Path, good: Mapping[str, Any]) -> Path:
+    weights = {"state_value_head.0.weight": torch.ones(2, 2)}
+    torch.save({"checkpoint_version": 2, "network_state_dict": weights}, inputs / "v2.pt")
+    return inputs / "v2.pt"
+
+
+def statistics_of_another_width(inputs: Path, good: Mapping[str, Any]) -> Path:
+    metadata = {"obs_normalizer_mean": [0.0] * 3, "obs_normalizer_var": [1.0] * 3}
+    torch.save({**good, "metadata": metadata}, inputs / "width.pt")
+    return inputs / "width.pt"
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (missing, "there is no such file"),
+        (directory, "there is no such file"),
+        (empty, "truncated or no checkpoint"),
+        (text, "damaged"),
+        (truncated, "truncated or no checkpoint"),
+        (truncated_safetensors, "truncated or no checkpoint"),
+        (foreign_keys, "has no 'feature_net.0.weight', so it is not a Tamiyo V1 policy"),
+        (one_key_missing, "it lacks tempo_head.2.bias"),
+        (one_key_too_many, "it has the unknown q_head.0.bias"),
+        (wrong_shape, "'tempo_head.2.bias' has shape (4,), expected (3,)"),
+        (not_a_number, "'lstm_ln.bias' holds NaN or infinity"),
+        (second_version, "is a V2 checkpoint"),
+        (statistics_of_another_width, "has observation statistics for 3 features"),
+    ],
+)
+def test_bad_checkpoint_is_refused_in_one_line(
+    make: Callable[[Path, Mapping[str, Any]], Path],
+    says: str,
+    policy: FactoredRecurrentActorCritic,
+    inputs: Path,
+    output: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = make(inputs, checkpoint_of(policy, normalized=False))
+    line = refusal(capsys, "--checkpoint", path, "--output", output)
+    assert line.startswith(f"export: {path}: ")
+    assert says in line
+    assert list(output.parent.iterdir()) == []
+
+
+@needs_golden
+def test_recorded_v2_checkpoint_is_refused_by_its_name(
+    output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(capsys, "--checkpoint", GOLDEN / "ckpt_v2.pt", "--output", output)
+    assert "is a V2 checkpoint" in line
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--preset", "nonesuch"], "unknown preset 'nonesuch'; the presets are tamiyo-v1"),
+        (["--preset", "tiny", "--formats", "tflite"], "unknown format 'tflite'"),
+        (["--preset", "tiny", "--formats", "torchscript,tflite"], "unknown format 'tflite'"),
+        (["--preset", "tiny", "--formats", ","], "at least one format is needed"),
+        (["--preset", "tiny", "--device", "tpu"], "unknown device 'tpu'"),
+        (["--preset", "tiny", "--precision", "fp7"], "fp7"),
+        (["--preset", "tiny", "--seed", "one"], "--seed"),
+        (["--preset", "tiny", "--checkpoint", "x.pt"], "not allowed with"),
+        (["--preset", "tiny", "--nonesuch"], "--nonesuch"),
+        ([], "--checkpoint --preset is required"),
+        (["--preset", "tiny", "--seed", str(2**64)], "--seed"),
+    ],
+)
+@pytest.mark.usefixtures("tiny_preset")
+def test_bad_arguments_are_refused_in_one_line(
+    arguments: list[str], says: str, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert says in refusal(capsys, *arguments, "--output", output)
+    assert list(output.parent.iterdir()) == []
+
+
+def test_output_is_required(tiny_preset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--output" in refusal(capsys, "--preset", tiny_preset)
+
+
+def test_existing_directory_is_refused_and_untouched(
+    tiny_preset: str, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output.mkdir()
+    (output / "thesis.tex").write_text("precious")
+    for options in ([], ["--overwrite"]):
+        line = refusal(capsys, "--preset", tiny_preset, "--output", output, *options)
+        assert str(output) in line
+        assert [path.name for path in output.parent.rglob("*")] == ["tiny", "thesis.tex"]
+
+
+def test_overwrite_replaces_an_artifact(
+    tiny_preset: str, checkpoint: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--preset", tiny_preset, "--output", str(output)]) == 0
+    version = Manifest.read(output).policy_version
+    refusal(capsys, "--checkpoint", checkpoint, "--output", output)
+    assert Manifest.read(output).policy_version == version
+    assert main(["--checkpoint", str(checkpoint), "--output", str(output), "--overwrite"]) == 0
+    assert Manifest.read(output).policy_version != version
+    assert list(output.parent.iterdir()) == [output]
+
+
+@pytest.mark.parametrize(
+    "below",
+    [
+        "tiny",
+        "deeper/tiny",
+    ],
+)
+def test_output_below_a_regular_file_is_refused(
+    below: str, tiny_preset: str, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output.write_text("a file")
+    line = refusal(capsys, "--preset", tiny_preset, "--output", output / below)
+    assert str(output) in line
+    assert "cannot be written" in line
+    assert output.read_text() == "a file"
+
+
+def test_format_that_differs_from_the_policy_is_exit_code_one(
+    tiny_preset: str,
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file, write, load = FORMATS["torchscript"]
+
+    def write_another(step: PolicyStep, example: StepInput, path: Path) -> None:
+        another = random_policy(PRESETS[tiny_preset](), seed=9)
+        write(PolicyStep(another, None).eval(), example, path)
+
+    monkeypatch.setitem(FORMATS, "torchscript", Format(file, write_another, load))
+    with pytest.raises(SystemExit) as exit_:
+        main(["--preset", tiny_preset, "--output", str(output)])
+    line = capsys.readouterr().err
+    assert exit_.value.code == 1
+    assert line.startswith("export: no artifact was written: torchscript differs from the policy")
+    assert "state_h_out" in line
+    assert line.count("\n") == 1
+    assert list(output.parent.iterdir()) == []
+
+
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path: Path) -> None:
+    class Malicious:
+        def __reduce__(self) -> tuple[Callable[..., None], tuple[str]]:
+            return os.mkdir, (str(tmp_path / "it-ran"),)
+
+    torch.save({"network_state_dict": Malicious()}, tmp_path / "gift.pt")
+    done = export_process("--checkpoint", tmp_path / "gift.pt", "--output", tmp_path / "tiny")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"export: {tmp_path / 'gift.pt'}: ")
+    assert done.stderr.endswith("nothing in it was run\n")
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["gift.pt"]
+
+
+def test_interrupted_export_leaves_nothing(tmp_path: Path) -> None:
+    """Interrupted at the keyboard, while the terminal shows that it is at work."""
+    spec = PolicySpec.tamiyo_v1(hidden_dim=256, feature_dim=256, num_layers=2)
+    state_dict = FactoredRecurrentActorCritic(spec).state_dict()
+    save_file(state_dict, tmp_path / "wide.safetensors")  # takes a while to compare
+    arguments = ["--checkpoint", tmp_path / "wide.safetensors", "--output", tmp_path / "tiny"]
+    terminal, its_end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "export", *map(str, arguments)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=its_end,
+    )
+    os.close(its_end)
+    with process, os.fdopen(terminal, "rb", buffering=0) as screen:
+        try:
+            seen = b""
+            while b"comparing" not in seen:
+                seen += screen.read(1024)
+            beside = {path.name for path in tmp_path.iterdir()}
+            process.send_signal(signal.SIGINT)
+            seen += everything(screen)
+            assert process.wait(TIMEOUT_S) == 130
+        finally:
+            process.kill()
+    assert any(name.startswith(".tiny.") for name in beside)
+    assert b"interrupted; no artifact was written" in seen
+    assert b"Traceback" not in seen
+    assert [path.name for path in tmp_path.iterdir()] == ["wide.safetensors"]
+
+
+def everything(screen: Any) -> bytes:
+    """The rest of what a terminal shows; Linux ends it with an error instead of an end of file."""
+    seen = b""
+    try:
+        while more := screen.read(1024):
+            seen += more
+    except OSError:
+        pass
+    return seen
+
+
+def packed_masks(recorded: Mapping[str, Tensor], spec: PolicySpec) -> Tensor:
+    return torch.cat([recorded[f"in.mask.{head}"] for head in spec.head_names], dim=-1)
+
+
+def recorded_heads(recorded: Mapping[str, Tensor], prefix: str, spec: PolicySpec) -> Tensor:
+    return torch.stack([recorded[f"{prefix}.{head}"] for head in spec.head_names], dim=-1)
+
+
+def assert_acts_as_recorded(
+    got: tuple[Tensor, Tensor, Tensor],
+    recorded_action: Tensor,
+    recorded_log_prob: Tensor,
+    recorded_value: Tensor,
+    style_mask: Tensor,
+    spec: PolicySpec,
+) -> None:
+    """Equal but for the rows of the original's style quirk: there ours forces the style."""
+    style = spec.head_names.index("style")
+    op = recorded_action[:, spec.op_index]
+    quirk = (op != 1) & (op != 2) & ~style_mask[:, FORCED_STYLE]
+    expected_action, expected_log_prob = recorded_action.clone(), recorded_log_prob.clone()
+    expected_action[quirk, style] = FORCED_STYLE
+    expected_log_prob[quirk, style] = 0.0
+    action, log_prob, value = got
+    np.testing.assert_array_equal(action, expected_action)
+    np.testing.assert_allclose(log_prob, expected_log_prob, rtol=0, atol=LOG_PROB_ATOL)
+    np.testing.assert_allclose(value, recorded_value, rtol=0, atol=FLOAT_ATOL)
+
+
+@needs_golden
+@torch.inference_mode()
+def test_recorded_checkpoint_acts_from_disk_as_it_did(output: Path) -> None:
+    done = export_process("--checkpoint", GOLDEN / "ckpt_v1_meta.pt", "--output", output)
+    assert done.returncode == 0, done.stderr
+    step, spec = loaded(output)
+    recorded = golden_tensors("ckpt_v1_io")
+    raw = recorded["in.raw_states"]
+    mask = packed_masks(recorded, spec)
+    zeros = torch.zeros(len(raw), spec.num_layers, spec.hidden_dim)
+    action, log_prob, value, h, c = step(raw, mask, torch.zeros(mask.shape), zeros, zeros)
+    assert_acts_as_recorded(
+        (action, log_prob, value),
+        recorded_heads(recorded, "out.actions", spec),
+        recorded_heads(recorded, "out.log_probs", spec),
+        recorded["out.values"],
+        recorded["in.mask.style"],
+        spec,
+    )
+    for got, expected in ((h, recorded["out.h"]), (c, recorded["out.c"])):
+        torch.testing.assert_close(got, expected.transpose(0, 1), rtol=0, atol=FLOAT_ATOL)
+
+
+@needs_golden
+@torch.inference_mode()
+def test_recorded_steps_are_taken_again_from_disk(output: Path) -> None:
+    weights = GOLDEN / "weights_v1_a.safetensors"
+    assert main(["--checkpoint", str(weights), "--output", str(output)]) == 0
+    step, spec = loaded(output)
+    recorded = golden_tensors("io_v1_a") | golden_tensors("io_v1_a_hidden")
+    actions = recorded_heads(recorded, "step.actions", spec)
+    log_probs = recorded_heads(recorded, "step.log_probs", spec)
+    masks = packed_masks(recorded, spec)
+    batch_size, length = actions.shape[:2]
+    assert (batch_size, length) == (64, 12)
+    h = c = torch.zeros(batch_size, spec.num_layers, spec.hidden_dim)
+    noise = torch.zeros(batch_size, spec.num_choices)
+    for t in range(length):
+        action, log_prob, value, h, c = step(recorded["in.states"][:, t], masks[:, t], noise, h, c)
+        assert_acts_as_recorded(
+            (action, log_prob, value),
+            actions[:, t],
+            log_probs[:, t],
+            recorded["step.values"][:, t],
+            recorded["in.mask.style"][:, t],
+            spec,
+        )
+        for got, kept in ((h, "step.h"), (c, "step.c")):
+            torch.testing.assert_close(
+                got, recorded[kept][t].transpose(0, 1), rtol=0, atol=FLOAT_ATOL
+            )

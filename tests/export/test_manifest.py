@@ -1,0 +1,270 @@
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from export.manifest import (
+    MANIFEST_FILE,
+    ArtifactError,
+    File,
+    FormatParity,
+    Manifest,
+    Parity,
+    Source,
+    step_inputs,
+    step_outputs,
+)
+from model.spec import PolicySpec
+
+ROOT = Path(__file__).resolve().parents[2]
+CONTENT = b"what was exported"
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def manifest(spec: PolicySpec) -> Manifest:
+    """One with every field set, and floats that decimal notation could round."""
+    return Manifest(
+        schema_version=1,
+        name="tiny",
+        spec=spec,
+        precision="fp32",
+        device="cpu",
+        has_normalizer=True,
+        inputs=step_inputs(spec),
+        outputs=step_outputs(spec),
+        weights=File(file="weights.safetensors", sha256="a" * 64, bytes=7),
+        formats={"torchscript": File(file="policy.ts", sha256=SHA256, bytes=len(CONTENT))},
+        parity=Parity(
+            atol=2e-5,
+            rtol=1 / 3,
+            batch_sizes=(1, 64),
+            steps=50,
+            formats={
+                "torchscript": FormatParity(
+                    rows=3700, action_agreement=29599 / 29600, max_error={"value": 1.1920929e-07}
+                )
+            },
+        ),
+        source=Source(kind="checkpoint", name="best", sha256="b" * 64),
+        versions={"python": "3.11.0", "torch": "2.13.0"},
+    )
+
+
+def sealed(directory: Path) -> File:
+    """A file of the artifact as it was exported."""
+    (directory / "policy.ts").write_bytes(CONTENT)
+    return File.describe(directory / "policy.ts")
+
+
+def test_manifest_survives_its_file(manifest: Manifest, tmp_path: Path) -> None:
+    manifest.write(tmp_path)
+    assert Manifest.read(tmp_path) == manifest
+
+
+def test_policy_version_is_the_hash_of_the_weights(manifest: Manifest) -> None:
+    assert manifest.policy_version == "sha256:" + "a" * 64
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_step_takes_and_gives_the_named_arrays_of_the_contract(num_layers: int) -> None:
+    spec = PolicySpec.tamiyo_v1(
+        num_slots=5, observation_dim=11, feature_dim=12, hidden_dim=10, num_layers=num_layers
+    )
+    state = ("batch", num_layers, 10)
+    choices = 5 + 13 + 4 + 3 + 3 + 4 + 3 + 6
+    assert [(array.name, array.dtype, array.shape) for array in step_inputs(spec)] == [
+        ("observation", "float32", ("batch", 11)),
+        ("action_mask", "bool", ("batch", choices)),
+        ("noise", "float32", ("batch", choices)),
+        ("state_h_in", "float32", state),
+        ("state_c_in", "float32", state),
+    ]
+    assert [(array.name, array.dtype, array.shape) for array in step_outputs(spec)] == [
+        ("action", "int64", ("batch", 8)),
+        ("log_prob", "float32", ("batch", 8)),
+        ("value", "float32", ("batch",)),
+        ("state_h_out", "float32", state),
+        ("state_c_out", "float32", state),
+    ]
+
+
+def absent(directory: Path) -> Path:
+    return directory / "absent"
+
+
+def without_manifest(directory: Path) -> Path:
+    return directory
+
+
+def regular_file(directory: Path) -> Path:
+    (directory / "file").write_bytes(CONTENT)
+    return directory / "file"
+
+
+def manifest_is_a_directory(directory: Path) -> Path:
+    (directory / MANIFEST_FILE).mkdir()
+    return directory
+
+
+@pytest.mark.parametrize(
+    "make", [absent, without_manifest, regular_file, manifest_is_a_directory]
+)  # fmt: skip
+def test_what_is_no_artifact_is_refused_by_name(
+    make: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    directory = make(tmp_path)
+    with pytest.raises(ArtifactError) as refusal:
+        Manifest.read(directory)
+    assert str(directory) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert "python -m export" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"null", b"[]", b'"policy"', b"\xff\xfe\x00", b"PK\x03\x04"],
+    ids=["empty", "brace", "null", "list", "string", "not UTF-8", "zip"],
+)
+def test_manifest_that_is_no_object_is_refused_by_name(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / MANIFEST_FILE).write_bytes(content)
+    with pytest.raises(ArtifactError) as refusal:
+        Manifest.read(tmp_path)
+    assert str(tmp_path / MANIFEST_FILE) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_manifest_cut_off_anywhere_is_refused(manifest: Manifest, tmp_path: Path) -> None:
+    manifest.write(tmp_path)
+    content = (tmp_path / MANIFEST_FILE).read_bytes().rstrip()
+    for length in range(0, len(content), 97):
+        (tmp_path / MANIFEST_FILE).write_bytes(content[:length])
+        with pytest.raises(ArtifactError, match="JSON"):
+            Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "named"),
+    [
+        (("schema_version",), 2, "schema_version"),
+        (("schema_version",), "1", "schema_version"),
+        (("added_by_a_later_version",), 0, "added_by_a_later_version"),
+        (("source", "added"), 0, "source.added"),
+        (("weights", "sha256"), "A" * 64, "weights.sha256"),
+        (("weights", "sha256"), "a" * 63, "weights.sha256"),
+        (("weights", "bytes"), -1, "weights.bytes"),
+        (("formats", "torchscript", "file"), "../policy.ts", "formats.torchscript.file"),
+        (("precision",), "fp8", "precision"),
+        (("device",), "tpu", "device"),
+        (("spec", "op_head"), "nonesuch", "spec"),
+        (("spec", "num_layers"), 0, "spec.num_layers"),
+        (("parity",), None, "parity"),
+    ],
+)
+def test_manifest_this_version_does_not_know_is_refused_naming_the_field(
+    where: tuple[str, ...], value: Any, named: str, manifest: Manifest, tmp_path: Path
+) -> None:
+    document = json.loads(manifest.model_dump_json())
+    inner = document
+    for key in where[:-1]:
+        inner = inner[key]
+    inner[where[-1]] = value
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps(document))
+    with pytest.raises(ArtifactError) as refusal:
+        Manifest.read(tmp_path)
+    assert str(refusal.value).startswith(f"{tmp_path / MANIFEST_FILE}: {named}: ")
+    assert "\n" not in str(refusal.value)
+
+
+def test_later_schema_is_named_before_what_it_added(manifest: Manifest, tmp_path: Path) -> None:
+    document = json.loads(manifest.model_dump_json())
+    document |= {"schema_version": 2, "added": 0, "precision": "fp8"}
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps(document))
+    with pytest.raises(ArtifactError, match="schema_version"):
+        Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "schema_version",
+        *sorted(Manifest.model_fields.keys() - {"schema_version"}),
+    ],
+)
+def test_manifest_without_a_field_is_refused(
+    field: str, manifest: Manifest, tmp_path: Path
+) -> None:
+    document = json.loads(manifest.model_dump_json())
+    del document[field]
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps(document))
+    with pytest.raises(ArtifactError, match=f"{field}: Field required"):
+        Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "../policy.ts",
+        "below/policy.ts",
+        "/etc/passwd",
+        "..\\policy.ts",
+        "C:policy.ts",
+        ".policy.ts",
+        "policy.ts\n",
+        "policy.ts\0",
+        "policy\u2215ts",
+    ],
+)
+def test_file_name_that_could_leave_the_directory_is_refused(name: str) -> None:
+    with pytest.raises(ValidationError, match="file"):
+        File(file=name, sha256=SHA256, bytes=len(CONTENT))
+
+
+def test_described_file_is_read_back_whole(tmp_path: Path) -> None:
+    file = sealed(tmp_path)
+    assert file == File(file="policy.ts", sha256=SHA256, bytes=len(CONTENT))
+    assert file.read(tmp_path) == CONTENT
+
+
+def test_file_with_any_bit_flipped_is_refused(tmp_path: Path) -> None:
+    file = sealed(tmp_path)
+    for bit in range(8 * len(CONTENT)):
+        changed = bytearray(CONTENT)
+        changed[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "policy.ts").write_bytes(changed)
+        with pytest.raises(ArtifactError, match="SHA-256"):
+            file.read(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", CONTENT[:-1], CONTENT + b"\0"])
+def test_file_of_another_length_is_refused(content: bytes, tmp_path: Path) -> None:
+    file = sealed(tmp_path)
+    (tmp_path / "policy.ts").write_bytes(content)
+    with pytest.raises(ArtifactError, match="SHA-256") as refusal:
+        file.read(tmp_path)
+    assert str(tmp_path / "policy.ts") in str(refusal.value)
+
+
+def test_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+    file = sealed(tmp_path)
+    (tmp_path / "policy.ts").unlink()
+    with pytest.raises(ArtifactError, match="No such file") as refusal:
+        file.read(tmp_path)
+    assert str(tmp_path / "policy.ts") in str(refusal.value)
+
+
+def test_reading_a_manifest_needs_no_torch() -> None:
+    code = "import sys, export.manifest; print(*sorted({'torch', 'export.step'} & {*sys.modules}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []

@@ -1,0 +1,406 @@
+"""The gate: what passes it, and that every way of being wrong is stopped and named."""
+
+import copy
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from export.formats import LoadedStep
+from export.parity import ATOL, BATCH_SIZES, STEPS, ParityError, Reference, check_parity
+from export.step import PolicyStep, StepOutput
+from model.heads import HeadTable
+from model.normalizer import ObservationNormalizer
+from model.policy import FactoredRecurrentActorCritic
+from model.spec import PolicySpec
+
+torch.set_num_threads(1)  # two spin for each other on matrices this small
+
+NUDGE = ATOL / 2
+"""Moves a choice within the tolerance: enough to break a tie, too little to be a fault."""
+Fault = Callable[[LoadedStep, HeadTable], LoadedStep]
+
+OUTPUTS = ("action", "log_prob", "value", "state_h_out", "state_c_out")
+ACTION, LOG_PROB, VALUE, STATE_H, STATE_C = range(5)
+
+
+@pytest.fixture(scope="module")
+def normalizer(spec: PolicySpec) -> ObservationNormalizer:
+    generator = torch.Generator().manual_seed(7)
+    mean = torch.randn(spec.observation_dim, generator=generator)
+    return ObservationNormalizer(mean, 3.0 * torch.rand(mean.shape, generator=generator))
+
+
+@pytest.fixture(scope="module")
+def reference(policy: FactoredRecurrentActorCritic, normalizer: ObservationNormalizer) -> Reference:
+    return Reference(policy, normalizer)
+
+
+@pytest.fixture(scope="module")
+def step(reference: Reference) -> PolicyStep:
+    return PolicyStep(reference.policy, reference.normalizer).eval()
+
+
+def with_output(step: LoadedStep, index: int, change: Callable[[Tensor], Tensor]) -> LoadedStep:
+    """The step with one of its outputs changed."""
+
+    def changed(*inputs: Tensor) -> StepOutput:
+        outputs = list(step(*inputs))
+        outputs[index] = change(outputs[index])
+        action, log_prob, value, h, c = outputs
+        return action, log_prob, value, h, c
+
+    return changed
+
+
+def with_row(tensor: Tensor, row: int, value: float) -> Tensor:
+    changed = tensor.clone()
+    changed[row] = value
+    return changed
+
+
+def passes(step: LoadedStep, reference: Reference) -> bool:
+    try:
+        check_parity(step, reference)
+    except ParityError:
+        return False
+    return True
+
+
+def test_correct_step_passes_with_every_decision_equal(
+    step: PolicyStep, reference: Reference
+) -> None:
+    parity = check_parity(step, reference)
+    assert parity.rows == 50 * (1 + 2 + 7 + 64)
+    assert parity.action_agreement == 1.0
+    assert parity.max_error.keys() == {"log_prob", "value", "state_h_out", "state_c_out"}
+    assert max(parity.max_error.values()) < ATOL
+
+
+def test_comparison_is_the_same_each_time(step: PolicyStep, reference: Reference) -> None:
+    assert check_parity(step, reference) == check_parity(step, reference)
+
+
+def swapped_heads(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+    """Two heads of one size, so that no index gives it away."""
+    order = list(range(len(heads.names)))
+    first, second = heads.names.index("alpha_target"), heads.names.index("alpha_curve")
+    order[first], order[second] = second, first
+    swapped_action = with_output(step, ACTION, lambda action: action[:, order])
+    return with_output(swapped_action, LOG_PROB, lambda log_prob: log_prob[:, order])
+
+
+def swapped_state(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+    def swapped(*inputs: Tensor) -> StepOutput:
+        action, log_prob, value, h, c = step(*inputs)
+        return action, log_prob, value, c, h
+
+    return swapped
+
+
+def style_rule_ignored(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+    changed = copy.deepcopy(step)
+    assert isinstance(changed, PolicyStep)
+    changed.heads.relevance.fill_(True)
+    return changed
+
+
+def style_taken_where_it_does_not_matter(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+    ignored = style_rule_ignored(step, heads)
+
+    def taken(*inputs: Tensor) -> StepOutput:
+        _, log_prob, value, h, c = step(*inputs)
+        return ignored(*inputs)[ACTION], log_prob, value, h, c
+
+    return taken
+
+
+def style_scored_where_it_does_not_matter(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+    style = heads.names.index("style")
+
+    def scored(log_prob: Tensor) -> Tensor:
+        column = log_prob[:, style]
+        return log_prob.index_copy(
+            1, torch.tensor([style]), torch.where(column == 0, -1.0, column)[:, None]
+        )
+
+    return with_output(step, LOG_PROB, scored)
+
+
+def masked_choice_taken(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+    size = heads.sizes[0]
+
+    def taken(*inputs: Tensor) -> StepOutput:
+        action, *others = step(*inputs)
+        allowed = inputs[1][:, :size]
+        forbidden = allowed.int().argmin(-1)
+        action = torch.cat(
+            [torch.where(allowed.all(-1), action[:, 0], forbidden)[:, None], action[:, 1:]], -1
+        )
+        return action, others[0], others[1], others[2], others[3]
+
+    return taken
+
+
+def mask_ignored(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+    def ignoring(*inputs: Tensor) -> StepOutput:
+        return step(inputs[0], torch.ones_like(inputs[1]), *inputs[2:])
+
+    return ignoring
+
+
+def noise_ignored(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+    def ignoring(*inputs: Tensor) -> StepOutput:
+        return step(inputs[0], inputs[1], torch.zeros_like(inputs[2]), *inputs[3:])
+
+    return ignoring
+
+
+def noise_added_to_the_log_prob(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+    def added(*inputs: Tensor) -> StepOutput:
+        action, log_prob, *others = step(*inputs)
+        chosen = heads.spread(inputs[2]).gather(-1, action[..., None])[..., 0]
+        return action, log_prob + chosen * (log_prob != 0), others[0], others[1], others[2]
+
+    return added
+
+
+def state_not_carried(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+    def stuck(*inputs: Tensor) -> StepOutput:
+        action, log_prob, value, _, _ = step(*inputs)
+        return action, log_prob, value, inputs[3], inputs[4]
+
+    return stuck
+
+
+def cell_state_not_carried(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+    def stuck(*inputs: Tensor) -> StepOutput:
+        action, log_prob, value, h, _ = step(*inputs)
+        return action, log_prob, value, h, inputs[4]
+
+    return stuck
+
+
+def stale_state_for_restarted_rows(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+    """Keeps its own copy of the state, and takes the caller's only for rows that go on."""
+    kept: list[Tensor] = []
+
+    def stale(*inputs: Tensor) -> StepOutput:
+        h, c = inputs[3], inputs[4]
+        if kept and len(kept[0]) == len(h):
+            restarted = (h == 0).flatten(1).all(1)[:, None, None]
+            h, c = torch.where(restarted, kept[0], h), torch.where(restarted, kept[1], c)
+        outputs = step(*inputs[:3], h, c)
+        kept[:] = outputs[3:]
+        return outputs
+
+    return stale
+
+
+def rows_reversed(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+    def backwards(*inputs: Tensor) -> StepOutput:
+        action, log_prob, value, h, c = (output.flip(0) for output in step(*inputs))
+        return action, log_prob, value, h, c
+
+    return backwards
+
+
+def rows_beyond_the_first_two_dropped(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+    def cut(*inputs: Tensor) -> StepOutput:
+        action, log_prob, value, h, c = (output[:2] for output in step(*inputs))
+        return action, log_prob, value, h, c
+
+    return cut
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        (swapped_heads, r"(action of head 'alpha_target'|log_prob\[\d+, 4\])"),
+        (swapped_state, r"state_h_out\["),
+        (style_rule_ignored, r"(action of head 'style'|log_prob\[\d+, 2\])"),
+        (style_taken_where_it_does_not_matter, r"action of head 'style'"),
+        (style_scored_where_it_does_not_matter, r"log_prob\[\d+, 2\] is -1"),
+        (masked_choice_taken, r"action of head 'slot'"),
+        (mask_ignored, r"action of head '"),
+        (noise_ignored, r"action of head '"),
+        (noise_added_to_the_log_prob, r"log_prob\["),
+        (state_not_carried, r"state_h_out\["),
+        (cell_state_not_carried, r"state_c_out\["),
+        (stale_state_for_restarted_rows, r"state_h_out\["),
+        (rows_reversed, r"state_h_out\["),
+        (rows_beyond_the_first_two_dropped, r"state_h_out is torch\.float32 \(2, "),
+    ],
+)
+def test_fault_is_stopped_and_named(
+    fault: Fault, named: str, step: PolicyStep, reference: Reference
+) -> None:
+    with pytest.raises(ParityError, match=named) as stopped:
+        check_parity(fault(step, reference.policy.heads), reference)
+    assert re.search(r"\(batch size \d+, step \d+\)$", str(stopped.value))
+    assert "expected" in str(stopped.value)
+
+
+def test_forgotten_normaliser_is_stopped(
+    policy: FactoredRecurrentActorCritic, reference: Reference
+) -> None:
+    with pytest.raises(ParityError, match="state_h_out"):
+        check_parity(PolicyStep(policy, None), reference)
+
+
+def test_normaliser_of_another_policy_is_stopped(
+    policy: FactoredRecurrentActorCritic, normalizer: ObservationNormalizer, step: PolicyStep
+) -> None:
+    with pytest.raises(ParityError, match="state_h_out"):
+        check_parity(step, Reference(policy, None))
+    shifted = ObservationNormalizer(normalizer.mean + 1e-2, normalizer.var)
+    with pytest.raises(ParityError, match="state_h_out"):
+        check_parity(step, Reference(policy, shifted))
+
+
+def test_forgotten_clip_of_the_normaliser_is_stopped(
+    step: PolicyStep, reference: Reference
+) -> None:
+    assert reference.normalizer is not None
+    unclipped = PolicyStep(reference.policy, None).eval()
+    mean, scale = step.mean, step.scale
+    assert mean is not None
+    assert scale is not None
+
+    def without_clip(observation: Tensor, *others: Tensor) -> StepOutput:
+        outputs: StepOutput = unclipped((observation - mean) * scale, *others)
+        return outputs
+
+    with pytest.raises(ParityError, match="state_h_out"):
+        check_parity(without_clip, reference)
+
+
+@pytest.mark.parametrize("index", [LOG_PROB, VALUE, STATE_H, STATE_C])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_output_that_is_not_finite_is_stopped_and_named(
+    index: int, value: float, step: PolicyStep, reference: Reference
+) -> None:
+    faulty = with_output(step, index, lambda output: with_row(output, -1, value))
+    with pytest.raises(ParityError, match=rf"^{OUTPUTS[index]}\[\d.*\] is (nan|-?inf), expected"):
+        check_parity(faulty, reference)
+
+
+def test_fault_in_the_last_row_of_the_last_step_is_stopped(
+    step: PolicyStep, reference: Reference
+) -> None:
+    calls = 0
+
+    def faulty_at_last(*inputs: Tensor) -> StepOutput:
+        nonlocal calls
+        calls += 1
+        action, log_prob, value, h, c = step(*inputs)
+        if calls == STEPS * len(BATCH_SIZES):
+            value = with_row(value, -1, torch.nan)
+        return action, log_prob, value, h, c
+
+    last = rf"^value\[63\] is nan.*\(batch size {BATCH_SIZES[-1]}, step {STEPS - 1}\)$"
+    with pytest.raises(ParityError, match=last):
+        check_parity(faulty_at_last, reference)
+
+
+@pytest.mark.parametrize(
+    ("index", "dtype"),
+    [
+        (ACTION, torch.int32),
+        (ACTION, torch.float32),
+        (LOG_PROB, torch.float64),
+        (VALUE, torch.float64),
+        (VALUE, torch.bfloat16),
+        (STATE_H, torch.float64),
+        (STATE_C, torch.float16),
+    ],
+)
+def test_wrong_dtype_is_stopped_and_named(
+    index: int, dtype: torch.dtype, step: PolicyStep, reference: Reference
+) -> None:
+    faulty = with_output(step, index, lambda output: output.to(dtype))
+    with pytest.raises(ParityError, match=f"^{OUTPUTS[index]} is {dtype}"):
+        check_parity(faulty, reference)
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_wrong_shape_is_stopped_and_named(
+    index: int, step: PolicyStep, reference: Reference
+) -> None:
+    """One dimension too many broadcasts against what is expected, and would compare as equal."""
+    faulty = with_output(step, index, lambda output: output.unsqueeze(0))
+    with pytest.raises(ParityError, match=rf"^{OUTPUTS[index]} is .*\(1, 1"):
+        check_parity(faulty, reference)
+
+
+@pytest.mark.parametrize("choice", [-1, 13])
+def test_action_outside_its_head_is_stopped(
+    choice: int, step: PolicyStep, reference: Reference
+) -> None:
+    faulty = with_output(step, ACTION, lambda action: with_row(action, -1, choice))
+    with pytest.raises(ParityError, match="action is outside its head"):
+        check_parity(faulty, reference)
+
+
+def test_any_weight_tensor_off_by_a_thousandth_is_stopped(
+    policy: FactoredRecurrentActorCritic, reference: Reference
+) -> None:
+    unnoticed = []
+    for name in policy.state_dict():
+        off = copy.deepcopy(policy)
+        with torch.no_grad():
+            off.get_parameter(name).mul_(1.001)
+        if passes(PolicyStep(off, reference.normalizer), reference):
+            unnoticed.append(name)
+    assert unnoticed == []
+
+
+def tied(policy: FactoredRecurrentActorCritic, head: str) -> FactoredRecurrentActorCritic:
+    """The policy with choices 0 and 1 of a head equal, bit for bit, in every situation."""
+    tied = copy.deepcopy(policy)
+    last = tied.get_submodule(f"{head}_head.2")
+    with torch.no_grad():
+        for parameter in last.parameters():
+            parameter[1] = parameter[0]
+    return tied
+
+
+def nudged(
+    policy: FactoredRecurrentActorCritic, head: str, amount: float
+) -> FactoredRecurrentActorCritic:
+    """The policy with choice 1 of a head more likely."""
+    nudged = copy.deepcopy(policy)
+    with torch.no_grad():
+        nudged.get_parameter(f"{head}_head.2.bias")[1] += amount
+    return nudged
+
+
+@pytest.mark.parametrize("head", ["slot", "tempo", "op"])
+def test_tie_may_be_broken_either_way(head: str, policy: FactoredRecurrentActorCritic) -> None:
+    """A tie between ops too: what it forces follows the op that was taken."""
+    even = tied(policy, head)
+    other_way: LoadedStep = PolicyStep(nudged(even, head, NUDGE), None)
+    parity = check_parity(other_way, Reference(even, None))
+    assert 0.9 < parity.action_agreement < 1.0
+
+
+@pytest.mark.parametrize("head", ["slot", "tempo", "op"])
+def test_choice_worse_by_more_than_the_tolerance_is_stopped(
+    head: str, policy: FactoredRecurrentActorCritic
+) -> None:
+    even = tied(policy, head)
+    heads = policy.heads
+    index = heads.names.index(head)
+    other_way = PolicyStep(nudged(even, head, NUDGE), None)
+    worse = nudged(even, head, -2 * ATOL)
+    right = PolicyStep(worse, None)
+
+    def right_but_for_the_action(*inputs: Tensor) -> StepOutput:
+        action = other_way(*inputs)[ACTION]
+        _, log_prob, value, h, c = right(*inputs)
+        return action, log_prob, value, h, c
+
+    with pytest.raises(ParityError, match=f"action of head '{heads.names[index]}'"):
+        check_parity(right_but_for_the_action, Reference(worse, None))

@@ -1,0 +1,64 @@
+"""A served artifact, and the application over it or over the fake policy."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from export.exporter import export_policy
+from export.manifest import Manifest, Source
+from model.policy import FactoredRecurrentActorCritic
+from model.spec import PolicySpec
+from service.policy_service import PolicyService
+from service.settings import Settings
+from tests.service.fakes import AppClient, Bench, SummingRuntime
+
+MakeClient = Callable[..., AppClient]
+
+
+@pytest.fixture(scope="session")
+def artifact(
+    policy: FactoredRecurrentActorCritic, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    torch.set_num_threads(1)  # as the server does; two threads wait for each other's busy core
+    directory = tmp_path_factory.mktemp("artifacts") / "tiny"
+    source = Source(kind="preset", name="tiny", seed=0)
+    export_policy(policy, None, directory, name="tiny", source=source, formats=("torchscript",))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def manifest(artifact: Path) -> Manifest:
+    return Manifest.read(artifact)
+
+
+@pytest.fixture
+def bench(spec: PolicySpec) -> Bench:
+    return Bench(spec)
+
+
+@pytest.fixture
+def runtime(spec: PolicySpec) -> SummingRuntime:
+    return SummingRuntime(spec)
+
+
+@pytest.fixture
+def make_client(
+    artifact: Path, manifest: Manifest, runtime: SummingRuntime
+) -> Iterator[MakeClient]:
+    """Makes a client of the application over `runtime`; settings as keyword arguments."""
+    with ExitStack() as stack:
+
+        def make(*, is_warm: bool = True, **settings: Any) -> AppClient:
+            service = PolicyService(manifest, runtime, Settings(artifact=artifact, **settings))
+            return stack.enter_context(AppClient(service, is_warm=is_warm))
+
+        yield make
+
+
+@pytest.fixture
+def client(make_client: MakeClient) -> AppClient:
+    return make_client()

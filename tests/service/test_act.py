@@ -1,0 +1,539 @@
+"""The bodies of `POST /act`: what is read, what is refused and why, what is answered."""
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from export.manifest import Manifest
+from model.spec import PolicySpec
+from service.noise import gumbel_noise
+from service.policy_service import PolicyService
+from service.settings import Settings
+from tests.service.conftest import MakeClient
+from tests.service.fakes import POISON, AppClient, SummingRuntime
+
+Json = dict[str, Any]
+
+
+def observation(spec: PolicySpec, x: float = 1.0) -> list[float]:
+    return [x] + [0.0] * (spec.observation_dim - 1)
+
+
+def body(spec: PolicySpec, x: float = 1.0, **fields: Any) -> Json:
+    return {"observation": observation(spec, x)} | fields
+
+
+def raw(spec: PolicySpec, first: str) -> bytes:
+    """A body whose first observed value is written as `first`, JSON or not."""
+    return f'{{"observation": [{first}{", 0" * (spec.observation_dim - 1)}]}}'.encode()
+
+
+def error_of(response: httpx.Response, status: int, error_type: str) -> str:
+    """The sentence of an error whose status, type and form are right."""
+    assert response.headers["content-type"] == "application/json"
+    answer = response.json()
+    assert (response.status_code, answer.get("error_type")) == (status, error_type), answer
+    assert answer.keys() == {"error", "error_type"}
+    sentence = answer["error"]
+    assert isinstance(sentence, str)
+    assert sentence
+    assert "\n" not in sentence
+    assert "Traceback" not in sentence
+    return sentence
+
+
+def test_an_observation_is_enough(client: AppClient, spec: PolicySpec) -> None:
+    response = client.act(body(spec, 3.0))
+    answer = response.json()
+    assert response.status_code == 200
+    assert answer.keys() == {"step", "action", "log_prob", "value", "policy_version", "state"}
+    assert list(answer["action"]) == list(answer["log_prob"]) == list(spec.head_names)
+    assert answer["step"] == 0
+    assert answer["value"] == 3.0
+    assert answer["policy_version"] == client.service.manifest.policy_version
+    shape = (spec.num_layers, spec.hidden_dim)
+    assert np.shape(answer["state"]["h"]) == np.shape(answer["state"]["c"]) == shape
+
+
+def test_a_session_s_answer_names_it_and_has_no_state(client: AppClient, spec: PolicySpec) -> None:
+    answer = client.act(body(spec, session_id="env-17", episode_start=True)).json()
+    assert answer["session_id"] == "env-17"
+    assert "state" not in answer
+
+
+def test_every_documented_field_may_be_sent_at_once(client: AppClient, spec: PolicySpec) -> None:
+    masks = {head.name: [True] * head.size for head in spec.heads}
+    request = body(
+        spec,
+        session_id="env-17",
+        episode="7",
+        step=0,
+        episode_start=True,
+        seed=2**64 - 1,
+        action_mask=masks,
+        deterministic=False,
+        timeout_ms=5000,
+    )
+    assert client.act(request).status_code == 200
+
+
+def test_the_seed_and_step_make_the_noise(client: AppClient, spec: PolicySpec) -> None:
+    answer = client.act(body(spec, seed=42, step=3)).json()
+    noise = gumbel_noise(np.array([42], np.uint64), np.array([3], np.uint64), spec.num_choices)
+    expected = [part.argmax() for part in np.split(noise[0], np.cumsum(spec.head_sizes)[:-1])]
+    assert list(answer["action"].values()) == expected
+    assert answer["step"] == 3
+
+
+def test_a_mask_names_heads_and_one_left_out_has_everything_allowed(
+    client: AppClient, spec: PolicySpec
+) -> None:
+    only = [False] * 5 + [True]
+    answers = client.act_at_once([body(spec, seed=n, action_mask={"op": only}) for n in range(32)])
+    actions = [answer.json()["action"] for answer in answers]
+    assert {action["op"] for action in actions} == {5}
+    for head in spec.heads:
+        if head.name not in ("op", "blueprint"):
+            assert len({action[head.name] for action in actions}) == head.size
+
+
+def test_a_stateless_client_carries_the_state(client: AppClient, spec: PolicySpec) -> None:
+    first = client.act(body(spec, 3.0)).json()
+    second = client.act(body(spec, 4.0, state=first["state"])).json()
+    assert second["value"] == 7.0
+    assert second["state"]["c"] == [[2.0] * spec.hidden_dim]
+
+
+MALFORMED = {
+    "empty": (b"", "not JSON"),
+    "not JSON": (b"{", "not JSON"),
+    "not UTF-8": (b"\xff\xfe", "not JSON"),
+    "two values": (b"{} {}", "not JSON"),
+    "a trailing comma": (b'{"observation": [1,]}', "not JSON"),
+    "half a surrogate pair": (b'{"session_id": "\\ud800"}', "not JSON"),
+    "nested without end": (b"[" * 100_000, "not JSON"),
+    "a list": (b"[]", "object"),
+    "null": (b"null", "object"),
+    "a number": (b"1", "object"),
+}
+
+
+@pytest.mark.parametrize(("content", "why"), MALFORMED.values(), ids=MALFORMED)
+def test_a_body_that_is_no_json_object_is_malformed(
+    client: AppClient, content: bytes, why: str
+) -> None:
+    assert why in error_of(client.act(content), 400, "malformed")
+
+
+WRONG_TYPES: dict[str, list[Any]] = {
+    "observation": [None, "x", 1, {}, [None], ["1"], [True], [[1.0]]],
+    "action_mask": ["x", [], {"op": None}, {"op": [1]}, {"op": ["true"]}, {"op": True}],
+    "session_id": [1, "", "x" * 257, [], True],
+    "episode": [1, "", "x" * 257, {}],
+    "step": [-1, 1.5, 1.0, "0", 2**64, 10**30, True, []],
+    "episode_start": [None, 0, "true", []],
+    "seed": [-1, 1.5, 2**64, "0", True],
+    "deterministic": [None, 1, "false"],
+    "timeout_ms": [0, -1, "5", True, []],
+    "state": [[], "x", {}, {"h": [[0.0]]}, {"h": 1, "c": 1}, {"h": [], "c": [], "x": []}],
+}
+CASES = [(name, value) for name, wrong in WRONG_TYPES.items() for value in wrong]
+
+
+@pytest.mark.parametrize(("name", "value"), CASES, ids=[f"{n}={v!r:.20}" for n, v in CASES])
+def test_a_field_of_a_wrong_type_is_malformed_and_named(
+    client: AppClient, spec: PolicySpec, name: str, value: Any
+) -> None:
+    sentence = error_of(client.act(body(spec) | {name: value}), 400, "malformed")
+    assert f"`{name}" in sentence
+
+
+def test_an_unknown_field_is_malformed_and_named(client: AppClient, spec: PolicySpec) -> None:
+    sentence = error_of(client.act(body(spec, sesion_id="typo")), 400, "malformed")
+    assert "`sesion_id` is not a field" in sentence
+
+
+def test_a_missing_observation_is_malformed_and_named(client: AppClient) -> None:
+    assert "`observation` is required" in error_of(client.act({}), 400, "malformed")
+
+
+@pytest.mark.parametrize("change", [-1, 1, None])
+def test_an_observation_of_a_wrong_length_is_invalid_and_says_both_lengths(
+    client: AppClient, spec: PolicySpec, change: int | None
+) -> None:
+    length = 0 if change is None else spec.observation_dim + change
+    sentence = error_of(client.act({"observation": [0.0] * length}), 422, "invalid")
+    assert f"has {length} values" in sentence
+    assert f"reads {spec.observation_dim}" in sentence
+
+
+@pytest.mark.parametrize(
+    "number", ["NaN", "Infinity", "-Infinity", "1e39", "-1e39", "1e999", "9" * 400, "3.5e38"]
+)
+def test_a_value_that_is_no_finite_float32_is_invalid_and_named(
+    client: AppClient, spec: PolicySpec, number: str
+) -> None:
+    sentence = error_of(client.act(raw(spec, number)), 422, "invalid")
+    assert "`observation[0]`" in sentence
+
+
+@pytest.mark.parametrize("number", ["3.4e38", "1e-50", "-0.0", "7", "12345678901234567890"])
+def test_any_finite_float32_is_read(client: AppClient, spec: PolicySpec, number: str) -> None:
+    answer = client.act(raw(spec, number)).json()
+    assert answer["value"] == float(np.float32(number))
+
+
+def test_a_mask_of_an_unknown_head_is_invalid_and_lists_the_heads(
+    client: AppClient, spec: PolicySpec
+) -> None:
+    request = body(spec, action_mask={"opp": [True] * 6})
+    sentence = error_of(client.act(request), 422, "invalid")
+    assert "'opp'" in sentence
+    assert ", ".join(spec.head_names) in sentence
+
+
+@pytest.mark.parametrize("length", [0, 5, 7])
+def test_a_mask_of_a_wrong_length_is_invalid_and_names_the_head(
+    client: AppClient, spec: PolicySpec, length: int
+) -> None:
+    request = body(spec, action_mask={"op": [True] * length})
+    sentence = error_of(client.act(request), 422, "invalid")
+    assert f"`action_mask.op` has {length} values, the head has 6" in sentence
+
+
+def test_a_mask_that_allows_nothing_is_invalid_and_names_the_head(
+    client: AppClient, spec: PolicySpec
+) -> None:
+    for head in spec.heads:
+        request = body(spec, action_mask={head.name: [False] * head.size})
+        sentence = error_of(client.act(request), 422, "invalid")
+        assert f"`action_mask.{head.name}` allows nothing" in sentence
+
+
+def test_a_state_of_a_wrong_shape_is_invalid_and_named(client: AppClient, spec: PolicySpec) -> None:
+    right = [[0.0] * spec.hidden_dim] * spec.num_layers
+    shapes: list[list[list[float]]] = [[], [[]], [*right, right[0]], [[*right[0], 0.0]]]
+    for wrong in shapes:
+        for state in ({"h": wrong, "c": right}, {"h": right, "c": wrong}):
+            sentence = error_of(client.act(body(spec, state=state)), 422, "invalid")
+            assert f"`state.{'h' if state['h'] is wrong else 'c'}`" in sentence
+
+
+def test_a_state_that_is_not_finite_is_invalid_and_named(
+    client: AppClient, spec: PolicySpec
+) -> None:
+    right = [[0.0] * spec.hidden_dim] * spec.num_layers
+    wrong = [[0.0] * (spec.hidden_dim - 1) + [1e39]]
+    sentence = error_of(client.act(body(spec, state={"h": right, "c": wrong})), 422, "invalid")
+    assert f"`state.c[0][{spec.hidden_dim - 1}]`" in sentence
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"session_id": "a", "state": {"h": [[0.0]], "c": [[0.0]]}}, "state"),
+        ({"episode": "7"}, "episode"),
+        ({"episode_start": True}, "episode_start"),
+        ({"session_id": "a", "episode_start": True, "step": 1}, "step 0, not 1"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_invalid(
+    client: AppClient, spec: PolicySpec, fields: Json, name: str
+) -> None:
+    assert name in error_of(client.act(body(spec, **fields)), 422, "invalid")
+
+
+def test_an_unknown_session_is_404_and_a_lost_one_410(client: AppClient, spec: PolicySpec) -> None:
+    unknown = error_of(client.act(body(spec, session_id="x")), 404, "unknown_session")
+    assert "'x'" in unknown
+    assert "episode_start" in unknown
+    lost = error_of(client.act(body(spec, session_id="x", step=4)), 410, "session_lost")
+    assert "'x'" in lost
+
+
+def test_an_evicted_session_is_410(make_client: MakeClient, spec: PolicySpec) -> None:
+    client = make_client(max_sessions=1)
+    for session in ("first", "second"):
+        assert client.act(body(spec, session_id=session, episode_start=True)).status_code == 200
+    error_of(client.act(body(spec, session_id="first")), 410, "session_lost")
+    assert client.act(body(spec, session_id="second")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "fields", [{"step": 0}, {"step": 5}, {"step": 2, "seed": 1}, {"step": 2, "episode": "8"}]
+)
+def test_a_step_out_of_turn_is_409_and_says_which_is_next(
+    client: AppClient, spec: PolicySpec, fields: Json
+) -> None:
+    client.act(body(spec, 1, session_id="a", episode="7", episode_start=True, seed=5))
+    client.act(body(spec, 2, session_id="a", step=1))
+    sentence = error_of(client.act(body(spec, 9, session_id="a", **fields)), 409, "step_conflict")
+    assert "next step is 2" in sentence
+
+
+def test_a_retry_is_byte_for_byte_the_answer_and_says_that_it_is_one(
+    client: AppClient, spec: PolicySpec
+) -> None:
+    start = body(spec, 0.1, session_id="a", episode="7", step=0, episode_start=True)
+    step = body(spec, 0.2, session_id="a", episode="7", step=1)
+    for request in (start, step):
+        first = client.act(request)
+        assert first.status_code == 200
+        assert "replayed" not in first.headers
+        for _ in range(2):
+            again = client.act(request)
+            assert again.status_code == 200
+            assert again.headers["Replayed"] == "true"
+            assert again.content == first.content
+
+
+def test_a_retry_that_overtakes_its_answer_waits_for_it(
+    client: AppClient, runtime: SummingRuntime, spec: PolicySpec
+) -> None:
+    client.act(body(spec, 1, session_id="a", episode_start=True))
+    runtime.batch_sizes.clear()
+    answers = client.act_at_once([body(spec, 10, session_id="a", step=1)] * 3)
+    assert [answer.status_code for answer in answers] == [200, 200, 200]
+    assert len({answer.content for answer in answers}) == 1
+    assert [answer.headers.get("replayed") for answer in answers] == [None, "true", "true"]
+    assert runtime.batch_sizes == [1]
+
+
+def test_requests_of_one_session_without_a_step_run_in_the_order_of_arrival(
+    client: AppClient, spec: PolicySpec
+) -> None:
+    client.act(body(spec, 0, session_id="a", episode_start=True))
+    answers = client.act_at_once([body(spec, 10.0**n, session_id="a") for n in range(5)])
+    assert [answer.json()["value"] for answer in answers] == [1, 11, 111, 1111, 11111]
+    assert [answer.json()["step"] for answer in answers] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("max_batch_size", [1, 8])
+def test_a_start_never_takes_the_place_of_a_session_whose_step_waits(
+    make_client: MakeClient, spec: PolicySpec, max_batch_size: int
+) -> None:
+    client = make_client(max_sessions=1, max_batch_size=max_batch_size)
+    client.act(body(spec, 1, session_id="a", episode="7", episode_start=True))
+    rival, step = client.act_at_once(
+        [body(spec, 1, session_id="b", episode_start=True), body(spec, 10, session_id="a", step=1)]
+    )
+    error_of(rival, 429, "overloaded")
+    assert step.json()["value"] == 11
+    again = client.act(body(spec, 100, session_id="a", episode="7", step=2))
+    assert again.json()["value"] == 111
+
+
+def test_one_bad_request_in_a_crowd_harms_nobody(client: AppClient, spec: PolicySpec) -> None:
+    poison = body(spec)
+    poison["observation"][-1] = POISON
+    crowd = [
+        body(spec, 1),
+        raw(spec, "NaN"),
+        body(spec, 2),
+        b"{",
+        body(spec, 3, session_id="nobody"),
+        poison,
+        body(spec, 4, action_mask={"op": [False] * 6}),
+        body(spec, 5),
+    ]
+    answers = client.act_at_once(crowd)
+    assert [answer.status_code for answer in answers] == [200, 422, 200, 400, 404, 422, 422, 200]
+    assert [answers[at].json()["value"] for at in (0, 2, 7)] == [1, 2, 5]
+
+
+def test_an_output_that_is_not_finite_is_422_and_the_session_goes_on(
+    client: AppClient, spec: PolicySpec
+) -> None:
+    client.act(body(spec, 1, session_id="a", episode_start=True))
+    poison = body(spec, 10, session_id="a", step=1)
+    poison["observation"][-1] = POISON
+    assert "has not moved" in error_of(client.act(poison), 422, "invalid")
+    assert client.act(body(spec, 10, session_id="a", step=1)).json()["value"] == 11
+
+
+def test_a_request_whose_time_is_up_is_504_and_has_not_moved_its_session(
+    client: AppClient, runtime: SummingRuntime, spec: PolicySpec
+) -> None:
+    client.act(body(spec, 1, session_id="a", episode_start=True))
+    runtime.batch_sizes.clear()
+    late = body(spec, 10, session_id="a", step=1, timeout_ms=1e-9)
+    error_of(client.act(late), 504, "deadline_exceeded")
+    assert runtime.batch_sizes == []
+    assert client.act(late | {"timeout_ms": 5000}).json()["value"] == 11
+
+
+def test_a_request_that_names_no_timeout_gets_the_server_s(
+    make_client: MakeClient, spec: PolicySpec
+) -> None:
+    client = make_client(timeout_ms=1e-9)
+    error_of(client.act(body(spec)), 504, "deadline_exceeded")
+    assert client.act(body(spec, timeout_ms=5000)).status_code == 200
+
+
+def test_more_requests_than_may_wait_are_429_with_retry_after(
+    make_client: MakeClient, spec: PolicySpec
+) -> None:
+    client = make_client(max_waiting=2)
+    answers = client.act_at_once([body(spec, n) for n in range(10)])
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert 0 < len(refused) < 10
+    for answer in refused:
+        error_of(answer, 429, "overloaded")
+        assert int(answer.headers["Retry-After"]) >= 1
+    assert client.act(body(spec)).status_code == 200
+
+
+def test_a_failing_policy_is_500_with_a_fixed_text_and_sessions_stay_as_they_were(
+    client: AppClient,
+    runtime: SummingRuntime,
+    spec: PolicySpec,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    client.act(body(spec, 1, session_id="a", episode_start=True))
+    runtime.failure = RuntimeError("secret path /etc/model")
+    step = body(spec, 10, session_id="a", step=1)
+    assert error_of(client.act(step), 500, "internal") == "internal error"
+    assert "secret path" in caplog.text
+    runtime.failure = None
+    assert client.act(step).json()["value"] == 11
+
+
+def test_a_body_as_large_as_allowed_is_read(make_client: MakeClient, spec: PolicySpec) -> None:
+    client = make_client(max_body_bytes=2000)
+    content = json.dumps(body(spec)).encode()
+    assert client.act(content + b" " * (2000 - len(content))).status_code == 200
+    error_of(client.act(content + b" " * (2001 - len(content))), 413, "too_large")
+
+
+def test_a_body_too_large_is_413_before_it_is_parsed(client: AppClient) -> None:
+    limit = client.service.settings.max_body_bytes
+    assert str(limit) in error_of(client.act(b"{" * (limit + 1)), 413, "too_large")
+
+
+def test_a_body_of_unknown_length_is_read_no_further_than_the_limit(
+    make_client: MakeClient,
+) -> None:
+    client = make_client(max_body_bytes=2000)
+    num_read = 0
+
+    async def chunks() -> AsyncIterator[bytes]:
+        nonlocal num_read
+        for _ in range(100):
+            num_read += 1
+            yield b"x" * 1000
+
+    response = client.request(
+        "POST", "/act", content=chunks(), headers={"Content-Type": "application/json"}
+    )
+    error_of(response, 413, "too_large")
+    assert num_read <= 4
+
+
+@pytest.mark.parametrize(
+    "content_type", ["text/plain", "application/jsonp", "application/x-www-form-urlencoded", ""]
+)
+def test_another_content_type_is_415(
+    client: AppClient, spec: PolicySpec, content_type: str
+) -> None:
+    response = client.request(
+        "POST",
+        "/act",
+        content=json.dumps(body(spec)),
+        headers={"Content-Type": content_type},
+    )
+    assert "application/json" in error_of(response, 415, "unsupported_content_type")
+
+
+def test_no_content_type_is_415(client: AppClient, spec: PolicySpec) -> None:
+    response = client.request("POST", "/act", content=json.dumps(body(spec)))
+    error_of(response, 415, "unsupported_content_type")
+
+
+@pytest.mark.parametrize(
+    "content_type", ["application/json; charset=utf-8", "Application/JSON", "application/json ;x=y"]
+)
+def test_json_may_be_declared_with_parameters_and_in_any_case(
+    client: AppClient, spec: PolicySpec, content_type: str
+) -> None:
+    response = client.request(
+        "POST", "/act", content=json.dumps(body(spec)), headers={"Content-Type": content_type}
+    )
+    assert response.status_code == 200
+
+
+HARMLESS = {200, 400, 404, 409, 410, 422, 504}
+"""Whatever a client sends with the right content type and size ends in one of these."""
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from([2**64, 1e39, "a", "op", "h"]),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(max_size=8) | st.sampled_from(["op", "h", "c"]), inner)
+    ),
+    max_leaves=12,
+)
+FIELDS = st.sampled_from([*WRONG_TYPES, "unknown"])
+
+
+@pytest.fixture(scope="module")
+def fuzzed(artifact: Path, manifest: Manifest, spec: PolicySpec) -> Iterator[AppClient]:
+    settings = Settings(artifact=artifact, max_sessions=2)
+    with AppClient(PolicyService(manifest, SummingRuntime(spec), settings)) as client:
+        yield client
+
+
+def assert_harmless(response: httpx.Response) -> None:
+    assert response.status_code in HARMLESS, response.text
+    if response.status_code == 200:
+        assert response.json()["action"]
+    else:
+        error_of(response, response.status_code, response.json()["error_type"])
+
+
+@given(content=st.binary(max_size=64))
+def test_arbitrary_bytes_are_refused_in_good_order(fuzzed: AppClient, content: bytes) -> None:
+    assert_harmless(fuzzed.act(content))
+
+
+@given(value=json_values)
+def test_arbitrary_json_is_refused_in_good_order(fuzzed: AppClient, value: Any) -> None:
+    assert_harmless(fuzzed.act(value))
+
+
+@given(fields=st.dictionaries(FIELDS, json_values, max_size=3))
+def test_a_good_request_with_arbitrary_fields_is_answered_or_refused_in_good_order(
+    fuzzed: AppClient, spec: PolicySpec, fields: Json
+) -> None:
+    assert_harmless(fuzzed.act(body(spec) | fields))
+
+
+@given(
+    fields=st.fixed_dictionaries(
+        {},
+        optional={
+            "session_id": st.sampled_from(["a", "b", "c", "\x00", "é/%2F", "🙂"]),
+            "episode": st.sampled_from(["7", "8", " "]),
+            "step": st.integers(min_value=0, max_value=3) | st.just(2**64 - 1),
+            "episode_start": st.booleans(),
+            "seed": st.sampled_from([0, 2**32, 2**64 - 1]),
+            "deterministic": st.booleans(),
+            "timeout_ms": st.sampled_from([1e-12, 1e308, 100]),
+        },
+    )
+)
+def test_any_well_formed_request_is_answered_or_refused_in_good_order(
+    fuzzed: AppClient, spec: PolicySpec, fields: Json
+) -> None:
+    assert_harmless(fuzzed.act(body(spec) | fields))

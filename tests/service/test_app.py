@@ -1,0 +1,390 @@
+"""The application's routes and life, and that every error has the one documented form."""
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from export.manifest import Manifest
+from model.spec import PolicySpec
+from service.app import create_app
+from service.policy_service import PolicyService, buckets
+from service.schemas import ActRequest
+from service.settings import Settings
+from tests.service.conftest import MakeClient
+from tests.service.fakes import AppClient, SummingRuntime
+from tests.service.test_act import body, error_of
+
+
+def samples(client: AppClient) -> dict[str, float]:
+    """Every sample of /metrics by its name and labels, as Prometheus' own parser reads them."""
+    response = client.get("/metrics")
+    assert response.status_code == 200
+    return {
+        sample.name + "".join(f" {name}={value}" for name, value in sample.labels.items()): (
+            sample.value
+        )
+        for family in text_string_to_metric_families(response.text)
+        for sample in family.samples
+    }
+
+
+def test_a_live_server_says_so_before_and_after_its_warm_up(make_client: MakeClient) -> None:
+    for is_warm in (False, True):
+        response = make_client(is_warm=is_warm).get("/healthz")
+        assert (response.status_code, response.json()) == (200, {"alive": True})
+
+
+def test_act_is_503_until_the_warm_up_has_ended(make_client: MakeClient, spec: PolicySpec) -> None:
+    cold = make_client(is_warm=False)
+    for response in (cold.act(body(spec)), cold.get("/readyz")):
+        error_of(response, 503, "not_ready")
+        assert int(response.headers["Retry-After"]) >= 1
+    warm = make_client()
+    assert warm.get("/readyz").json() == {"ready": True}
+    assert warm.act(body(spec)).status_code == 200
+
+
+def test_the_server_answers_while_it_warms_up(
+    make_client: MakeClient, runtime: SummingRuntime
+) -> None:
+    client = make_client(is_warm=False)
+    runtime.gate = gate = threading.Event()
+
+    async def warm_up() -> None:
+        async with client.app.router.lifespan_context(client.app):
+            error_of(await client.http.get("/readyz"), 503, "not_ready")
+            assert (await client.http.get("/healthz")).status_code == 200
+            gate.set()
+            assert client.service.warming is not None
+            await client.service.warming
+            assert (await client.http.get("/readyz")).status_code == 200
+
+    try:
+        client.run(warm_up())
+    finally:
+        gate.set()
+
+
+def test_a_policy_that_fails_to_warm_up_never_gets_ready(
+    make_client: MakeClient, runtime: SummingRuntime, spec: PolicySpec
+) -> None:
+    client = make_client(is_warm=False)
+    runtime.failure = RuntimeError("broken")
+
+    async def fail() -> None:
+        client.service.start()
+        assert client.service.warming is not None
+        with pytest.raises(RuntimeError, match="broken"):
+            await client.service.warming
+
+    client.run(fail())
+    runtime.failure = None
+    error_of(client.get("/readyz"), 503, "not_ready")
+    error_of(client.act(body(spec)), 503, "not_ready")
+
+
+def test_every_batch_size_is_warm_when_the_server_is_ready(
+    make_client: MakeClient, runtime: SummingRuntime
+) -> None:
+    make_client(max_batch_size=6)
+    assert set(runtime.batch_sizes) == {1, 2, 4, 6}
+
+
+@pytest.mark.parametrize(
+    ("largest", "expected"),
+    [(1, (1,)), (2, (1, 2)), (3, (1, 2, 3)), (4, (1, 2, 4)), (64, (1, 2, 4, 8, 16, 32, 64))],
+)
+def test_batch_sizes_are_powers_of_two_and_the_largest(
+    largest: int, expected: tuple[int, ...]
+) -> None:
+    assert buckets(largest) == expected
+
+
+def test_requests_that_arrive_together_ride_together(
+    make_client: MakeClient, runtime: SummingRuntime, spec: PolicySpec
+) -> None:
+    client = make_client(max_batch_size=8)
+    runtime.batch_sizes.clear()
+    answers = client.act_at_once([body(spec, n) for n in range(20)])
+    assert [answer.json()["value"] for answer in answers] == list(range(20))
+    assert len(runtime.batch_sizes) < 20
+    assert max(runtime.batch_sizes) == 8
+
+
+def test_a_stopped_server_takes_no_new_work(client: AppClient, spec: PolicySpec) -> None:
+    client.run(client.service.stop())
+    error_of(client.act(body(spec)), 503, "draining")
+    assert client.get("/healthz").status_code == 200
+
+
+def test_stopping_answers_everybody_who_waits(client: AppClient, spec: PolicySpec) -> None:
+    codec = client.service.codec
+
+    async def stop_under_load() -> list[float]:
+        requests = [codec.parse(json.dumps(body(spec, n)).encode())[0] for n in range(9)]
+        waiting = [client.service.batcher.submit(request, key="one") for request in requests]
+        await client.service.stop()
+        return [future.result().value for future in waiting]
+
+    assert client.run(stop_under_load()) == list(range(9))
+
+
+@pytest.mark.parametrize("session", ["env-17", "with space", "é", "%2F", "?x=1", "#", "🙂"])
+def test_deleting_a_session_frees_it_whatever_its_name(
+    client: AppClient, spec: PolicySpec, session: str
+) -> None:
+    client.act(body(spec, session_id=session, episode_start=True))
+    assert len(client.service.sessions) == 1
+    path = f"/sessions/{quote(session, safe='')}"
+    response = client.request("DELETE", path)
+    assert (response.status_code, response.content) == (204, b"")
+    assert len(client.service.sessions) == 0
+    error_of(client.act(body(spec, session_id=session)), 404, "unknown_session")
+    error_of(client.request("DELETE", path), 404, "unknown_session")
+
+
+def test_a_session_with_a_slash_in_its_name_can_be_deleted(
+    client: AppClient, spec: PolicySpec
+) -> None:
+    client.act(body(spec, session_id="worker/env-17", episode_start=True))
+    response = client.request("DELETE", "/sessions/worker%2Fenv-17")
+    assert response.status_code == 204
+
+
+def test_deleting_a_lost_session_is_410(make_client: MakeClient, spec: PolicySpec) -> None:
+    client = make_client(max_sessions=1)
+    for session in "ab":
+        client.act(body(spec, session_id=session, episode_start=True))
+    error_of(client.request("DELETE", "/sessions/a"), 410, "session_lost")
+
+
+def test_a_session_deleted_while_its_step_waits_is_gone_and_harms_nobody(
+    client: AppClient, spec: PolicySpec
+) -> None:
+    client.act(body(spec, 1, session_id="a", episode_start=True))
+
+    async def both() -> tuple[int, int]:
+        service = client.service
+        step, _ = service.codec.parse(json.dumps(body(spec, 10, session_id="a")).encode())
+        waiting = service.batcher.submit(step, key="a")
+        service.sessions.hold("a", waiting)
+        deleted = await client.http.delete("/sessions/a")
+        error = waiting.exception() if waiting.done() else await _outcome(waiting)
+        return deleted.status_code, getattr(error, "status_code", 200)
+
+    deleted, stepped = client.run(both())
+    assert (deleted, stepped) in {(204, 404), (204, 200)}
+    assert client.act(body(spec, 5, session_id="a", episode_start=True)).json()["value"] == 5
+
+
+async def _outcome(future: Any) -> BaseException | None:
+    try:
+        await future
+    except Exception as error:
+        return error
+    return None
+
+
+def test_policy_says_what_is_served_and_its_limits(
+    make_client: MakeClient, manifest: Manifest, spec: PolicySpec
+) -> None:
+    policy = make_client(max_batch_size=6, max_waiting=17).get("/policy").json()
+    assert policy["name"] == "tiny"
+    assert policy["policy_version"] == manifest.policy_version
+    assert PolicySpec.model_validate(policy["spec"]) == spec
+    assert (policy["runtime"], policy["device"]) == ("summing", "cpu")
+    assert policy["limits"]["max_batch_size"] == 6
+    assert policy["limits"]["max_waiting"] == 17
+
+
+def test_metrics_count_answers_by_result(client: AppClient, spec: PolicySpec) -> None:
+    start = body(spec, session_id="a", episode="7", episode_start=True)
+    for request in (start, start, body(spec), b"{", body(spec, session_id="nobody")):
+        client.act(request)
+    got = samples(client)
+    results = {"ok": 2, "replayed": 1, "malformed": 1, "unknown_session": 1}
+    for result, count in results.items():
+        assert got[f"tamiyo_act_requests_total result={result}"] == count
+    assert got["tamiyo_sessions"] == 1
+
+
+def test_metrics_count_batches_by_size(
+    make_client: MakeClient, runtime: SummingRuntime, spec: PolicySpec
+) -> None:
+    client = make_client(max_batch_size=8)
+    assert samples(client)["tamiyo_batch_size_count"] == 0
+    client.act_at_once([body(spec, n) for n in range(20)])
+    got = samples(client)
+    assert got["tamiyo_batch_size_sum"] == 20
+    assert got["tamiyo_batch_size_bucket le=8.0"] == got["tamiyo_batch_size_count"] < 20
+    assert got["tamiyo_step_seconds_count"] == got["tamiyo_batch_size_count"]
+
+
+def test_two_servers_in_one_process_count_for_themselves(
+    make_client: MakeClient, spec: PolicySpec
+) -> None:
+    busy, idle = make_client(), make_client()
+    busy.act(body(spec))
+    assert samples(busy)["tamiyo_act_requests_total result=ok"] == 1
+    assert "tamiyo_act_requests_total result=ok" not in samples(idle)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/"), ("GET", "/nope"), ("POST", "/act/now"), ("DELETE", "/sessions"), ("GET", "//")],
+)
+def test_an_unknown_path_is_404_in_the_one_form(client: AppClient, method: str, path: str) -> None:
+    error_of(client.request(method, path), 404, "not_found")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/act", "POST"),
+        ("PUT", "/act", "POST"),
+        ("POST", "/policy", "GET"),
+        ("GET", "/sessions/a", "DELETE"),
+        ("POST", "/healthz", "GET"),
+    ],
+)
+def test_a_wrong_method_is_405_in_the_one_form_and_names_the_right_one(
+    client: AppClient, method: str, path: str, allowed: str
+) -> None:
+    response = client.request(method, path)
+    error_of(response, 405, "method_not_allowed")
+    assert allowed in response.headers["Allow"]
+
+
+def test_an_exception_nobody_foresaw_is_500_with_a_fixed_text(
+    client: AppClient, runtime: SummingRuntime, spec: PolicySpec
+) -> None:
+    runtime.device = 3  # type: ignore[assignment]
+    assert error_of(client.get("/policy"), 500, "internal") == "internal error"
+    assert client.act(body(spec)).status_code == 200
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_failure_of_ours(
+    client: AppClient,
+) -> None:
+    messages = [
+        {"type": "http.request", "body": b'{"observ', "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+    sent: list[Any] = []
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/act",
+        "raw_path": b"/act",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    client.run(client.app(scope, receive, send))
+    assert "tamiyo_act_requests_total result=internal" not in samples(client)
+
+
+@pytest.mark.parametrize("length", [b"\xb2", b"1" * 5000])
+def test_no_content_length_is_an_internal_error(client: AppClient, length: bytes) -> None:
+    headers = {b"Content-Type": b"application/json", b"Content-Length": length}
+    response = client.request("POST", "/act", content=b"{}", headers=headers)
+    assert response.status_code in (400, 413)
+
+
+def test_a_step_that_waits_behind_its_start_keeps_its_session(
+    make_client: MakeClient, spec: PolicySpec
+) -> None:
+    client = make_client(max_sessions=1)
+    start, step, rival = client.act_at_once(
+        [
+            body(spec, 1, session_id="a", episode_start=True),
+            body(spec, 10, session_id="a", step=1),
+            body(spec, 1, session_id="b", episode_start=True),
+        ]
+    )
+    assert (start.status_code, step.status_code) == (200, 200)
+    assert step.json()["value"] == 11
+    error_of(rival, 429, "overloaded")
+
+
+@pytest.fixture(scope="module")
+def openapi(artifact: Path, manifest: Manifest, spec: PolicySpec) -> dict[str, Any]:
+    service = PolicyService(manifest, SummingRuntime(spec), Settings(artifact=artifact))
+    with AppClient(service, is_warm=False) as client:
+        document: dict[str, Any] = client.get("/openapi.json").json()
+    return document
+
+
+def references(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        for name, value in node.items():
+            if name == "$ref":
+                yield value
+            else:
+                yield from references(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from references(value)
+
+
+def test_every_reference_in_the_documentation_resolves(openapi: dict[str, Any]) -> None:
+    found = set(references(openapi))
+    assert found
+    for reference in found:
+        node: Any = openapi
+        for name in reference.removeprefix("#/").split("/"):
+            node = node[name]
+
+
+def test_the_documented_request_is_the_one_that_is_read(openapi: dict[str, Any]) -> None:
+    content = openapi["paths"]["/act"]["post"]["requestBody"]["content"]
+    schema = content["application/json"]["schema"]
+    assert schema["properties"].keys() == ActRequest.model_fields.keys()
+    assert schema["required"] == ["observation"]
+
+
+def test_the_documented_answer_is_the_one_that_is_written(
+    openapi: dict[str, Any], client: AppClient, spec: PolicySpec
+) -> None:
+    response = openapi["paths"]["/act"]["post"]["responses"]["200"]
+    name = response["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+    documented = openapi["components"]["schemas"][name]["properties"].keys()
+    session = client.act(body(spec, session_id="a", episode_start=True)).json()
+    stateless = client.act(body(spec)).json()
+    assert session.keys() | stateless.keys() == documented
+
+
+def test_every_route_documents_the_one_form_of_errors(openapi: dict[str, Any]) -> None:
+    operations = [operation for path in openapi["paths"].values() for operation in path.values()]
+    assert len(operations) >= 6
+    for operation in operations:
+        schema = operation["responses"]["default"]["content"]["application/json"]["schema"]
+        assert schema == {"$ref": "#/components/schemas/ErrorResponse"}
+        assert "422" not in operation["responses"], "FastAPI's own form of a validation error"
+
+
+def test_the_interactive_documentation_answers(client: AppClient) -> None:
+    response = client.get("/docs")
+    assert response.status_code == 200
+    assert "text/html" in response.headers["content-type"]
+
+
+def test_making_the_application_starts_nothing(
+    artifact: Path, manifest: Manifest, runtime: SummingRuntime
+) -> None:
+    create_app(PolicyService(manifest, runtime, Settings(artifact=artifact)))
+    assert runtime.batch_sizes == []

@@ -1,0 +1,323 @@
+import asyncio
+import logging
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.batcher import Batcher
+from service.errors import DeadlineExceeded, Draining, Invalid, Overloaded, ServiceError
+from tests.service.fakes import run
+
+
+class Doubling:
+    """A `run_batch` that doubles its items, keeps what it saw, and fails as it is told to."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.failures: dict[int, Exception] = {}
+
+    def __call__(self, items: list[int]) -> Sequence[int | ServiceError]:
+        self.batches.append(items)
+        for item in items:
+            if item in self.failures:
+                raise self.failures[item]
+        return [2 * item for item in items]
+
+    def batcher(self, *, max_batch_size: int = 8, max_waiting: int = 100) -> Batcher[int, int]:
+        return Batcher(self, max_batch_size=max_batch_size, max_waiting=max_waiting)
+
+
+async def outcomes(futures: Sequence[asyncio.Future[int]]) -> list[Any]:
+    return await asyncio.gather(*futures, return_exceptions=True)
+
+
+def test_a_lone_item_runs_in_the_loop_s_next_turn() -> None:
+    async def scenario() -> None:
+        doubling = Doubling()
+        future = doubling.batcher().submit(21)
+        assert not future.done()
+        await asyncio.sleep(0)
+        assert future.result() == 42
+        assert doubling.batches == [[21]]
+
+    run(scenario())
+
+
+def test_items_submitted_together_share_a_batch_in_order() -> None:
+    async def scenario() -> None:
+        doubling = Doubling()
+        batcher = doubling.batcher()
+        answers = await outcomes([batcher.submit(item) for item in range(5)])
+        assert answers == [0, 2, 4, 6, 8]
+        assert doubling.batches == [[0, 1, 2, 3, 4]]
+
+    run(scenario())
+
+
+def test_items_without_a_key_share_a_batch_with_each_other_and_with_keys() -> None:
+    async def scenario() -> None:
+        doubling = Doubling()
+        batcher = doubling.batcher()
+        keys: list[Hashable] = [None, "a", None, "b"]
+        await outcomes([batcher.submit(item, key=key) for item, key in enumerate(keys)])
+        assert doubling.batches == [[0, 1, 2, 3]]
+
+    run(scenario())
+
+
+def test_a_batch_is_never_larger_than_the_largest_batch_size() -> None:
+    async def scenario() -> None:
+        doubling = Doubling()
+        batcher = doubling.batcher(max_batch_size=3)
+        answers = await outcomes([batcher.submit(item) for item in range(7)])
+        assert answers == [2 * item for item in range(7)]
+        assert doubling.batches == [[0, 1, 2], [3, 4, 5], [6]]
+
+    run(scenario())
+
+
+def test_items_of_one_key_never_share_a_batch_and_keep_their_order() -> None:
+    async def scenario() -> None:
+        doubling = Doubling()
+        batcher = doubling.batcher()
+        keys = ["a", "a", "b", "a", "b", "c"]
+        await outcomes([batcher.submit(item, key=key) for item, key in enumerate(keys)])
+        assert doubling.batches == [[0, 2, 5], [1, 4], [3]]
+
+    run(scenario())
+
+
+def test_an_item_put_back_for_its_key_stays_ahead_of_those_behind_it() -> None:
+    async def scenario() -> None:
+        doubling = Doubling()
+        batcher = doubling.batcher(max_batch_size=2)
+        keys = ["a", "a", "b", "c"]
+        await outcomes([batcher.submit(item, key=key) for item, key in enumerate(keys)])
+        assert doubling.batches == [[0, 2], [1, 3]]
+
+    run(scenario())
+
+
+def test_a_full_queue_refuses_more_and_takes_some_again_later() -> None:
+    async def scenario() -> None:
+        doubling = Doubling()
+        batcher = doubling.batcher(max_waiting=2)
+        waiting = [batcher.submit(item) for item in range(2)]
+        with pytest.raises(Overloaded, match="2 requests wait"):
+            batcher.submit(2)
+        assert await outcomes(waiting) == [0, 2]
+        assert await batcher.submit(3) == 6
+        assert doubling.batches == [[0, 1], [3]]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, -1.0])
+def test_an_item_whose_time_is_up_is_never_run(timeout_s: float) -> None:
+    async def scenario() -> None:
+        doubling = Doubling()
+        batcher = doubling.batcher()
+        late, other = batcher.submit(1, timeout_s=timeout_s), batcher.submit(2)
+        with pytest.raises(DeadlineExceeded):
+            await late
+        assert await other == 4
+        assert doubling.batches == [[2]]
+
+    run(scenario())
+
+
+def test_a_late_item_does_not_hold_up_its_key() -> None:
+    async def scenario() -> None:
+        doubling = Doubling()
+        batcher = doubling.batcher()
+        late = batcher.submit(1, key="a", timeout_s=0.0)
+        assert await batcher.submit(2, key="a") == 4
+        assert isinstance(late.exception(), DeadlineExceeded)
+        assert doubling.batches == [[2]]
+
+    run(scenario())
+
+
+def test_a_cancelled_item_is_not_run() -> None:
+    async def scenario() -> None:
+        doubling = Doubling()
+        batcher = doubling.batcher()
+        given_up, other = batcher.submit(1, key="a"), batcher.submit(2, key="a")
+        given_up.cancel()
+        assert await other == 4
+        assert doubling.batches == [[2]]
+
+    run(scenario())
+
+
+def test_a_batch_of_cancelled_items_only_is_not_run_at_all() -> None:
+    async def scenario() -> None:
+        doubling = Doubling()
+        batcher = doubling.batcher()
+        for future in [batcher.submit(item) for item in range(3)]:
+            future.cancel()
+        await batcher.drain()
+        assert doubling.batches == []
+
+    run(scenario())
+
+
+def test_an_item_cancelled_while_its_batch_runs_harms_nobody() -> None:
+    async def scenario() -> None:
+        futures: list[asyncio.Future[int]] = []
+
+        def cancel_the_first(items: list[int]) -> Sequence[int | ServiceError]:
+            futures[0].cancel()
+            return items
+
+        batcher = Batcher(cancel_the_first, max_batch_size=8, max_waiting=8)
+        futures += [batcher.submit(item) for item in range(3)]
+        assert await outcomes(futures[1:]) == [1, 2]
+        assert futures[0].cancelled()
+
+    run(scenario())
+
+
+def test_a_batch_that_raises_fails_its_own_items_with_a_fixed_text_and_no_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario() -> None:
+        doubling = Doubling()
+        doubling.failures[1] = ZeroDivisionError("secret")
+        batcher = doubling.batcher(max_batch_size=2)
+        answers = await outcomes([batcher.submit(item) for item in range(4)])
+        assert [type(answer) for answer in answers] == [ServiceError, ServiceError, int, int]
+        assert answers[0] is not answers[1]
+        assert str(answers[0]) == "internal error"
+        assert await batcher.submit(5) == 10
+
+    with caplog.at_level(logging.ERROR):
+        run(scenario())
+    assert "secret" in caplog.text
+
+
+@pytest.mark.parametrize("num_results", [0, 1, 3])
+def test_a_wrong_number_of_results_fails_the_batch(
+    num_results: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        wrong = [7] * num_results
+        batcher = Batcher[int, int](lambda items: wrong, max_batch_size=8, max_waiting=8)
+        answers = await outcomes([batcher.submit(item) for item in range(2)])
+        assert [type(answer) for answer in answers] == [ServiceError, ServiceError]
+
+    run(scenario())
+    assert f"{num_results} results for a batch of 2" in caplog.text
+
+
+def test_an_error_among_the_results_is_its_item_s_alone() -> None:
+    async def scenario() -> None:
+        def refuse_odd(items: list[int]) -> list[int | ServiceError]:
+            return [Invalid(f"{item} is odd") if item % 2 else item for item in items]
+
+        batcher = Batcher(refuse_odd, max_batch_size=8, max_waiting=8)
+        answers = await outcomes([batcher.submit(item) for item in range(4)])
+        assert [str(answer) for answer in answers] == ["0", "1 is odd", "2", "3 is odd"]
+
+    run(scenario())
+
+
+def test_items_that_arrive_while_a_batch_runs_form_the_next_one() -> None:
+    async def scenario() -> None:
+        batches: list[list[int]] = []
+        futures: list[asyncio.Future[int]] = []
+
+        def submit_two_more(items: list[int]) -> list[int | ServiceError]:
+            batches.append(items)
+            if items == [0]:
+                futures.extend([batcher.submit(1), batcher.submit(2)])
+            return list(items)
+
+        batcher = Batcher(submit_two_more, max_batch_size=8, max_waiting=8)
+        assert await batcher.submit(0) == 0
+        assert await outcomes(futures) == [1, 2]
+        assert batches == [[0], [1, 2]]
+
+    run(scenario())
+
+
+def test_drain_answers_everybody_and_then_refuses() -> None:
+    async def scenario() -> None:
+        doubling = Doubling()
+        batcher = doubling.batcher(max_batch_size=2)
+        futures = [batcher.submit(item, key="same") for item in range(5)]
+        drained = asyncio.ensure_future(batcher.drain())
+        await asyncio.sleep(0)
+        with pytest.raises(Draining):
+            batcher.submit(99)
+        await drained
+        assert [future.result() for future in futures] == [0, 2, 4, 6, 8]
+        with pytest.raises(Draining):
+            batcher.submit(99)
+
+    run(scenario())
+
+
+def test_drain_returns_at_once_where_nothing_waits() -> None:
+    async def scenario() -> None:
+        doubling = Doubling()
+        await doubling.batcher().drain()
+        used = doubling.batcher()
+        await used.submit(1)
+        await used.drain()
+        await used.drain()
+
+    run(scenario())
+
+
+def test_drain_survives_a_failing_batch(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        doubling = Doubling()
+        doubling.failures[0] = ValueError()
+        batcher = doubling.batcher(max_batch_size=1)
+        futures = [batcher.submit(item) for item in range(2)]
+        await batcher.drain()
+        assert isinstance(futures[0].exception(), ServiceError)
+        assert futures[1].result() == 2
+
+    run(scenario())
+
+
+@st.composite
+def submissions(draw: st.DrawFn) -> list[list[str | None]]:
+    """Waves of keys: a wave is submitted at once, the next one a turn of the loop later."""
+    keys = st.lists(st.sampled_from([None, "a", "b", "c"]), max_size=9)
+    return draw(st.lists(keys, min_size=1, max_size=5))
+
+
+@given(waves=submissions(), max_batch_size=st.integers(min_value=1, max_value=5))
+def test_every_item_is_answered_once_and_in_the_order_of_its_key(
+    waves: list[list[str | None]], max_batch_size: int
+) -> None:
+    doubling = Doubling()
+    keys: list[str | None] = []
+
+    async def scenario() -> list[Any]:
+        batcher = doubling.batcher(max_batch_size=max_batch_size)
+        futures: list[asyncio.Future[int]] = []
+        for wave in waves:
+            for key in wave:
+                futures.append(batcher.submit(len(keys), key=key))
+                keys.append(key)
+            await asyncio.sleep(0)
+        await batcher.drain()
+        return await outcomes(futures)
+
+    assert run(scenario()) == [2 * item for item in range(len(keys))]
+    ran = [item for batch in doubling.batches for item in batch]
+    assert sorted(ran) == list(range(len(keys)))
+    assert all(1 <= len(batch) <= max_batch_size for batch in doubling.batches)
+    for batch in doubling.batches:
+        named = [keys[item] for item in batch if keys[item] is not None]
+        assert len(named) == len(set(named))
+    for key in ("a", "b", "c"):
+        of_key = [item for item in ran if keys[item] == key]
+        assert of_key == sorted(of_key)
