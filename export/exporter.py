@@ -1,5 +1,6 @@
 """A policy -> a verified artifact directory: the whole story of an export."""
 
+import copy
 import errno
 import json
 import os
@@ -25,7 +26,16 @@ from export.manifest import (
     step_inputs,
     step_outputs,
 )
-from export.parity import ATOL, BATCH_SIZES, RTOL, STEPS, ParityError, Reference, check_parity
+from export.parity import (
+    ATOL,
+    BATCH_SIZES,
+    RTOL,
+    STEPS,
+    ParityError,
+    Reference,
+    check_parity,
+    first_line,
+)
 from export.step import PolicyStep
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
@@ -53,8 +63,8 @@ def export_policy(
     hears what happens next.
     """
     _check_replaceable(output, overwrite)
-    policy = policy.to(device=device, dtype=torch.float32).eval()
-    normalizer = None if normalizer is None else normalizer.to(device)
+    policy = copy.deepcopy(policy).to(device=device, dtype=torch.float32).eval()
+    normalizer = None if normalizer is None else copy.deepcopy(normalizer).to(device)
     _make_parent(output)
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
@@ -149,7 +159,11 @@ def _check_format(
     format_name: str, file: File, directory: Path, reference: Reference
 ) -> FormatParity:
     device = reference.policy.heads.valid.device
-    loaded = FORMATS[format_name].load(file.read(directory), device)
+    content = file.read(directory)
+    try:
+        loaded = FORMATS[format_name].load(content, device)
+    except Exception as error:  # whatever the format's own loader raises
+        raise ParityError(f"{format_name} cannot be loaded back: {first_line(error)}") from error
     try:
         return check_parity(loaded, reference)
     except ParityError as error:
@@ -182,11 +196,13 @@ def _publish(staging: Path, output: Path, overwrite: bool) -> None:
         staging.rename(output)
         return
     retired = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    older = output.rename(retired / output.name)
+    older = retired / output.name
     try:
+        output.rename(older)
         staging.rename(output)
-    except OSError:
-        older.rename(output)
+    except BaseException:  # an interrupt too must not cost the older artifact
+        if older.exists() and not output.exists():
+            older.rename(output)
+        retired.rmdir()  # refuses while it still holds something
         raise
-    finally:
-        shutil.rmtree(retired)
+    shutil.rmtree(retired)

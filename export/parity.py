@@ -103,8 +103,11 @@ def _check_episodes(
         state = _restarted(state, starts)
         expected_state = _restarted(expected_state, starts)
         inputs = (observation, mask, noise, *state)
-        outputs = step(*inputs)
         where = f"batch size {batch_size}, step {number}"
+        try:
+            outputs = step(*inputs)
+        except Exception as error:  # whatever the format's own runtime raises
+            raise ParityError(f"the step fails: {first_line(error)} ({where})") from error
         expected_state = _judge(reference, inputs, outputs, expected_state, where, tally)
         state = (outputs[3], outputs[4])
 
@@ -168,7 +171,7 @@ def _episode_inputs(
         far = torch.rand(batch_size, 1, generator=generator) < FAR_PROBABILITY
         observation = torch.where(far.to(device), observation * FAR, observation)
         if reference.normalizer is not None:
-            observation = observation * reference.normalizer.var.sqrt() + reference.normalizer.mean
+            observation = observation * reference.normalizer.scale() + reference.normalizer.mean
         density = torch.rand(batch_size, 1, generator=generator) * 1.2
         allowed = torch.rand(batch_size, spec.num_choices, generator=generator) < density
         for columns in torch.split(allowed, heads.sizes, -1):
@@ -184,6 +187,11 @@ def _episode_inputs(
 def _one_choice(columns: Tensor, generator: torch.Generator) -> Tensor:
     choice = torch.randint(columns.shape[1], (len(columns),), generator=generator)
     return torch.nn.functional.one_hot(choice, columns.shape[1]).bool()
+
+
+def first_line(error: Exception) -> str:
+    """What a foreign library says first of its failure."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _restarted(state: State, starts: Tensor) -> State:

@@ -34,6 +34,10 @@ class ObservationNormalizer(nn.Module):
         self.register_buffer("mean", mean.detach().to(torch.float32, copy=True))
         self.register_buffer("var", var.detach().to(torch.float32, copy=True))
 
+    def scale(self) -> Tensor:
+        """What one unit of the normalised observation is worth, per feature."""
+        return torch.sqrt(self.var + VARIANCE_EPSILON)
+
     def forward(self, observation: Tensor) -> Tensor:
-        scaled = (observation - self.mean) / torch.sqrt(self.var + VARIANCE_EPSILON)
+        scaled = (observation - self.mean) / self.scale()
         return scaled.clamp(-CLIP, CLIP)

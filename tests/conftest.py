@@ -6,11 +6,14 @@ A run tries the same examples each time, so that a failure is the change's own d
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from tests.random_inputs import random_policy
+
+torch.set_num_threads(1)  # the products here are too small for two
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None, max_examples=5000)

@@ -16,10 +16,8 @@ from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 
-torch.set_num_threads(1)  # two spin for each other on matrices this small
-
-NUDGE = ATOL / 2
-"""Moves a choice within the tolerance: enough to break a tie, too little to be a fault."""
+NUDGE = ATOL / 4
+"""Moves a choice within the tolerance: enough to turn a tie, too little to be a fault."""
 Fault = Callable[[LoadedStep, HeadTable], LoadedStep]
 
 OUTPUTS = ("action", "log_prob", "value", "state_h_out", "state_c_out")
@@ -277,6 +275,20 @@ def test_forgotten_clip_of_the_normaliser_is_stopped(
         check_parity(without_clip, reference)
 
 
+def test_wrong_epsilon_of_the_normaliser_is_stopped(
+    policy: FactoredRecurrentActorCritic, normalizer: ObservationNormalizer
+) -> None:
+    """It decides how a feature counts that was constant in training and moves when serving."""
+    var = normalizer.var.clone()
+    var[0] = 0.0
+    constant = ObservationNormalizer(normalizer.mean, var)
+    step = PolicyStep(policy, constant).eval()
+    assert step.scale is not None
+    step.scale[0] = 1e4  # the epsilon is 1e-8
+    with pytest.raises(ParityError, match="state_h_out"):
+        check_parity(step, Reference(policy, constant))
+
+
 @pytest.mark.parametrize("index", [LOG_PROB, VALUE, STATE_H, STATE_C])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_output_that_is_not_finite_is_stopped_and_named(
@@ -335,6 +347,17 @@ def test_wrong_shape_is_stopped_and_named(
         check_parity(faulty, reference)
 
 
+def test_step_that_fails_is_stopped(step: PolicyStep, reference: Reference) -> None:
+    """As one does whose export took the example's two rows for a constant."""
+
+    def of_two_rows(*inputs: Tensor) -> StepOutput:
+        action, *others = step(*inputs)
+        return action.view(2, 8), others[0], others[1], others[2], others[3]
+
+    with pytest.raises(ParityError, match="batch size 1, step 0"):
+        check_parity(of_two_rows, reference)
+
+
 @pytest.mark.parametrize("choice", [-1, 13])
 def test_action_outside_its_head_is_stopped(
     choice: int, step: PolicyStep, reference: Reference
@@ -380,9 +403,8 @@ def nudged(
 @pytest.mark.parametrize("head", ["slot", "tempo", "op"])
 def test_tie_may_be_broken_either_way(head: str, policy: FactoredRecurrentActorCritic) -> None:
     """A tie between ops too: what it forces follows the op that was taken."""
-    even = tied(policy, head)
-    other_way: LoadedStep = PolicyStep(nudged(even, head, NUDGE), None)
-    parity = check_parity(other_way, Reference(even, None))
+    one_way, other_way = (nudged(tied(policy, head), head, by) for by in (-NUDGE, NUDGE))
+    parity = check_parity(PolicyStep(other_way, None), Reference(one_way, None))
     assert 0.9 < parity.action_agreement < 1.0
 
 

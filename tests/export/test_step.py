@@ -30,8 +30,6 @@ from tests.random_inputs import (
     weights_of,
 )
 
-torch.set_num_threads(1)  # two spin for each other on matrices this small
-
 EPISODES = ((1, 50), (2, 50), (7, 20), (64, 4))
 """Batch sizes, and how many carried steps of each; the naive policy is slow."""
 GAP = 1e-4

@@ -237,7 +237,7 @@ def test_two_servers_in_one_process_count_for_themselves(
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("GET", "/"), ("GET", "/nope"), ("POST", "/act/now"), ("DELETE", "/sessions"), ("GET", "//")],
+    [("GET", "/"), ("GET", "/nope"), ("POST", "/act/"), ("DELETE", "/sessions"), ("GET", "//")],
 )
 def test_an_unknown_path_is_404_in_the_one_form(client: AppClient, method: str, path: str) -> None:
     error_of(client.request(method, path), 404, "not_found")

@@ -121,7 +121,7 @@ def test_an_earlier_or_later_step_is_a_conflict_naming_the_next_one(
 def test_an_unnamed_start_restarts_whatever_step_came_last(table: Table) -> None:
     table.take("a", start=True, seed=5)
     assert table.take("a", start=True, seed=6) == Turn(START, 0, 6)
-    table.take("a")
+    assert table.take("a").seed == 6
     assert table.take("a", start=True, seed=7) == Turn(START, 0, 7)
     table.take("a")
     assert table.take("a", start=True, step=0, seed=8) == Turn(START, 0, 8)
