@@ -1,8 +1,12 @@
-"""What the style rule costs per step: rewriting a copy of the mask, or choosing among results.
+"""What the rule between heads costs per step: rewriting copies of masks, or choosing results.
 
 `python -m benchmarks.mask_override` prints a table for ticket B9-PT-01: allocations and time of
 the rule alone, one thread, both forms in turn so that a noisy machine is noisy for both. The rest
 of a step (network, softmax, argmax) is the same for both and is left out.
+
+Ours covers every head, and the log-probs too, at a cost that does not depend on how many heads
+have a rule; the original's grows with each. V1 has one such head, V2 has seven, of which six (all
+but slot) are forced to a fixed index as here.
 """
 
 import argparse
@@ -22,48 +26,74 @@ from model.spec import PolicySpec
 BATCH_SIZES = (1, 32, 256)
 CALLS_PER_SAMPLE = 50
 SAMPLES = 300
-SPEC = PolicySpec.tamiyo_v1()
-TABLE = HeadTable(SPEC)
-STYLE = SPEC.head_names.index("style")
-GERMINATE, SET_ALPHA_TARGET, SIGMOID_ADD = 1, 2, 2
+
+V1 = PolicySpec.tamiyo_v1()
+V2_RULES = {  # head: (relevant ops, forced index)
+    "blueprint": ((1,), 0),
+    "style": ((1, 2), 2),
+    "tempo": ((1,), 1),
+    "alpha_target": ((1, 2), 2),
+    "alpha_speed": ((2, 3), 0),
+    "alpha_curve": ((2, 3), 0),
+}
+V2 = PolicySpec.model_validate(
+    V1.model_dump()
+    | {
+        "heads": [
+            head.model_dump()
+            | dict(zip(("relevant_ops", "forced_index"), V2_RULES.get(head.name, (None, None))))
+            for head in V1.heads
+        ]
+    }
+)
 
 Rule = Callable[[], object]
 
 
-def by_rewriting_the_mask(style_mask: Tensor, op: Tensor) -> Tensor:
-    """esper-lite's form: a copy of the mask in which irrelevant rows allow the forced style only."""
-    irrelevant = (op != GERMINATE) & (op != SET_ALPHA_TARGET)
-    mask = style_mask.clone()
+def rewritten(mask: Tensor, op: Tensor, relevant_ops: tuple[int, ...], forced: int) -> Tensor:
+    """esper-lite's form, one head: a copy of its mask, with the forced choice in some rows."""
+    irrelevant = op != relevant_ops[0]
+    for other in relevant_ops[1:]:
+        irrelevant = irrelevant & (op != other)
+    mask = mask.clone()
     mask[irrelevant] = False
-    mask[irrelevant, SIGMOID_ADD] = True
+    mask[irrelevant, forced] = True
     return mask
 
 
-def by_choosing_among_results(action: Tensor, log_prob: Tensor) -> tuple[Tensor, Tensor]:
-    """Ours: every head's action and log-prob, kept where the head matters and forced elsewhere."""
-    op = action[..., TABLE.op_index]
-    action = TABLE.keep_relevant(op, action, TABLE.forced_index)
-    return action, TABLE.keep_relevant(op, log_prob, 0.0)
+def chosen(table: HeadTable, action: Tensor, log_prob: Tensor) -> tuple[Tensor, Tensor]:
+    """Ours, all heads: action and log-prob, kept where the head matters and forced elsewhere."""
+    op = action[..., table.op_index]
+    action = table.keep_relevant(op, action, table.forced_index)
+    return action, table.keep_relevant(op, log_prob, 0.0)
 
 
-def forms(batch_size: int) -> tuple[Rule, Rule]:
-    """The two forms on the same rows, after a check that they decide alike."""
+def forms(spec: PolicySpec, batch_size: int) -> tuple[Rule, Rule]:
+    """Both forms on the same rows, after a check that they decide alike."""
+    table = HeadTable(spec)
     generator = torch.Generator().manual_seed(batch_size)
-    logits = torch.randn(batch_size, SPEC.num_choices, generator=generator)
-    log_probs = TABLE.log_probs(TABLE.spread(logits), TABLE.valid)
-    action = log_probs.argmax(-1)
-    log_prob = log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
-    op = action[:, TABLE.op_index].contiguous()
-    style_mask = torch.ones(batch_size, 4, dtype=torch.bool)
+    logits = table.spread(torch.randn(batch_size, spec.num_choices, generator=generator))
+    best = table.log_probs(logits, table.valid).max(-1)
+    op = best.indices[:, table.op_index].contiguous()
+    ruled = [
+        (index, torch.ones(batch_size, head.size, dtype=torch.bool), head)
+        for index, head in enumerate(spec.heads)
+        if head.relevant_ops is not None
+    ]
 
-    rewritten = by_rewriting_the_mask(style_mask, op)
-    chosen, _ = by_choosing_among_results(action, log_prob)
-    style_logits = TABLE.spread(logits)[:, STYLE, :4]
-    assert torch.equal(style_logits.where(rewritten, -1e4).argmax(-1), chosen[:, STYLE])
-    return (
-        lambda: by_rewriting_the_mask(style_mask, op),
-        lambda: by_choosing_among_results(action, log_prob),
-    )
+    def before() -> list[Tensor]:
+        return [
+            rewritten(mask, op, head.relevant_ops or (), head.forced_index or 0)
+            for _, mask, head in ruled
+        ]
+
+    def after() -> tuple[Tensor, Tensor]:
+        return chosen(table, best.indices, best.values)
+
+    for (index, _, head), mask in zip(ruled, before(), strict=True):
+        action = logits[:, index, : head.size].where(mask, -1e4).argmax(-1)
+        assert torch.equal(action, after()[0][:, index])
+    return before, after
 
 
 def allocations(rule: Rule) -> tuple[int, int]:
@@ -72,7 +102,8 @@ def allocations(rule: Rule) -> tuple[int, int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
         rule()
     assert seen.profiler is not None
-    events = seen.profiler.kineto_results.events()  # type: ignore[no-untyped-call,union-attr]
+    assert seen.profiler.kineto_results is not None
+    events = seen.profiler.kineto_results.events()
     blocks = [event.nbytes() for event in events if event.name() == "[memory]"]
     taken = [size for size in blocks if size > 0]
     return len(taken), sum(taken)
@@ -101,24 +132,30 @@ def cpu_model() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="timed pairs per batch size")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="timed pairs per row")
     samples = parser.parse_args().samples
     torch.set_num_threads(1)
     print(f"{cpu_model()}, torch {torch.__version__}, 1 thread, median of {samples} pairs\n")
-    print("| B | allocations before | after | bytes before | after | µs before | after | ratio |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| heads with a rule | B | allocations before | after | bytes before | after "
+        "| µs before | after | before / after |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     with torch.inference_mode():
-        for batch_size in BATCH_SIZES:
-            before, after = forms(batch_size)
-            blocks_before, bytes_before = allocations(before)
-            blocks_after, bytes_after = allocations(after)
-            slow, fast, ratio = interleaved(before, after, samples)
-            print(
-                f"| {batch_size} | {blocks_before} | {blocks_after} "
-                f"| {bytes_before} | {bytes_after} "
-                f"| {slow * 1e6:.1f} | {fast * 1e6:.1f} | {ratio:.2f} |"
-            )
+        for label, spec in (("1 (V1)", V1), ("6 (V2, without slot)", V2)):
+            for batch_size in BATCH_SIZES:
+                before, after = forms(spec, batch_size)
+                blocks_before, bytes_before = allocations(before)
+                blocks_after, bytes_after = allocations(after)
+                slow, fast, ratio = interleaved(before, after, samples)
+                print(
+                    f"| {label} | {batch_size} | {blocks_before} | {blocks_after} "
+                    f"| {bytes_before:,} | {bytes_after:,} "
+                    f"| {slow * 1e6:.1f} | {fast * 1e6:.1f} | {ratio:.2f} |"
+                )
 
 
 if __name__ == "__main__":
