@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from model.heads import HeadTable
-from model.spec import PolicySpec
+from model.spec import HeadSpec, PolicySpec
 
 BATCH_SIZES = (1, 32, 256)
 CALLS_PER_SAMPLE = 50
 SAMPLES = 300
 
 V1 = PolicySpec.tamiyo_v1()
-V2_RULES = {  # head: (relevant ops, forced index)
+V2_RULES: dict[str, tuple[tuple[int, ...], int]] = {  # head: (relevant ops, forced index)
     "blueprint": ((1,), 0),
     "style": ((1, 2), 2),
     "tempo": ((1,), 1),
@@ -36,16 +36,17 @@ V2_RULES = {  # head: (relevant ops, forced index)
     "alpha_speed": ((2, 3), 0),
     "alpha_curve": ((2, 3), 0),
 }
-V2 = PolicySpec.model_validate(
-    V1.model_dump()
-    | {
-        "heads": [
-            head.model_dump()
-            | dict(zip(("relevant_ops", "forced_index"), V2_RULES.get(head.name, (None, None))))
-            for head in V1.heads
-        ]
-    }
-)
+
+
+def ruled(head: HeadSpec) -> HeadSpec:
+    """The head under V2's rule, if it has one."""
+    relevant_ops, forced_index = V2_RULES.get(head.name, (None, None))
+    return HeadSpec(
+        name=head.name, size=head.size, relevant_ops=relevant_ops, forced_index=forced_index
+    )
+
+
+V2 = V1.model_copy(update={"heads": tuple(ruled(head) for head in V1.heads)})
 
 Rule = Callable[[], object]
 
@@ -63,9 +64,9 @@ def rewritten(mask: Tensor, op: Tensor, relevant_ops: tuple[int, ...], forced: i
 
 def chosen(table: HeadTable, action: Tensor, log_prob: Tensor) -> tuple[Tensor, Tensor]:
     """Ours, all heads: action and log-prob, kept where the head matters and forced elsewhere."""
-    op = action[..., table.op_index]
-    action = table.keep_relevant(op, action, table.forced_index)
-    return action, table.keep_relevant(op, log_prob, 0.0)
+    relevant = table.relevant(action[..., table.op_index])
+    action = torch.where(relevant, action, table.forced_index)
+    return action, torch.where(relevant, log_prob, 0.0)
 
 
 def forms(spec: PolicySpec, batch_size: int) -> tuple[Rule, Rule]:
@@ -75,7 +76,7 @@ def forms(spec: PolicySpec, batch_size: int) -> tuple[Rule, Rule]:
     logits = table.spread(torch.randn(batch_size, spec.num_choices, generator=generator))
     best = table.log_probs(logits, table.valid).max(-1)
     op = best.indices[:, table.op_index].contiguous()
-    ruled = [
+    heads = [
         (index, torch.ones(batch_size, head.size, dtype=torch.bool), head)
         for index, head in enumerate(spec.heads)
         if head.relevant_ops is not None
@@ -84,13 +85,13 @@ def forms(spec: PolicySpec, batch_size: int) -> tuple[Rule, Rule]:
     def before() -> list[Tensor]:
         return [
             rewritten(mask, op, head.relevant_ops or (), head.forced_index or 0)
-            for _, mask, head in ruled
+            for _, mask, head in heads
         ]
 
     def after() -> tuple[Tensor, Tensor]:
         return chosen(table, best.indices, best.values)
 
-    for (index, _, head), mask in zip(ruled, before(), strict=True):
+    for (index, _, head), mask in zip(heads, before(), strict=True):
         action = logits[:, index, : head.size].where(mask, -1e4).argmax(-1)
         assert torch.equal(action, after()[0][:, index])
     return before, after

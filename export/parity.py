@@ -149,9 +149,8 @@ def _judge_actions(
     heads = reference.policy.heads
     taken = perturbed.gather(-1, action.unsqueeze(-1)).squeeze(-1)
     op = action[..., heads.op_index]
-    regret = heads.keep_relevant(op, perturbed.amax(-1) - taken, 0.0)
-    misforced = action != heads.keep_relevant(op, action, heads.forced_index)
-    wrong = ~(regret <= ATOL) | misforced
+    is_best = perturbed.amax(-1) - taken <= ATOL  # False for NaN
+    wrong = ~torch.where(heads.relevant(op), is_best, action == heads.forced_index)
     if wrong.any():
         row, head = wrong.nonzero()[0].tolist()
         raise ParityError(

@@ -76,14 +76,14 @@ class HeadTable(nn.Module):
     def choose(self, log_probs: Tensor, noise: Tensor) -> Decision:
         """Gumbel-max per head: the largest `log_probs + noise`; zero noise is the most likely."""
         action = (log_probs + noise).argmax(dim=-1)
-        op = action[..., self.op_index]
-        action = self.keep_relevant(op, action, self.forced_index)
-        return Decision(action, self.log_prob_of(log_probs, action))
+        relevant = self.relevant(action[..., self.op_index])
+        action = torch.where(relevant, action, self.forced_index)
+        return Decision(action, torch.where(relevant, _taken(log_probs, action), 0.0))
 
     def log_prob_of(self, log_probs: Tensor, action: Tensor) -> Tensor:
         """Log-prob of each head's `action` `[..., heads]`; 0 where the head does not matter."""
-        chosen = log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
-        return self.keep_relevant(action[..., self.op_index], chosen, 0.0)
+        relevant = self.relevant(action[..., self.op_index])
+        return torch.where(relevant, _taken(log_probs, action), 0.0)
 
     def entropy(self, log_probs: Tensor, allowed: Tensor, op: Tensor) -> Tensor:
         """Entropy over the allowed choices, divided by its maximum: `[..., heads]` in [0, 1].
@@ -94,13 +94,17 @@ class HeadTable(nn.Module):
         surprise = torch.where(allowed, -log_probs, 0.0)
         count = allowed.sum(-1)
         most = count.clamp(min=2).float().log()
-        entropy = torch.where(count > 1, (surprise * log_probs.exp()).sum(-1) / most, 0.0)
-        return self.keep_relevant(op, entropy, 0.0)
+        entropy = (surprise * log_probs.exp()).sum(-1) / most
+        return torch.where(self.relevant(op) & (count > 1), entropy, 0.0)
 
-    def keep_relevant(self, op: Tensor, value: Tensor, forced: Tensor | float) -> Tensor:
-        """`value` for the heads that matter for `op`, `forced` for the others: the one rule.
+    def relevant(self, op: Tensor) -> Tensor:
+        """Which heads matter for `op` `[...]`: bool `[..., heads]`. The one place that says so.
 
-        `op` int64 `[...]`, `value` `[..., heads]`. Acting and evaluating both go through here
-        (ticket B9-PT-03), and it writes to nothing it was given (ticket B9-PT-01).
+        Acting and evaluating both ask here (ticket B9-PT-03) and choose their results by it with
+        `torch.where`; no mask is cloned or written to (ticket B9-PT-01).
         """
-        return torch.where(self.relevance[op], value, forced)
+        return self.relevance[op]
+
+
+def _taken(log_probs: Tensor, action: Tensor) -> Tensor:
+    return log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1)

@@ -165,12 +165,6 @@ def test_entropy_is_one_where_all_allowed_choices_are_equally_likely() -> None:
 
 
 @pytest.mark.parametrize("op", range(3))
-def test_rule_keeps_what_matters_and_forces_the_rest(op: int) -> None:
-    value = torch.tensor([10, op, 30, 40, 50])
-    kept = TABLE.keep_relevant(torch.tensor(op), value, TABLE.forced_index).tolist()
-    expected = [
-        head.forced_index if forced(head, op) else given
-        for head, given in zip(SPEC.heads, value.tolist(), strict=True)
-    ]
-    assert kept == expected
-    assert value.tolist() == [10, op, 30, 40, 50]
+def test_table_says_which_heads_matter_for_an_op(op: int) -> None:
+    expected = [not forced(head, op) for head in SPEC.heads]
+    assert TABLE.relevant(torch.tensor(op)).tolist() == expected

@@ -94,6 +94,14 @@ def test_the_seed_and_step_make_the_noise(client: AppClient, spec: PolicySpec) -
     assert answer["step"] == 3
 
 
+def test_a_deterministic_request_has_no_noise(client: AppClient, spec: PolicySpec) -> None:
+    answers = client.act_at_once([body(spec, seed=n, deterministic=True) for n in range(5)])
+    assert {tuple(answer.json()["action"].values()) for answer in answers} == {
+        (0,) * len(spec.heads)
+    }
+    assert client.act(body(spec, seed=0)).json()["action"] != answers[0].json()["action"]
+
+
 def test_a_mask_names_heads_and_one_left_out_has_everything_allowed(
     client: AppClient, spec: PolicySpec
 ) -> None:
@@ -273,7 +281,6 @@ def test_a_state_that_is_not_finite_is_invalid_and_named(
 @pytest.mark.parametrize(
     ("fields", "name"),
     [
-        ({"session_id": "a", "state": {"h": [[0.0]], "c": [[0.0]]}}, "state"),
         ({"episode": "7"}, "episode"),
         ({"episode_start": True}, "episode_start"),
         ({"session_id": "a", "episode_start": True, "step": 1}, "step 0, not 1"),
@@ -283,6 +290,12 @@ def test_fields_that_contradict_each_other_are_invalid(
     client: AppClient, spec: PolicySpec, fields: Json, name: str
 ) -> None:
     assert name in error_of(client.act(body(spec, **fields)), 422, "invalid")
+
+
+def test_a_session_s_request_may_not_bring_a_state(client: AppClient, spec: PolicySpec) -> None:
+    state = client.act(body(spec)).json()["state"]
+    request = body(spec, session_id="a", episode_start=True, state=state)
+    assert "`state` is for stateless" in error_of(client.act(request), 422, "invalid")
 
 
 def test_an_unknown_session_is_404_and_a_lost_one_410(client: AppClient, spec: PolicySpec) -> None:

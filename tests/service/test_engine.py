@@ -37,6 +37,18 @@ def test_a_session_s_state_carries_from_step_to_step(bench: Bench) -> None:
     assert [bench.start(1).value, bench.step(10).value, bench.step(100).value] == [1, 11, 111]
 
 
+def test_both_halves_of_the_state_carry(bench: Bench) -> None:
+    bench.start(1, "a")
+    bench.start(10, "b")
+    for _ in range(3):
+        bench.step(1, "a")
+    for name, h, c in (("a", 4, 4), ("b", 10, 1)):
+        session = bench.sessions.find(name)
+        assert session is not None
+        assert (bench.sessions.h[session.row] == h).all()
+        assert (bench.sessions.c[session.row] == c).all()
+
+
 def test_answers_count_the_steps_of_the_episode(bench: Bench) -> None:
     assert [bench.start().step, bench.step().step, bench.step(step=2).step] == [0, 1, 2]
     assert bench.start().step == 0
@@ -127,9 +139,10 @@ def test_steps_are_sampled_with_the_published_noise_of_seed_and_step(
 
 
 def test_a_deterministic_step_has_no_noise(bench: Bench, spec: PolicySpec) -> None:
-    answer = bench.start(seed=42, deterministic=True)
-    assert answer.log_prob == [0.0] * len(spec.heads)
-    assert bench.step().log_prob != answer.log_prob
+    zeros = [0.0] * len(spec.heads)
+    assert bench.start(seed=42, deterministic=True).log_prob == zeros
+    assert bench.step().log_prob != zeros
+    assert bench.step(deterministic=True).log_prob == zeros
 
 
 def test_deterministic_and_sampled_rows_ride_together(bench: Bench, spec: PolicySpec) -> None:
@@ -145,16 +158,17 @@ def test_deterministic_and_sampled_rows_ride_together(bench: Bench, spec: Policy
 
 
 def test_a_mask_reaches_the_policy(bench: Bench, spec: PolicySpec) -> None:
-    allowed = {0: 1, 1: 7}  # head -> the one choice left
-    starts = np.concatenate([[0], np.cumsum(spec.head_sizes)])
-    forbid = [
-        column
-        for head, only in allowed.items()
-        for column in range(starts[head], starts[head + 1])
-        if column != starts[head] + only
-    ]
-    action = bench.start(forbid=forbid).action
-    assert [action[head] for head in allowed] == list(allowed.values())
+    for only in range(spec.num_choices):
+        head = int(np.searchsorted(np.cumsum(spec.head_sizes), only, side="right"))
+        first = sum(spec.head_sizes[:head])
+        others = set(range(first, first + spec.head_sizes[head])) - {only}
+        assert bench.start(forbid=sorted(others)).action[head] == only - first
+
+
+def test_a_mask_is_forgotten_after_its_step(bench: Bench, spec: PolicySpec) -> None:
+    free = Bench(spec).start(seed=42).action
+    bench.start(seed=42, forbid=[free[0]])
+    assert bench.start(seed=42).action == free
 
 
 def test_episodes_without_a_seed_differ_and_repeat_with_the_server_s_seed(

@@ -321,6 +321,17 @@ def test_ending_a_session_frees_its_row_and_forgets_it(table: Table) -> None:
     assert all(map(table.is_live, "acd"))
 
 
+def test_a_session_ended_for_good_is_not_lost_even_if_it_once_was(table: Table) -> None:
+    table.start("a")
+    table.clock.now_s += IDLE_S + 1
+    with pytest.raises(SessionLost):
+        table.ask("a")
+    table.start("a")
+    table.sessions.end("a")
+    with pytest.raises(UnknownSession):
+        table.ask("a")
+
+
 @pytest.mark.parametrize(
     ("prepare", "error"),
     [
