@@ -17,6 +17,7 @@ from service.errors import Invalid, Malformed
 from service.schemas import ActRequest, HiddenStateBody
 
 CONTENT_TYPE = "application/json"
+LONGEST_NAME = 80
 
 
 class ActCodec:
@@ -100,7 +101,7 @@ class ActCodec:
             columns = self._columns.get(name)
             if columns is None:
                 raise Invalid(
-                    f"`action_mask` names an unknown head {name!r}; the heads are "
+                    f"`action_mask` names an unknown head {_short(name)!r}; the heads are "
                     f"{', '.join(self._columns)}"
                 )
             size = columns.stop - columns.start
@@ -133,7 +134,7 @@ def _finite(name: str, values: list[Any], shape: tuple[int, ...]) -> NDArray[np.
 
 def _sentence(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(map(str, first["loc"]))
+    where = _short(".".join(map(str, first["loc"])))
     if first["type"] == "json_invalid":
         return f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}"
     if first["type"] == "extra_forbidden":
@@ -141,3 +142,8 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"`{where}` is required"
     return f"`{where}`: {first['msg']}" if where else f"the body: {first['msg']}"
+
+
+def _short(name: str) -> str:
+    """A client's own name, as far as a sentence needs it."""
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."

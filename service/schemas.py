@@ -2,9 +2,14 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 Identifier = Annotated[str, Field(min_length=1, max_length=256)]
+
+# Without FailFast, pydantic collects an error for every wrong value of a long list: a body at the
+# size limit would hold the event loop for seconds.
+Floats = Annotated[list[float], FailFast()]
+Bools = Annotated[list[bool], FailFast()]
 
 
 class HiddenStateBody(BaseModel):
@@ -12,8 +17,8 @@ class HiddenStateBody(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    h: list[list[float]]
-    c: list[list[float]]
+    h: Annotated[list[Floats], FailFast()]
+    c: Annotated[list[Floats], FailFast()]
 
 
 class ActRequest(BaseModel):
@@ -22,10 +27,10 @@ class ActRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     observation: Annotated[
-        list[float], Field(description="Raw, as the environment gives it; the policy normalises.")
+        Floats, Field(description="Raw, as the environment gives it; the policy normalises.")
     ]
     action_mask: Annotated[
-        dict[str, list[bool]] | None,
+        dict[str, Bools] | None,
         Field(description="Per head, true = allowed. A head left out has everything allowed."),
     ] = None
     session_id: Annotated[
