@@ -120,4 +120,7 @@ def _fail(message: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:  # while the artifact loads; later uvicorn has the signal
+        raise SystemExit(130) from None

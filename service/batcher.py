@@ -42,7 +42,9 @@ class Batcher(Generic[Item, Result]):
         self._run_batch = run_batch
         self._max_batch_size = max_batch_size
         self._max_waiting = max_waiting
-        self._waiting: deque[_Waiting[Item, Result]] = deque()
+        self._waiting: deque[_Waiting[Item, Result]] = deque()  # of each key, only the first
+        self._behind: dict[Hashable, deque[_Waiting[Item, Result]]] = {}  # the others, by key
+        self._num_waiting = 0
         self._is_scheduled = False
         self._is_closed = False
         self._drained: asyncio.Event = asyncio.Event()
@@ -58,11 +60,18 @@ class Batcher(Generic[Item, Result]):
         """
         if self._is_closed:
             raise Draining("the server is shutting down")
-        if len(self._waiting) >= self._max_waiting:
-            raise Overloaded(f"{len(self._waiting)} requests wait already; back off and retry")
+        if self._num_waiting >= self._max_waiting:
+            raise Overloaded(f"{self._num_waiting} requests wait already; back off and retry")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
-        self._waiting.append(_Waiting(item, key, loop.time() + timeout_s, future))
+        waiting = _Waiting(item, key, loop.time() + timeout_s, future)
+        if key is None or key not in self._behind:
+            self._waiting.append(waiting)
+            if key is not None:
+                self._behind[key] = deque()
+        else:
+            self._behind[key].append(waiting)
+        self._num_waiting += 1
         self._schedule(loop)
         return future
 
@@ -82,7 +91,10 @@ class Batcher(Generic[Item, Result]):
         self._is_scheduled = False
         batch = self._take(loop.time())
         if batch:
-            for waiting, result in zip(batch, self._results(batch), strict=True):
+            results = self._results(batch)
+            for waiting in reversed(batch):
+                self._release(waiting.key)
+            for waiting, result in zip(batch, results, strict=True):
                 if waiting.future.done():
                     continue
                 if isinstance(result, ServiceError):
@@ -96,23 +108,29 @@ class Batcher(Generic[Item, Result]):
 
     def _take(self, now_s: float) -> list[_Waiting[Item, Result]]:
         batch: list[_Waiting[Item, Result]] = []
-        keys: set[Hashable] = set()
-        put_back: list[_Waiting[Item, Result]] = []
         while self._waiting and len(batch) < self._max_batch_size:
             waiting = self._waiting.popleft()
+            self._num_waiting -= 1
             if waiting.future.done():
-                continue
-            if waiting.deadline_s <= now_s:
+                self._release(waiting.key)
+            elif waiting.deadline_s <= now_s:
+                self._release(waiting.key)
                 waiting.future.set_exception(
                     DeadlineExceeded("the time allowed passed before the model was free")
                 )
-            elif waiting.key is not None and waiting.key in keys:
-                put_back.append(waiting)
             else:
-                keys.add(waiting.key)
                 batch.append(waiting)
-        self._waiting.extendleft(reversed(put_back))
         return batch
+
+    def _release(self, key: Hashable) -> None:
+        """The key's first item is through: the next one takes its place at the front."""
+        if key is None:
+            return
+        behind = self._behind[key]
+        if behind:
+            self._waiting.appendleft(behind.popleft())
+        else:
+            del self._behind[key]
 
     def _results(self, batch: list[_Waiting[Item, Result]]) -> Sequence[Result | ServiceError]:
         try:

@@ -133,6 +133,11 @@ class SessionTable:
         if step == session.next_step - 1 and fingerprint == session.last_request:
             return session
         other = " with another content" if step == session.next_step - 1 else ""
+        if start:
+            raise StepConflict(
+                f"session {session_id!r} has already started{other}; its next step is "
+                f"{session.next_step}; to start anew, name another `episode` or leave `step` out"
+            )
         raise StepConflict(
             f"session {session_id!r} has already taken step {step}{other}; "
             f"its next step is {session.next_step}"

@@ -62,8 +62,8 @@ class Settings(BaseSettings):
         Field(gt=0, description="Longest wait for the model where a request names none (504)."),
     ] = 10_000.0
     max_body_bytes: Annotated[
-        int, Field(ge=1024, description="Larger bodies get 413 without being read further.")
-    ] = 1_000_000
+        int, Field(ge=1024, description="Larger bodies get 413; one step of V1 is some 3 kB.")
+    ] = 262_144
     drain_s: Annotated[
         int, Field(ge=0, description="On SIGTERM, time for requests under way before the exit.")
     ] = 10
