@@ -139,10 +139,12 @@ class FactoredRecurrentActorCritic(nn.Module):
         `{head: bool [B, n]}`; `noise` float32 `[B, num_choices]`, the heads' columns in spec order:
         standard Gumbel noise samples, None gives the most likely action. Raises ValueError as
         `step_scores` does, and for an input that requires a gradient: none would be recorded
-        (ticket B9-PT-02).
+        (ticket B9-PT-02). Compiled, the results are ordinary tensors without gradient.
         """
         self._refuse_gradient(observation, state, noise)
-        with torch.inference_mode():
+        # Inductor fails on inference tensors in a graph with a dynamic batch (torch 2.13).
+        is_compiling = torch.compiler.is_compiling()
+        with torch.no_grad() if is_compiling else torch.inference_mode():
             log_probs, value, state = self.step_scores(observation, state, masks)
             if noise is None:
                 padded = torch.zeros_like(log_probs)

@@ -20,6 +20,7 @@ from tests.random_inputs import (
     tensors,
 )
 
+ROWS = 10_000
 SPEC = PolicySpec.tamiyo_v1(
     num_slots=3, observation_dim=9, feature_dim=12, hidden_dim=10, num_layers=2
 )
@@ -30,6 +31,7 @@ UNWANTED = (
     *("rand", "multinomial", "bernoulli", "exponential"),  # a step is a pure function
 )
 
+inductor_warns = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 lowering_warns = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
 
 State = tuple[Tensor, Tensor]
@@ -52,6 +54,33 @@ def random_inputs(rows: int, seed: int = 0) -> Inputs:
         tensors(random_masks(SPEC, rng, rows)),
         torch.from_numpy(gumbel_noise(SPEC, rng, rows)),
     )
+
+
+@inductor_warns
+def test_compiled_step_takes_the_eager_steps_actions_at_every_batch_size() -> None:
+    policy = random_policy(SPEC)
+    compiled = torch.compile(policy.get_action, fullgraph=True, dynamic=True)
+    inputs = random_inputs(ROWS)
+    expected = policy.get_action(*inputs)
+    style_is_free = (expected.action["op"] == 1) | (expected.action["op"] == 2)
+    assert 1000 < style_is_free.sum() < ROWS - 1000
+
+    actual = compiled(*inputs)
+
+    for head in SPEC.head_names:
+        assert torch.equal(actual.action[head], expected.action[head]), head
+        torch.testing.assert_close(
+            actual.log_prob[head], expected.log_prob[head], atol=FLOAT_ATOL, rtol=0.0
+        )
+    torch.testing.assert_close(actual.value, expected.value, atol=FLOAT_ATOL, rtol=0.0)
+    torch.testing.assert_close(actual.state, expected.state, atol=FLOAT_ATOL, rtol=0.0)
+
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for rows in (2, 7, 256):
+            inputs = random_inputs(rows, seed=rows)
+            again, expected = compiled(*inputs), policy.get_action(*inputs)
+            for head in SPEC.head_names:
+                assert torch.equal(again.action[head], expected.action[head]), head
 
 
 class Step(nn.Module):
