@@ -80,6 +80,10 @@ def _weights(path: Path, content: Mapping[str, Any]) -> list[tuple[str, Tensor]]
                 f"{path}: is neither a checkpoint with 'network_state_dict' nor a state_dict; "
                 f"its entry {name!r} is a {type(tensor).__name__}"
             )
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
+            raise CheckpointError(
+                f"{path}: {name!r} is no plain tensor: {tensor.layout} on {tensor.device}"
+            )
     return list(weights.items())
 
 
@@ -110,8 +114,11 @@ def _infer_spec(path: Path, weights: Mapping[str, Tensor]) -> PolicySpec:
 
 
 def _check_weights(path: Path, spec: PolicySpec, weights: Mapping[str, Tensor]) -> None:
-    with torch.device("meta"):
-        expected = FactoredRecurrentActorCritic(spec).state_dict()
+    try:
+        with torch.device("meta"):
+            expected = FactoredRecurrentActorCritic(spec).state_dict()
+    except RuntimeError as error:  # dimensions whose product overflows
+        raise CheckpointError(f"{path}: its weights have an impossible shape") from error
     missing, foreign = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     if missing or foreign:
         parts = [
@@ -126,7 +133,9 @@ def _check_weights(path: Path, spec: PolicySpec, weights: Mapping[str, Tensor]) 
                 f"{path}: {name!r} has shape {tuple(tensor.shape)}, "
                 f"expected {tuple(expected[name].shape)}"
             )
-        if not tensor.isfinite().all():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{path}: {name!r} is {tensor.dtype}, expected floating point")
+        if not tensor.float().isfinite().all():
             raise CheckpointError(f"{path}: {name!r} holds NaN or infinity")
 
 
@@ -134,14 +143,16 @@ def _normalizer(
     path: Path, content: Mapping[str, Any], spec: PolicySpec
 ) -> ObservationNormalizer | None:
     metadata = content.get("metadata")
-    if not isinstance(metadata, Mapping) or "obs_normalizer_mean" not in metadata:
+    needed = {"obs_normalizer_mean", "obs_normalizer_var"}
+    if not isinstance(metadata, Mapping) or not needed & metadata.keys():
         return None
     try:
         mean = torch.as_tensor(metadata["obs_normalizer_mean"], dtype=torch.float32)
         var = torch.as_tensor(metadata["obs_normalizer_var"], dtype=torch.float32)
         normalizer = ObservationNormalizer(mean, var)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: has unusable observation statistics: {error}") from error
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(f"{path}: has unusable observation statistics: {reason}") from error
     if len(normalizer.mean) != spec.observation_dim:
         raise CheckpointError(
             f"{path}: has observation statistics for {len(normalizer.mean)} features, "

@@ -24,6 +24,8 @@ class ObservationNormalizer(nn.Module):
                 "normaliser mean and variance must be two vectors of one length, "
                 f"not {tuple(mean.shape)} and {tuple(var.shape)}"
             )
+        mean = mean.detach().to(torch.float32, copy=True)
+        var = var.detach().to(torch.float32, copy=True)
         bad = ~(mean.isfinite() & var.isfinite() & (var >= 0))
         if bad.any():
             index = int(bad.int().argmax())
@@ -31,8 +33,8 @@ class ObservationNormalizer(nn.Module):
                 f"normaliser statistics of feature {index} are mean {float(mean[index])}, "
                 f"variance {float(var[index])}"
             )
-        self.register_buffer("mean", mean.detach().to(torch.float32, copy=True))
-        self.register_buffer("var", var.detach().to(torch.float32, copy=True))
+        self.register_buffer("mean", mean)
+        self.register_buffer("var", var)
 
     def scale(self) -> Tensor:
         """What one unit of the normalised observation is worth, per feature."""

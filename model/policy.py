@@ -95,8 +95,8 @@ class FactoredRecurrentActorCritic(nn.Module):
     def initial_state(self, batch_size: int) -> State:
         """Zeros in the module's own dtype and device: `(h, c)`, each `[B, layers, hidden]`."""
         like = self.value_head[-1].get_parameter("bias")
-        zeros = like.new_zeros(batch_size, *self.state_shape)
-        return zeros, zeros
+        shape = (batch_size, *self.state_shape)
+        return like.new_zeros(shape), like.new_zeros(shape)
 
     def forward(self, observations: Tensor, state: State | None = None) -> Forward:
         """Logits and values over `observations` `[B, T, D]`, before any mask."""
@@ -239,6 +239,8 @@ class FactoredRecurrentActorCritic(nn.Module):
         for name in self.heads.names:
             if name not in actions:
                 raise ValueError(f"actions have no head {name!r}")
+            if actions[name].dtype != torch.int64:
+                raise ValueError(f"action {name!r} is {actions[name].dtype}, not torch.int64")
             self._check(f"action {name!r}", actions[name], tuple(lead))
         return torch.stack([actions[name] for name in self.heads.names], dim=-1)
 

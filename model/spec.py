@@ -56,6 +56,8 @@ class PolicySpec(BaseModel):
     def _heads_are_consistent(self) -> Self:
         if len(set(self.head_names)) != len(self.heads):
             raise ValueError(f"two heads have the same name: {', '.join(self.head_names)}")
+        if "value" in self.head_names:
+            raise ValueError("no head can be called 'value': value_head is the network's own")
         if self.op_head not in self.head_names:
             raise ValueError(f"there is no head {self.op_head!r} to decide which heads matter")
         op = self.heads[self.op_index]

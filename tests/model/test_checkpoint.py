@@ -262,6 +262,34 @@ def test_missing_and_unknown_weights_are_named(tmp_path: Path) -> None:
     assert message.endswith(" and others")
 
 
+@pytest.mark.parametrize(
+    "strange", [torch.zeros(3, 2, device="meta"), torch.zeros(3, 2).to_sparse()]
+)
+def test_weight_that_is_no_plain_tensor_is_refused(tmp_path: Path, strange: Tensor) -> None:
+    message = refusal(saved(tmp_path, weights() | {"tempo_head.2.weight": strange}))
+    assert "'tempo_head.2.weight' is no plain tensor" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool])
+def test_weight_that_is_no_fraction_is_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    state_dict = weights()
+    state_dict["tempo_head.2.weight"] = state_dict["tempo_head.2.weight"].to(dtype)
+    message = refusal(saved(tmp_path, state_dict))
+    assert message == f"'tempo_head.2.weight' is {dtype}, expected floating point"
+
+
+def test_weight_too_large_for_float32_is_refused(tmp_path: Path) -> None:
+    state_dict = weights()
+    state_dict["tempo_head.2.bias"] = torch.full((3,), 1e300, dtype=torch.float64)
+    assert refusal(saved(tmp_path, state_dict)) == "'tempo_head.2.bias' holds NaN or infinity"
+
+
+def test_dimension_too_large_for_any_machine_is_refused(tmp_path: Path) -> None:
+    """A stride of zero makes it cheap to claim."""
+    state_dict = weights() | {"lstm.weight_hh_l0": torch.zeros(()).expand(4, 2**40)}
+    assert "impossible shape" in refusal(saved(tmp_path, state_dict))
+
+
 @pytest.mark.parametrize("name", ["lstm.weight_ih_l1", "lstm.weight_ih_l0_reverse"])
 def test_weights_of_half_a_layer_are_refused(tmp_path: Path, name: str) -> None:
     message = refusal(saved(tmp_path, weights() | {name: torch.zeros(20, 5)}))
@@ -307,6 +335,9 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, bad: float) -> 
         ({"obs_normalizer_mean": None}, "unusable"),
         ({"obs_normalizer_mean": [[0.0], [0.0, 1.0]]}, "unusable"),
         ({"obs_normalizer_mean": [0.0, "x", 0.0]}, "unusable"),
+        ({"obs_normalizer_mean": [0.0, 10**400, 0.0]}, "unusable"),
+        ({"obs_normalizer_mean": torch.zeros(3).to_sparse()}, "unusable"),
+        ({"obs_normalizer_mean": torch.zeros(3, device="meta")}, "unusable"),
     ],
 )
 def test_unusable_observation_statistics_are_refused(
@@ -316,11 +347,12 @@ def test_unusable_observation_statistics_are_refused(
     assert message in refusal(saved(tmp_path, content))
 
 
-def test_half_of_the_observation_statistics_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("missing", ["obs_normalizer_mean", "obs_normalizer_var"])
+def test_half_of_the_observation_statistics_is_refused(tmp_path: Path, missing: str) -> None:
     metadata = statistics()
-    del metadata["obs_normalizer_var"]
+    del metadata[missing]
     content = as_trainer_writes(weights(), metadata=metadata)
-    assert "obs_normalizer_var" in refusal(saved(tmp_path, content))
+    assert missing in refusal(saved(tmp_path, content))
 
 
 KINDS = {"torch.save": ".pt", "legacy torch.save": ".pt", "safetensors": ".safetensors"}

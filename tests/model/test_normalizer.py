@@ -78,3 +78,12 @@ def test_unusable_statistics_are_refused_naming_the_feature(mean: float, var: fl
     means[3] = float("nan")
     with pytest.raises(ValueError, match=f"of feature 2 are mean {mean}, variance {var:.5f}"[:38]):
         ObservationNormalizer(means, variances)
+
+
+def test_statistics_too_large_for_float32_are_refused() -> None:
+    """They are finite as given, and would be infinity as kept."""
+    large, small = torch.tensor([1e300], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="feature 0"):
+        ObservationNormalizer(large, small)
+    with pytest.raises(ValueError, match="feature 0"):
+        ObservationNormalizer(small, large)

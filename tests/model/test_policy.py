@@ -529,6 +529,16 @@ def test_action_out_of_range_is_named_with_its_row(
         policy.evaluate_actions(torch.zeros(4, 5, spec.observation_dim), actions)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int32])
+def test_action_that_is_not_int64_is_refused(
+    policy: FactoredRecurrentActorCritic, spec: PolicySpec, dtype: torch.dtype
+) -> None:
+    actions = zero_actions(spec, 4, 5)
+    actions["tempo"] = actions["tempo"].to(dtype)
+    with pytest.raises(ValueError, match=f"action 'tempo' is {dtype}, not torch.int64"):
+        policy.evaluate_actions(torch.zeros(4, 5, spec.observation_dim), actions)
+
+
 def test_actions_name_every_head_and_no_other(
     policy: FactoredRecurrentActorCritic, spec: PolicySpec
 ) -> None:

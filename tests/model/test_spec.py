@@ -139,6 +139,12 @@ def test_heads_have_different_names() -> None:
         spec_of(HeadSpec(name="slot", size=2), HeadSpec(name="slot", size=3), OP)
 
 
+def test_no_head_takes_the_value_heads_name() -> None:
+    """Its parameters would be the value's: `value_head` is a name of the network's own."""
+    with pytest.raises(ValidationError, match="no head can be called 'value'"):
+        spec_of(OP, HeadSpec(name="value", size=2))
+
+
 def test_op_head_exists_and_is_never_forced() -> None:
     with pytest.raises(ValidationError, match="no head 'op'"):
         spec_of(HeadSpec(name="slot", size=2))
