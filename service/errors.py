@@ -57,7 +57,6 @@ class TooLarge(ServiceError):
     """The body is larger than any request of this policy can be."""
 
     status_code, error_type = 413, "too_large"
-    headers = {"Connection": "close"}  # noqa: RUF012 - the rest of the body is not wanted
 
 
 class UnsupportedContentType(ServiceError):
