@@ -1,5 +1,7 @@
 """`python -m export`: a trainer's checkpoint becomes a verified artifact directory.
 
+`python -m export verify DIR` checks an artifact again, anywhere; `inspect DIR` says what it is.
+
 Exit codes: 0 every requested format passed its parity check; 1 one did not, and there is no
 artifact; 2 bad input; 130 interrupted. One clear line on stderr says why.
 """
@@ -7,7 +9,7 @@ artifact; 2 bad input; 130 interrupted. One clear line on stderr says why.
 import argparse
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,9 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from export.exporter import export_policy
-from export.formats import FORMATS
-from export.manifest import Manifest, Source
+from export.formats import FORMATS, PORTABLE_FORMATS
+from export.manifest import ArtifactError, FormatParity, Manifest, Source
 from export.parity import ParityError
+from export.signature import load_private_key, load_public_key
+from export.verify import verify_artifact
 from model.checkpoint import CheckpointError, load_checkpoint
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
@@ -29,6 +33,9 @@ PRESETS: dict[str, Callable[[], PolicySpec]] = {"tamiyo-v1": PolicySpec.tamiyo_v
 EXAMPLES = """examples:
   python -m export --checkpoint best.pt --output artifacts/best
   python -m export --preset tamiyo-v1 --seed 0 --output artifacts/fresh --overwrite
+  python -m export --checkpoint best.pt --output artifacts/best --formats onnx --sign key.pem
+  python -m export verify artifacts/best --trusted key.pub
+  python -m export inspect artifacts/best
 """
 
 
@@ -38,6 +45,19 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = {"verify": _verify, "inspect": _inspect}.get(arguments[0]) if arguments else None
+    try:
+        return command(arguments[1:]) if command else _export(arguments)
+    except (CheckpointError, ArtifactError, FileExistsError) as error:
+        _fail(str(error))
+    except ParityError as error:
+        _fail(str(error), code=1)
+    except KeyboardInterrupt:
+        _fail("interrupted", code=130)
+
+
+def _export(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     progress = Console(stderr=True)
     torch.set_num_threads(1)  # the gate's many small products are slower with more
@@ -52,18 +72,71 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 source=source,
                 formats=options.formats,
                 device=options.device,
+                max_batch_size=options.max_batch_size,
+                sign_with=options.sign and load_private_key(options.sign),
                 overwrite=options.overwrite,
                 on_stage=status.update,
             )
-    except (CheckpointError, FileExistsError) as error:
-        _fail(str(error))
+    except FileExistsError:
+        raise
     except OSError as error:
         _fail(f"{error.filename or options.output}: cannot be written ({error.strerror})")
-    except ParityError as error:
-        _fail(f"no artifact was written: {error}", code=1)
+    except (ParityError, ArtifactError) as error:
+        raise ParityError(f"no artifact was written: {error}") from error
     except KeyboardInterrupt:
         _fail("interrupted; no artifact was written", code=130)
-    _summarize(manifest, options.output)
+    if options.json:
+        sys.stdout.write(manifest.model_dump_json() + "\n")
+    else:
+        _summarize(manifest, manifest.parity.formats)
+        _say(f"{manifest.name} ({manifest.policy_version[:19]}) is in {options.output}")
+    return 0
+
+
+def _verify(arguments: Sequence[str]) -> int:
+    parser = _Parser(
+        prog="python -m export verify",
+        description="Checks an artifact: signature, hashes, then what it does, on this machine.",
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument(
+        "--trusted", type=Path, metavar="KEY.pub", help="refuse what this key has not signed"
+    )
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    with Console(stderr=True).status("reading the artifact") as status:
+        parity = verify_artifact(
+            options.directory,
+            trusted=options.trusted and load_public_key(options.trusted),
+            on_stage=status.update,
+        )
+    _summarize(Manifest.read(options.directory), parity)
+    _say(f"{options.directory} is what was exported, and does what its policy does")
+    return 0
+
+
+def _inspect(arguments: Sequence[str]) -> int:
+    parser = _Parser(
+        prog="python -m export inspect", description="Says what an artifact is; runs nothing of it."
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument("--json", action="store_true", help="print the manifest")
+    options = parser.parse_args(arguments)
+    manifest = Manifest.read(options.directory)
+    if options.json:
+        sys.stdout.write(manifest.model_dump_json(indent=2) + "\n")
+        return 0
+    spec = manifest.spec
+    heads = ", ".join(f"{head.name} {head.size}" for head in spec.heads)
+    origin = manifest.source.sha256 or f"seed {manifest.source.seed}"
+    _say(f"{manifest.name}: {manifest.policy_version}")
+    _say(f"  from {manifest.source.kind} {manifest.source.name} ({origin})")
+    _say(f"  {spec.name}: {spec.observation_dim} features, {spec.num_layers} x {spec.hidden_dim}")
+    _say(f"  heads: {heads}")
+    _say(f"  {manifest.precision} on {manifest.device}, batches up to {manifest.max_batch_size}")
+    _say(f"  normaliser: {'inside' if manifest.has_normalizer else 'none'}")
+    _say(f"  made with {', '.join(f'{name} {of}' for name, of in manifest.versions.items())}")
+    _summarize(manifest, manifest.parity.formats)
     return 0
 
 
@@ -92,9 +165,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--formats",
         type=_formats,
-        default=tuple(FORMATS),
+        default=PORTABLE_FORMATS,
         metavar="LIST",
-        help=f"which of {','.join(FORMATS)} to write (default: all)",
+        help=f"which of {','.join(FORMATS)} to write, or all; aoti is machine code for this kind "
+        f"of machine and takes a C++ compiler (default: {','.join(PORTABLE_FORMATS)})",
     )
     parser.add_argument(
         "--device",
@@ -105,11 +179,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--precision", choices=("fp32",), default="fp32", help="of weights and products"
     )
+    parser.add_argument(
+        "--max-batch-size",
+        type=_batch_size,
+        default=256,
+        metavar="N",
+        help="largest batch the artifact takes and is checked with (default 256)",
+    )
+    parser.add_argument(
+        "--sign", type=Path, metavar="KEY", help="sign the manifest with this Ed25519 key (PEM)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the manifest, for a machine")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
     return parser
 
 
 def _formats(text: str) -> tuple[str, ...]:
+    if text == "all":
+        return tuple(FORMATS)
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     for name in names:
         if name not in FORMATS:
@@ -124,6 +211,12 @@ def _formats(text: str) -> tuple[str, ...]:
 def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 2**63 - 1")
+    return int(text)
+
+
+def _batch_size(text: str) -> int:
+    if not text.isdecimal() or not 2 <= int(text) <= 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 2 to 65536")
     return int(text)
 
 
@@ -169,20 +262,22 @@ def _load(
     )
 
 
-def _summarize(manifest: Manifest, output: Path) -> None:
-    table = Table("format", "file", "size", "largest error", "actions equal to eager's")
+def _summarize(manifest: Manifest, parity: Mapping[str, FormatParity]) -> None:
+    table = Table("format", "file", "size", "needs", "largest error", "equal actions")
     for name, file in manifest.formats.items():
-        parity = manifest.parity.formats[name]
         table.add_row(
             name,
             file.file,
             f"{file.bytes / 1e6:.2f} MB",
-            f"{max(parity.max_error.values()):.1e}",
-            f"{parity.action_agreement:.4%} of {parity.rows * len(manifest.spec.heads)}",
+            file.requires or "",
+            f"{max(parity[name].max_error.values()):.1e}",
+            f"{parity[name].action_agreement:.3%}",
         )
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(table)
-    console.print(f"{manifest.name} ({manifest.policy_version[:19]}) is in {output}", markup=False)
+    Console(soft_wrap=True, highlight=False).print(table)
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:

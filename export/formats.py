@@ -4,52 +4,200 @@ A new format is one pair of functions and one row in FORMATS.
 """
 
 import io
+import logging
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch._inductor
 from torch import Tensor
+from torch.export import Dim, ExportedProgram
 
+from export.manifest import ArtifactError, FormatFile, step_inputs, step_outputs
 from export.step import PolicyStep, StepOutput
 
 StepInput = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 LoadedStep = Callable[..., StepOutput]
 
 
+class StepSource:
+    """The step as the formats take it: a module, an example, and one captured graph for all.
+
+    The example has two rows: with one, tracers take the batch for a constant.
+    """
+
+    def __init__(self, step: PolicyStep, max_batch_size: int) -> None:
+        self.step = step
+        self.example: StepInput = step.example(batch_size=2)
+        self._max_batch_size = max_batch_size
+
+    @cached_property
+    def program(self) -> ExportedProgram:
+        batch = Dim("batch", min=1, max=self._max_batch_size)
+        with _torch_speaks_of_itself(), torch.no_grad():
+            return torch.export.export(
+                self.step, self.example, dynamic_shapes=tuple({0: batch} for _ in self.example)
+            )
+
+
 class Format(NamedTuple):
-    """`write` puts the step into a file; `load` makes it callable from the file's bytes."""
+    """`write` puts the step into a file; `load` makes it callable from the file's bytes.
+
+    `is_native` says that the file holds machine code, for the kind of machine that wrote it.
+    """
 
     file: str
-    write: Callable[[PolicyStep, StepInput, Path], None]
+    write: Callable[[StepSource, Path], None]
     load: Callable[[bytes, torch.device], LoadedStep]
+    is_native: bool = False
 
 
-def write_torchscript(step: PolicyStep, example: StepInput, path: Path) -> None:
-    """Traces and freezes the step. The example's batch is 2 or more, so that it stays dynamic."""
-    with _torchscript_is_asked_for():
-        traced = torch.jit.trace(step, example)  # type: ignore[no-untyped-call]
+def write_torchscript(source: StepSource, path: Path) -> None:
+    """A traced and frozen TorchScript module."""
+    with _torch_speaks_of_itself(), torch.no_grad():
+        traced = torch.jit.trace(source.step, source.example)  # type: ignore[no-untyped-call]
         torch.jit.save(torch.jit.freeze(traced), str(path))
 
 
 def load_torchscript(content: bytes, device: torch.device) -> LoadedStep:
-    with _torchscript_is_asked_for():
+    with _torch_speaks_of_itself():
         loaded: LoadedStep = torch.jit.load(  # type: ignore[no-untyped-call]
             io.BytesIO(content), map_location=device
         )
     return loaded
 
 
+def write_pt2(source: StepSource, path: Path) -> None:
+    """torch.export's own archive: the captured graph, to run, compile or lower elsewhere."""
+    with _torch_speaks_of_itself():
+        torch.export.save(source.program, path)
+
+
+def load_pt2(content: bytes, device: torch.device) -> LoadedStep:
+    with _torch_speaks_of_itself():
+        loaded: LoadedStep = torch.export.load(io.BytesIO(content)).module()
+    return loaded
+
+
+def write_aoti(source: StepSource, path: Path) -> None:
+    """AOTInductor's package: what torch.compile makes, ahead of time; needs a C++ compiler."""
+    with _torch_speaks_of_itself(), torch.no_grad():
+        torch._inductor.aoti_compile_and_package(source.program, package_path=str(path))
+
+
+def load_aoti(content: bytes, device: torch.device) -> LoadedStep:
+    # The loader unpacks from a path; what it opens is what was hashed, in a directory of our own.
+    with tempfile.TemporaryDirectory(prefix="tamiyo-aoti-") as directory:
+        package = Path(directory) / "policy.pt2"
+        package.write_bytes(content)
+        loaded: LoadedStep = torch._inductor.aoti_load_package(str(package))
+    return loaded
+
+
+def write_onnx(source: StepSource, path: Path) -> None:
+    """ONNX, optimised, with the manifest's names; checked by `onnx.checker`."""
+    import onnx
+
+    spec = source.step.spec
+    with _torch_speaks_of_itself():
+        program = torch.onnx.export(
+            source.program,
+            (),
+            dynamo=True,
+            optimize=True,
+            verbose=False,
+            input_names=[array.name for array in step_inputs(spec)],
+            output_names=[array.name for array in step_outputs(spec)],
+        )
+    assert program is not None
+    program.save(str(path), external_data=False)
+    onnx.checker.check_model(str(path), full_check=True)
+
+
+def load_onnx(content: bytes, device: torch.device) -> LoadedStep:
+    import onnxruntime
+
+    providers = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(
+        content, options, providers=[providers[device.type]]
+    )  # fmt: skip
+    names = [array.name for array in session.get_inputs()]
+
+    def step(*inputs: Tensor) -> StepOutput:
+        feed = {name: array.cpu().numpy() for name, array in zip(names, inputs, strict=True)}
+        outputs = (torch.from_numpy(array).to(device) for array in session.run(None, feed))
+        action, log_prob, value, h, c = outputs
+        return action, log_prob, value, h, c
+
+    return step
+
+
+def load_format(
+    format_name: str, file: FormatFile, directory: Path, device: torch.device
+) -> LoadedStep:
+    """The step of a format's file, after its hash and its machine were checked.
+
+    Raises ArtifactError where the file is not the manifest's, is for another kind of machine, or
+    cannot be loaded.
+    """
+    if file.requires not in (None, machine_requirement(device)):
+        raise ArtifactError(
+            f"{directory / file.file}: holds machine code for {file.requires}, this machine has "
+            f"{machine_requirement(device)}; export it here, or use another format"
+        )
+    content = file.read(directory)
+    try:
+        return FORMATS[format_name].load(content, device)
+    except Exception as error:  # whatever the format's own loader raises
+        raise ArtifactError(
+            f"{directory / file.file}: cannot be loaded: {first_line(error)}"
+        ) from error
+
+
+def machine_requirement(device: torch.device) -> str:
+    """What machine code made here needs: the CPU's vector instructions, or the GPU's capability."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm_{major}{minor}"
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def first_line(error: Exception) -> str:
+    """What a foreign library says first of its failure."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 @contextmanager
-def _torchscript_is_asked_for() -> Iterator[None]:
-    """Silences torch's notice that TorchScript is deprecated, and nothing else."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning)
-        yield
+def _torch_speaks_of_itself() -> Iterator[None]:
+    """Silences what torch 2.13 says of its own insides: TorchScript is deprecated (here it is asked
+    for, and inductor's imports use it), so is a class its exporters use, and torchvision is absent.
+    """
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning
+            )
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+            yield
+    finally:
+        registration.setLevel(level)
 
 
-FORMATS = {
+FORMATS: dict[str, Format] = {
     "torchscript": Format("policy.ts", write_torchscript, load_torchscript),
+    "pt2": Format("policy.pt2", write_pt2, load_pt2),
+    "aoti": Format("policy.aoti.pt2", write_aoti, load_aoti, is_native=True),
+    "onnx": Format("policy.onnx", write_onnx, load_onnx),
 }
+
+PORTABLE_FORMATS = tuple(name for name, written in FORMATS.items() if not written.is_native)

@@ -64,12 +64,22 @@ class Array(_Record):
     shape: tuple[int | str, ...]
 
 
+class FormatFile(File):
+    """A format's file, and for machine code the machine it needs: its `requires`.
+
+    `requires` is torch's name for the CPU's vector instructions (`AVX512`), or the GPU's compute
+    capability (`sm_90`); None runs anywhere.
+    """
+
+    requires: str | None = None
+
+
 class FormatParity(_Record):
     """How one format compared with the eager policy, over `rows` rows of carried steps."""
 
     rows: int
     action_agreement: float
-    """Share of decisions equal to eager's; the others are ties within `atol`."""
+    """Share of decisions equal to eager's; the others are ties within the tolerance."""
     max_error: dict[str, float]
 
 
@@ -99,13 +109,19 @@ class Manifest(_Record):
     precision: Literal["fp32"]
     device: Literal["cpu", "cuda"]
     has_normalizer: bool
+    max_batch_size: Annotated[int, Field(ge=1)]
     inputs: tuple[Array, ...]
     outputs: tuple[Array, ...]
     weights: File
-    formats: dict[str, File]
+    formats: dict[str, FormatFile]
     parity: Parity
     source: Source
     versions: dict[str, str]
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        """Every file the artifact vouches for."""
+        return (self.weights, *self.formats.values())
 
     @property
     def policy_version(self) -> str:
@@ -131,6 +147,12 @@ class Manifest(_Record):
 
     def write(self, directory: Path) -> None:
         (directory / MANIFEST_FILE).write_text(self.model_dump_json(indent=2) + "\n")
+
+
+def bucket_sizes(max_batch_size: int) -> tuple[int, ...]:
+    """The batch sizes a step is run at: powers of two up to, and including, the largest."""
+    powers = [2**n for n in range(max_batch_size.bit_length()) if 2**n < max_batch_size]
+    return (*powers, max_batch_size)
 
 
 def step_inputs(spec: PolicySpec) -> tuple[Array, ...]:

@@ -5,27 +5,27 @@ The policy is the judge of every decision: an artifact's action is right where t
 it as high as its own best, so that two choices closer than the tolerance are a tie, not a fault.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from export.formats import LoadedStep, StepInput
-from export.manifest import FormatParity
+from export.formats import LoadedStep, StepInput, first_line
+from export.manifest import FormatParity, bucket_sizes
 from export.step import StepOutput
 from model.normalizer import ObservationNormalizer
-from model.policy import FactoredRecurrentActorCritic
+from model.policy import FactoredRecurrentActorCritic, Scores
 from model.recurrence import State
 
 ATOL = 2e-5
 RTOL = 1e-5
-BATCH_SIZES = (1, 2, 7, 64)
 STEPS = 50
-RESET_PROBABILITY = 0.05
+SATURATION = 20.0
+RESTART_PROBABILITY = 0.05
 FAR_PROBABILITY = 0.1
-FAR = 30.0
-"""Some observations lie beyond the normaliser's clip, so that forgetting it shows."""
+FAR = {True: 1e30, False: 1e3}
+"""How far off some observations are: with a normaliser, which clips them, and without."""
 
 
 class ParityError(Exception):
@@ -33,34 +33,42 @@ class ParityError(Exception):
 
 
 @dataclass(frozen=True)
-class Reference:
-    """The eager policy and its normaliser, as the judge of an exported step."""
+class Step:
+    """One step of the reference run: what goes in, and what the policy makes of it.
 
-    policy: FactoredRecurrentActorCritic
-    normalizer: ObservationNormalizer | None
+    `expected_in` is the state the policy itself went in with; `begins` the rows whose episode
+    starts here, and `begin_state` what they start from.
+    """
 
-    def normalize(self, observation: Tensor) -> Tensor:
-        return observation if self.normalizer is None else self.normalizer(observation)
+    batch_size: int
+    number: int
+    observation: Tensor
+    action_mask: Tensor
+    noise: Tensor
+    begins: Tensor
+    begin_state: State
+    scores: Scores
 
-    def masks(self, action_mask: Tensor) -> dict[str, Tensor]:
-        heads = self.policy.heads
-        return dict(zip(heads.names, torch.split(action_mask, heads.sizes, -1), strict=True))
+    @property
+    def where(self) -> str:
+        return f"batch size {self.batch_size}, step {self.number}"
 
 
 @dataclass
-class _Tally:
-    """What the comparison of one format adds up to."""
+class ParityRun:
+    """What the comparison of one format adds up to; `error_by_step` is the largest of any array."""
 
     rows: int = 0
     decisions: int = 0
     equal: int = 0
     max_error: dict[str, float] = field(default_factory=dict)
+    error_by_step: list[float] = field(default_factory=lambda: [0.0] * STEPS)
 
-    def compare(self, what: str, got: Tensor, expected: Tensor, where: str) -> None:
+    def compare(self, what: str, got: Tensor, expected: Tensor, step: Step) -> None:
         if got.shape != expected.shape or got.dtype != expected.dtype:
             raise ParityError(
                 f"{what} is {got.dtype} {tuple(got.shape)}, expected {expected.dtype} "
-                f"{tuple(expected.shape)} ({where})"
+                f"{tuple(expected.shape)} ({step.where})"
             )
         error = (got - expected).abs()
         within = error <= ATOL + RTOL * expected.abs()  # False for NaN
@@ -68,83 +76,150 @@ class _Tally:
             index = tuple((~within).nonzero()[0].tolist())
             raise ParityError(
                 f"{what}[{', '.join(map(str, index))}] is {got[index].item():.9g}, expected "
-                f"{expected[index].item():.9g} ({where})"
+                f"{expected[index].item():.9g} ({step.where})"
             )
-        self.max_error[what] = max(self.max_error.get(what, 0.0), error.max().item())
+        largest = error.max().item()
+        self.max_error[what] = max(self.max_error.get(what, 0.0), largest)
+        self.error_by_step[step.number] = max(self.error_by_step[step.number], largest)
+
+    def summary(self) -> FormatParity:
+        return FormatParity(
+            rows=self.rows,
+            action_agreement=self.equal / self.decisions,
+            max_error=self.max_error,
+        )
 
 
-def check_parity(step: LoadedStep, reference: Reference, seed: int = 0) -> FormatParity:
-    """Compares `step` with the policy over batch sizes 1, 2, 7, 64 and 50 carried steps each.
+def parity_batch_sizes(max_batch_size: int) -> tuple[int, ...]:
+    """1, 2, 3, 7, every bucket and the largest batch, as far as the artifact goes."""
+    sizes = {1, 2, 3, 7, *bucket_sizes(max_batch_size)}
+    return tuple(sorted(size for size in sizes if size <= max_batch_size))
 
-    Masks run from one choice allowed to all; noise is zero on even steps and Gumbel on odd ones;
-    each row's episode starts anew with probability 0.05. Raises ParityError at the first array
-    beyond `ATOL + RTOL * |expected|`, naming array, row, expected and got.
+
+class Reference:
+    """The eager policy's own run of the gate's episodes, made once for all formats.
+
+    For every batch size, 50 carried steps. Masks run from one choice allowed to all; noise is zero
+    on even steps and Gumbel on odd ones; some observations are far beyond anything trained on;
+    each row's episode starts anew with probability 0.05, half of them from a saturated state.
     """
-    tally = _Tally()
+
+    def __init__(
+        self,
+        policy: FactoredRecurrentActorCritic,
+        normalizer: ObservationNormalizer | None,
+        *,
+        batch_sizes: Sequence[int],
+        seed: int = 0,
+    ) -> None:
+        self.policy = policy
+        self.normalizer = normalizer
+        self.batch_sizes = tuple(batch_sizes)
+        with torch.inference_mode():
+            self.episodes = [
+                list(self._run(batch_size, torch.Generator().manual_seed(seed * 1000 + batch_size)))
+                for batch_size in self.batch_sizes
+            ]
+
+    def _run(self, batch_size: int, generator: torch.Generator) -> Iterator[Step]:
+        state = self.policy.initial_state(batch_size)
+        heads, device = self.policy.heads, state[0].device
+        for number in range(STEPS):
+            observation = self._observations(batch_size, generator).to(device)
+            mask = self._masks(batch_size, generator).to(device)
+            noise = torch.zeros(mask.shape, device=device)
+            if number % 2 == 1:
+                uniform = torch.rand(mask.shape, generator=generator).clamp(min=1e-20)
+                noise = -torch.log(-torch.log(uniform)).to(device)
+            begins = (torch.rand(batch_size, generator=generator) < RESTART_PROBABILITY).to(device)
+            begin_state = self._begin_state(batch_size, generator)
+            state = restarted(state, begins, begin_state)
+            normal = observation if self.normalizer is None else self.normalizer(observation)
+            by_head = dict(zip(heads.names, torch.split(mask, heads.sizes, -1), strict=True))
+            scores = self.policy.step_scores(normal, state, by_head)
+            yield Step(
+                batch_size, number, observation, mask, noise, begins, begin_state, scores
+            )  # fmt: skip
+            state = scores.state
+
+    def _observations(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        shape = (batch_size, self.policy.spec.observation_dim)
+        observation = torch.randn(shape, generator=generator)
+        if self.normalizer is not None:
+            scale, mean = self.normalizer.scale().cpu(), self.normalizer.mean.cpu()
+            observation = observation * scale + mean
+        far = torch.rand(batch_size, 1, generator=generator) < FAR_PROBABILITY
+        extreme = torch.randn(shape, generator=generator).sign() * FAR[self.normalizer is not None]
+        return torch.where(far, extreme, observation)
+
+    def _masks(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        heads = self.policy.heads
+        density = torch.rand(batch_size, 1, generator=generator) * 1.6 - 0.3
+        allowed = torch.rand(batch_size, sum(heads.sizes), generator=generator) < density
+        for columns in torch.split(allowed, heads.sizes, -1):
+            size = columns.shape[1]
+            choice = torch.randint(size, (batch_size,), generator=generator)
+            columns |= torch.nn.functional.one_hot(choice, size).bool()
+        return allowed
+
+    def _begin_state(self, batch_size: int, generator: torch.Generator) -> State:
+        zeros = self.policy.initial_state(batch_size)[0]
+        signs = torch.randn(zeros.shape, generator=generator).sign().to(zeros.device)
+        saturated = torch.rand(batch_size, 1, 1, generator=generator) < 0.5
+        signs = signs * saturated.to(zeros.device)
+        return signs, signs * SATURATION
+
+
+def check_parity(step: LoadedStep, reference: Reference) -> ParityRun:
+    """Compares `step` with the policy over the reference's episodes, carrying its own state.
+
+    Raises ParityError at the first array beyond `ATOL + RTOL * |expected|`, naming array, row,
+    expected and got.
+    """
+    run = ParityRun()
     with torch.inference_mode():
-        for batch_size in BATCH_SIZES:
-            _check_episodes(step, reference, batch_size, seed, tally)
-    return FormatParity(
-        rows=tally.rows,
-        action_agreement=tally.equal / tally.decisions,
-        max_error=tally.max_error,
-    )
+        for episode in reference.episodes:
+            state = reference.policy.initial_state(episode[0].batch_size)
+            for moment in episode:
+                state = restarted(state, moment.begins, moment.begin_state)
+                inputs = (moment.observation, moment.action_mask, moment.noise, *state)
+                outputs = _run_step(step, inputs, moment)
+                _judge(reference, moment, outputs, run)
+                state = (outputs[3], outputs[4])
+    return run
 
 
-def _check_episodes(
-    step: LoadedStep, reference: Reference, batch_size: int, seed: int, tally: _Tally
-) -> None:
-    expected_state = reference.policy.initial_state(batch_size)
-    state: State = expected_state
-    generator = torch.Generator().manual_seed(seed * 1000 + batch_size)
-    for number, (observation, mask, noise, starts) in enumerate(
-        _episode_inputs(reference, batch_size, generator)
-    ):
-        state = _restarted(state, starts)
-        expected_state = _restarted(expected_state, starts)
-        inputs = (observation, mask, noise, *state)
-        where = f"batch size {batch_size}, step {number}"
-        try:
-            outputs = step(*inputs)
-        except Exception as error:  # whatever the format's own runtime raises
-            raise ParityError(f"the step fails: {first_line(error)} ({where})") from error
-        expected_state = _judge(reference, inputs, outputs, expected_state, where, tally)
-        state = (outputs[3], outputs[4])
+def _run_step(step: LoadedStep, inputs: StepInput, moment: Step) -> StepOutput:
+    try:
+        return step(*inputs)
+    except Exception as error:  # whatever the format's own runtime raises
+        raise ParityError(f"the step fails: {first_line(error)} ({moment.where})") from error
 
 
-def _judge(
-    reference: Reference,
-    inputs: StepInput,
-    outputs: StepOutput,
-    expected_state: State,
-    where: str,
-    tally: _Tally,
-) -> State:
-    observation, mask, noise, _, _ = inputs
+def _judge(reference: Reference, step: Step, outputs: StepOutput, run: ParityRun) -> None:
     action, log_prob, value, h, c = outputs
-    policy, heads = reference.policy, reference.policy.heads
-    scores = policy.step_scores(
-        reference.normalize(observation), expected_state, reference.masks(mask)
-    )
-    perturbed = scores.log_probs + heads.spread(noise)
-    best = heads.choose(scores.log_probs, heads.spread(noise)).action
-    tally.compare("state_h_out", h, scores.state[0], where)
-    tally.compare("state_c_out", c, scores.state[1], where)
-    tally.compare("value", value, scores.value, where)
+    heads, scores = reference.policy.heads, step.scores
+    noise = heads.spread(step.noise)
+    best = heads.choose(scores.log_probs, noise).action
+    run.compare("state_h_out", h, scores.state[0], step)
+    run.compare("state_c_out", c, scores.state[1], step)
+    run.compare("value", value, scores.value, step)
     if action.shape != best.shape or action.dtype != best.dtype:
-        raise ParityError(f"action is {action.dtype} {tuple(action.shape)} ({where})")
+        raise ParityError(
+            f"action is {action.dtype} {tuple(action.shape)}, expected {best.dtype} "
+            f"{tuple(best.shape)} ({step.where})"
+        )
     if ((action < 0) | (action >= torch.tensor(heads.sizes, device=action.device))).any():
-        raise ParityError(f"action is outside its head ({where})")
-    _judge_actions(reference, action, best, perturbed, where)
-    tally.compare("log_prob", log_prob, heads.log_prob_of(scores.log_probs, action), where)
-    tally.rows += len(action)
-    tally.decisions += action.numel()
-    tally.equal += int((action == best).sum())
-    return scores.state
+        raise ParityError(f"action is outside its head ({step.where})")
+    _judge_actions(reference, action, best, scores.log_probs + noise, step)
+    run.compare("log_prob", log_prob, heads.log_prob_of(scores.log_probs, action), step)
+    run.rows += len(action)
+    run.decisions += action.numel()
+    run.equal += int((action == best).sum())
 
 
 def _judge_actions(
-    reference: Reference, action: Tensor, best: Tensor, perturbed: Tensor, where: str
+    reference: Reference, action: Tensor, best: Tensor, perturbed: Tensor, step: Step
 ) -> None:
     heads = reference.policy.heads
     taken = perturbed.gather(-1, action.unsqueeze(-1)).squeeze(-1)
@@ -155,44 +230,14 @@ def _judge_actions(
         row, head = wrong.nonzero()[0].tolist()
         raise ParityError(
             f"action of head {heads.names[head]!r}, row {row} is {int(action[row, head])}, "
-            f"expected {int(best[row, head])} ({where})"
+            f"expected {int(best[row, head])} ({step.where})"
         )
 
 
-def _episode_inputs(
-    reference: Reference, batch_size: int, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Per step: observation, action mask, noise, and which rows start an episode."""
-    spec, heads = reference.policy.spec, reference.policy.heads
-    device = heads.valid.device
-    for number in range(STEPS):
-        observation = torch.randn(batch_size, spec.observation_dim, generator=generator).to(device)
-        far = torch.rand(batch_size, 1, generator=generator) < FAR_PROBABILITY
-        observation = torch.where(far.to(device), observation * FAR, observation)
-        if reference.normalizer is not None:
-            observation = observation * reference.normalizer.scale() + reference.normalizer.mean
-        density = torch.rand(batch_size, 1, generator=generator) * 1.2
-        allowed = torch.rand(batch_size, spec.num_choices, generator=generator) < density
-        for columns in torch.split(allowed, heads.sizes, -1):
-            columns |= _one_choice(columns, generator)
-        noise = torch.zeros(batch_size, spec.num_choices)
-        if number % 2 == 1:
-            uniform = torch.rand(noise.shape, generator=generator).clamp(min=1e-20)
-            noise = -torch.log(-torch.log(uniform))
-        starts = torch.rand(batch_size, generator=generator) < RESET_PROBABILITY
-        yield observation, allowed.to(device), noise.to(device), starts.to(device)
-
-
-def _one_choice(columns: Tensor, generator: torch.Generator) -> Tensor:
-    choice = torch.randint(columns.shape[1], (len(columns),), generator=generator)
-    return torch.nn.functional.one_hot(choice, columns.shape[1]).bool()
-
-
-def first_line(error: Exception) -> str:
-    """What a foreign library says first of its failure."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _restarted(state: State, starts: Tensor) -> State:
-    keep = ~starts[:, None, None]
-    return state[0] * keep, state[1] * keep
+def restarted(state: State, begins: Tensor, begin_state: State) -> State:
+    """`state`, but for the rows that begin an episode, which take `begin_state`'s."""
+    begins = begins[:, None, None]
+    return (
+        torch.where(begins, begin_state[0], state[0]),
+        torch.where(begins, begin_state[1], state[1]),
+    )

@@ -29,6 +29,7 @@ class PolicyStep(nn.Module):
         self, policy: FactoredRecurrentActorCritic, normalizer: ObservationNormalizer | None
     ) -> None:
         super().__init__()
+        self.spec = policy.spec
         self.heads = policy.heads
         self.feature_net = policy.feature_net
         self.lstm_ln = policy.lstm_ln
@@ -46,6 +47,18 @@ class PolicyStep(nn.Module):
             torch.cat([mlp[0].get_parameter("bias") for mlp in mlps]),
         )
         self.output_layers = _linear(*_block_diagonal(mlps, policy.heads.width))
+
+    def example(self, batch_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Inputs of the right names' shapes and dtypes: zeros, with everything allowed."""
+        spec, like = self.spec, self.lstm_ln.weight
+        state = like.new_zeros(batch_size, spec.num_layers, spec.hidden_dim)
+        return (
+            like.new_zeros(batch_size, spec.observation_dim),
+            like.new_ones(batch_size, spec.num_choices, dtype=torch.bool),
+            like.new_zeros(batch_size, spec.num_choices),
+            state,
+            state.clone(),
+        )
 
     def forward(
         self,

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from export.manifest import Manifest
+from export.manifest import Manifest, bucket_sizes
 from service.act import ActCodec
 from service.batcher import Batcher
 from service.engine import Engine, StepAnswer, StepRequest, derived_seed
@@ -35,7 +35,7 @@ class PolicyService:
             runtime,
             self.sessions,
             spec,
-            buckets=buckets(settings.max_batch_size),
+            buckets=bucket_sizes(settings.max_batch_size),
             seed=settings.seed,
         )
         self.batcher = Batcher[StepRequest, StepAnswer](
@@ -77,9 +77,3 @@ class PolicyService:
         self.metrics.step_seconds.observe(time.perf_counter() - started_s)
         self.metrics.batch_size.observe(len(requests))
         return answers
-
-
-def buckets(max_batch_size: int) -> tuple[int, ...]:
-    """The batch sizes a step runs at: powers of two up to, and including, the largest."""
-    powers = [2**n for n in range(max_batch_size.bit_length()) if 2**n < max_batch_size]
-    return (*powers, max_batch_size)

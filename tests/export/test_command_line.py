@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from export.__main__ import PRESETS, main
-from export.formats import FORMATS, Format, LoadedStep, StepInput
+from export.formats import FORMATS, PORTABLE_FORMATS, LoadedStep, StepSource
 from export.manifest import Manifest
 from export.step import PolicyStep
 from model.policy import FactoredRecurrentActorCritic
@@ -28,6 +28,7 @@ from tests.golden import GOLDEN, golden_tensors, needs_golden
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL
 from tests.random_inputs import random_policy
 
+FAST = ("--formats", "torchscript", "--max-batch-size", "16")
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm"}
 TIMEOUT_S = 200
@@ -107,14 +108,14 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     return printed.err
 
 
-def test_preset_becomes_an_artifact_of_every_format(tmp_path: Path) -> None:
+def test_preset_becomes_an_artifact_of_every_portable_format(tmp_path: Path) -> None:
     output = tmp_path / "fresh"
     done = export_process("--preset", "tamiyo-v1", "--output", output)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     manifest = Manifest.read(output)
     assert manifest.spec == PolicySpec.tamiyo_v1()
-    assert manifest.formats.keys() == manifest.parity.formats.keys() == FORMATS.keys()
+    assert manifest.formats.keys() == manifest.parity.formats.keys() == set(PORTABLE_FORMATS)
     assert manifest.name == "tamiyo-v1"
     assert (manifest.source.kind, manifest.source.seed) == ("preset", 0)
     assert manifest.policy_version[:19] in done.stdout
@@ -144,14 +145,14 @@ def test_export_leaves_the_callers_random_numbers_alone(tiny_preset: str, output
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    assert main(["--preset", tiny_preset, "--output", str(output)]) == 0
+    assert main([*FAST, "--preset", tiny_preset, "--output", str(output)]) == 0
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_checkpoint_with_statistics_is_exported_without_a_warning(
     checkpoint: Path, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--checkpoint", str(checkpoint), "--output", str(output)]) == 0
+    assert main([*FAST, "--checkpoint", str(checkpoint), "--output", str(output)]) == 0
     assert capsys.readouterr().err == ""
     manifest = Manifest.read(output)
     assert manifest.has_normalizer
@@ -171,7 +172,7 @@ def test_checkpoint_without_statistics_is_exported_with_a_loud_warning(
 ) -> None:
     torch.save(checkpoint_of(policy, normalized=False), inputs / "v1.pt")
     arguments = ["--checkpoint", str(inputs / "v1.pt"), "--output", str(output)]
-    assert main([*arguments, "--name", "renamed"]) == 0
+    assert main([*FAST, *arguments, "--name", "renamed"]) == 0
     warning = capsys.readouterr().err
     assert warning.startswith(f"warning: {inputs / 'v1.pt'} holds no observation statistics")
     assert "wrong" in warning
@@ -188,7 +189,7 @@ def test_paths_are_printed_as_they_are(
     path = inputs / "run[best].pt"
     torch.save(checkpoint_of(policy, normalized=False), path)
     output = output.with_name("tiny[best]")
-    assert main(["--checkpoint", str(path), "--output", str(output)]) == 0
+    assert main([*FAST, "--checkpoint", str(path), "--output", str(output)]) == 0
     printed = capsys.readouterr()
     assert str(path) in printed.err
     assert str(output) in printed.out
@@ -354,11 +355,13 @@ def test_existing_directory_is_refused_and_untouched(
 def test_overwrite_replaces_an_artifact(
     tiny_preset: str, checkpoint: Path, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--preset", tiny_preset, "--output", str(output)]) == 0
+    assert main([*FAST, "--preset", tiny_preset, "--output", str(output)]) == 0
     version = Manifest.read(output).policy_version
     refusal(capsys, "--checkpoint", checkpoint, "--output", output)
     assert Manifest.read(output).policy_version == version
-    assert main(["--checkpoint", str(checkpoint), "--output", str(output), "--overwrite"]) == 0
+    assert (
+        main([*FAST, "--checkpoint", str(checkpoint), "--output", str(output), "--overwrite"]) == 0
+    )
     assert Manifest.read(output).policy_version != version
     assert list(output.parent.iterdir()) == [output]
 
@@ -386,15 +389,15 @@ def test_format_that_differs_from_the_policy_is_exit_code_one(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    file, write, load = FORMATS["torchscript"]
+    right = FORMATS["torchscript"]
 
-    def write_another(step: PolicyStep, example: StepInput, path: Path) -> None:
+    def write_another(source: StepSource, path: Path) -> None:
         another = random_policy(PRESETS[tiny_preset](), seed=9)
-        write(PolicyStep(another, None).eval(), example, path)
+        right.write(StepSource(PolicyStep(another, None).eval(), max_batch_size=64), path)
 
-    monkeypatch.setitem(FORMATS, "torchscript", Format(file, write_another, load))
+    monkeypatch.setitem(FORMATS, "torchscript", right._replace(write=write_another))
     with pytest.raises(SystemExit) as exit_:
-        main(["--preset", tiny_preset, "--output", str(output)])
+        main([*FAST, "--preset", tiny_preset, "--output", str(output)])
     line = capsys.readouterr().err
     assert exit_.value.code == 1
     assert line.startswith("export: no artifact was written: torchscript differs from the policy")
@@ -517,7 +520,7 @@ def test_recorded_checkpoint_acts_from_disk_as_it_did(output: Path) -> None:
 @torch.inference_mode()
 def test_recorded_steps_are_taken_again_from_disk(output: Path) -> None:
     weights = GOLDEN / "weights_v1_a.safetensors"
-    assert main(["--checkpoint", str(weights), "--output", str(output)]) == 0
+    assert main([*FAST, "--checkpoint", str(weights), "--output", str(output)]) == 0
     step, spec = loaded(output)
     recorded = golden_tensors("io_v1_a") | golden_tensors("io_v1_a_hidden")
     actions = recorded_heads(recorded, "step.actions", spec)

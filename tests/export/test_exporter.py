@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from export.exporter import WEIGHTS_FILE, export_policy
-from export.formats import FORMATS, Format, StepInput
+from export.formats import FORMATS, StepSource
 from export.manifest import MANIFEST_FILE, Manifest, Source, step_inputs, step_outputs
-from export.parity import ATOL, BATCH_SIZES, RTOL, STEPS, ParityError
+from export.parity import ATOL, RTOL, STEPS, ParityError, parity_batch_sizes
 from export.step import PolicyStep, StepOutput
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
@@ -35,8 +35,15 @@ from tests.random_inputs import (
 
 SOURCE = Source(kind="preset", name="tiny", seed=0)
 FORMAT = "torchscript"
+MAX_BATCH_SIZE = 16
+BATCH_SIZES = parity_batch_sizes(MAX_BATCH_SIZE)
 FILES = {MANIFEST_FILE, WEIGHTS_FILE, FORMATS[FORMAT].file}
-STAGES = ("writing the weights", f"exporting {FORMAT}", f"comparing {FORMAT} with the policy")
+STAGES = (
+    "writing the weights",
+    "running the policy's own episodes",
+    f"exporting {FORMAT}",
+    f"comparing {FORMAT} with the policy",
+)
 
 Snapshot = Mapping[Path, bytes | None]
 
@@ -48,7 +55,14 @@ def export(
     **options: Any,
 ) -> Manifest:
     return export_policy(
-        policy, normalizer, output, name="tiny", source=SOURCE, formats=(FORMAT,), **options
+        policy,
+        normalizer,
+        output,
+        name="tiny",
+        source=SOURCE,
+        formats=(FORMAT,),
+        max_batch_size=MAX_BATCH_SIZE,
+        **options,
     )
 
 
@@ -352,12 +366,13 @@ class Wrong(torch.nn.Module):
 
 @pytest.fixture
 def faulty_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    file, write, load = FORMATS[FORMAT]
+    right = FORMATS[FORMAT]
 
-    def write_wrong(step: PolicyStep, example: StepInput, path: Path) -> None:
-        write(cast(PolicyStep, Wrong(step).eval()), example, path)
+    def write_wrong(source: StepSource, path: Path) -> None:
+        source.step = cast(PolicyStep, Wrong(source.step).eval())
+        right.write(source, path)
 
-    monkeypatch.setitem(FORMATS, FORMAT, Format(file, write_wrong, load))
+    monkeypatch.setitem(FORMATS, FORMAT, right._replace(write=write_wrong))
 
 
 @pytest.mark.usefixtures("faulty_format")

@@ -13,6 +13,7 @@ from export.manifest import (
     MANIFEST_FILE,
     ArtifactError,
     File,
+    FormatFile,
     FormatParity,
     Manifest,
     Parity,
@@ -32,6 +33,7 @@ def manifest(spec: PolicySpec) -> Manifest:
     """One with every field set, and floats that decimal notation could round."""
     return Manifest(
         schema_version=1,
+        max_batch_size=64,
         name="tiny",
         spec=spec,
         precision="fp32",
@@ -40,7 +42,7 @@ def manifest(spec: PolicySpec) -> Manifest:
         inputs=step_inputs(spec),
         outputs=step_outputs(spec),
         weights=File(file="weights.safetensors", sha256="a" * 64, bytes=7),
-        formats={"torchscript": File(file="policy.ts", sha256=SHA256, bytes=len(CONTENT))},
+        formats={"torchscript": FormatFile(file="policy.ts", sha256=SHA256, bytes=len(CONTENT))},
         parity=Parity(
             atol=2e-5,
             rtol=1 / 3,

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from export.formats import FORMATS, LoadedStep, StepInput
+from export.formats import FORMATS, LoadedStep, StepInput, StepSource
 from export.manifest import step_inputs, step_outputs
 from export.step import PolicyStep, StepOutput
 from model.normalizer import ObservationNormalizer
@@ -99,11 +99,11 @@ def random_step_input(spec: PolicySpec, rng: np.random.Generator, batch_size: in
     return step_input(spec, rows, torch.from_numpy(h), torch.from_numpy(c))
 
 
-def written_and_loaded(step: PolicyStep, example: StepInput, directory: Path) -> LoadedStep:
+def written_and_loaded(step: PolicyStep, directory: Path) -> LoadedStep:
     """The step by way of a frozen TorchScript file."""
     torchscript = FORMATS["torchscript"]
     with torch.no_grad():
-        torchscript.write(step, example, directory / torchscript.file)
+        torchscript.write(StepSource(step, max_batch_size=512), directory / torchscript.file)
     content = (directory / torchscript.file).read_bytes()
     return torchscript.load(content, torch.device("cpu"))
 
@@ -145,9 +145,8 @@ def scripted(
     policy: FactoredRecurrentActorCritic,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> LoadedStep:
-    example = random_step_input(spec, np.random.default_rng(0), 2)
     directory = tmp_path_factory.mktemp("scripted")
-    return written_and_loaded(PolicyStep(policy, None).eval(), example, directory)
+    return written_and_loaded(PolicyStep(policy, None).eval(), directory)
 
 
 @pytest.mark.parametrize("normalized", [False, True], ids=["bare", "normalised"])
@@ -239,9 +238,7 @@ def test_frozen_torchscript_chooses_as_eager_does_over_ten_thousand_rows(
     """At the real dimensions, in carried batches of 1000, every choice of every head taken."""
     spec = PolicySpec.tamiyo_v1()
     policy = random_policy(spec)
-    scripted = written_and_loaded(
-        PolicyStep(policy, None).eval(), random_step_input(spec, rng, 2), tmp_path
-    )
+    scripted = written_and_loaded(PolicyStep(policy, None).eval(), tmp_path)
     state = eager_state = policy.initial_state(1000)
     taken: set[tuple[int, int]] = set()
     styles: set[tuple[int, int]] = set()

@@ -10,10 +10,10 @@ from urllib.parse import quote
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from export.manifest import Manifest
+from export.manifest import Manifest, bucket_sizes
 from model.spec import PolicySpec
 from service.app import create_app
-from service.policy_service import PolicyService, buckets
+from service.policy_service import PolicyService
 from service.schemas import ActRequest
 from service.settings import Settings
 from tests.service.conftest import MakeClient
@@ -103,7 +103,7 @@ def test_every_batch_size_is_warm_when_the_server_is_ready(
 def test_batch_sizes_are_powers_of_two_and_the_largest(
     largest: int, expected: tuple[int, ...]
 ) -> None:
-    assert buckets(largest) == expected
+    assert bucket_sizes(largest) == expected
 
 
 def test_requests_that_arrive_together_ride_together(

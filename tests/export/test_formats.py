@@ -1,0 +1,193 @@
+"""Every format does what the policy does, from its file, and says what it needs."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from export.exporter import export_policy
+from export.formats import FORMATS, PORTABLE_FORMATS, LoadedStep, load_format, machine_requirement
+from export.manifest import ArtifactError, Manifest, Source
+from model.checkpoint import load_checkpoint
+from model.normalizer import ObservationNormalizer
+from model.policy import FactoredRecurrentActorCritic
+from model.spec import PolicySpec
+from tests.golden import GOLDEN, golden_tensors, needs_golden
+from tests.naive import NaivePolicy
+from tests.random_inputs import (
+    gumbel_noise,
+    packed,
+    random_masks,
+    random_observations,
+    random_policy,
+    stacked,
+    weights_of,
+)
+
+CPU = torch.device("cpu")
+ATOL = 2e-5
+MAX_BATCH_SIZE = 8
+RUNS_CODE = {"Loop", "If", "Scan"}
+
+
+@pytest.fixture(scope="module")
+def odd_spec() -> PolicySpec:
+    return PolicySpec.tamiyo_v1(
+        num_slots=5, observation_dim=9, feature_dim=12, hidden_dim=10, num_layers=2
+    )
+
+
+@pytest.fixture(scope="module")
+def odd_policy(odd_spec: PolicySpec) -> FactoredRecurrentActorCritic:
+    return random_policy(odd_spec, seed=3)
+
+
+@pytest.fixture(scope="module")
+def normalizer(odd_spec: PolicySpec) -> ObservationNormalizer:
+    generator = torch.Generator().manual_seed(1)
+    shape = (odd_spec.observation_dim,)
+    return ObservationNormalizer(
+        torch.randn(shape, generator=generator), torch.rand(shape, generator=generator)
+    )
+
+
+@pytest.fixture(scope="module")
+def artifact(
+    odd_policy: FactoredRecurrentActorCritic,
+    normalizer: ObservationNormalizer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    output = tmp_path_factory.mktemp("formats") / "odd"
+    source = Source(kind="preset", name="odd", seed=3)
+    export_policy(
+        odd_policy,
+        normalizer,
+        output,
+        name="odd",
+        source=source,
+        formats=tuple(FORMATS),
+        max_batch_size=MAX_BATCH_SIZE,
+    )
+    return output
+
+
+def load(artifact: Path, format_name: str) -> LoadedStep:
+    return load_format(format_name, Manifest.read(artifact).formats[format_name], artifact, CPU)
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_file_does_what_the_naive_policy_does_over_carried_steps(
+    format_name: str,
+    artifact: Path,
+    odd_spec: PolicySpec,
+    odd_policy: FactoredRecurrentActorCritic,
+    normalizer: ObservationNormalizer,
+    rng: np.random.Generator,
+) -> None:
+    naive = NaivePolicy(
+        odd_spec, weights_of(odd_policy), normalizer.mean.numpy(), normalizer.var.numpy()
+    )
+    step = load(artifact, format_name)
+    for batch_size in (1, 3, MAX_BATCH_SIZE):
+        h = c = torch.zeros(batch_size, odd_spec.num_layers, odd_spec.hidden_dim)
+        naive_h, naive_c = h.double().numpy(), c.double().numpy()
+        for _ in range(10):
+            observation = random_observations(odd_spec, rng, batch_size)
+            masks = random_masks(odd_spec, rng, batch_size)
+            noise = gumbel_noise(odd_spec, rng, batch_size)
+            mask = packed(odd_spec, masks)
+            with torch.inference_mode():
+                action, log_prob, value, h, c = step(
+                    torch.from_numpy(observation),
+                    torch.from_numpy(mask),
+                    torch.from_numpy(noise),
+                    h,
+                    c,
+                )
+            expected = naive.step(observation, masks, noise, naive_h, naive_c)
+            naive_h, naive_c = expected.h, expected.c
+            np.testing.assert_array_equal(action.numpy(), expected.action)
+            np.testing.assert_allclose(log_prob.numpy(), expected.log_prob, atol=ATOL, rtol=0)
+            np.testing.assert_allclose(value.numpy(), expected.value, atol=ATOL, rtol=0)
+            np.testing.assert_allclose(h.numpy(), expected.h, atol=ATOL, rtol=0)
+            np.testing.assert_allclose(c.numpy(), expected.c, atol=ATOL, rtol=0)
+
+
+def test_onnx_graph_is_one_pure_step_with_the_manifests_names(artifact: Path) -> None:
+    manifest = Manifest.read(artifact)
+    graph = onnx.load(artifact / FORMATS["onnx"].file).graph
+    operators = {node.op_type for node in graph.node}
+    assert not operators & RUNS_CODE
+    assert not [name for name in operators if "Random" in name or name == "Multinomial"]
+    assert [array.name for array in graph.input] == [array.name for array in manifest.inputs]
+    assert [array.name for array in graph.output] == [array.name for array in manifest.outputs]
+
+
+def test_onnx_rows_are_bit_equal_whatever_batch_they_ride_in(
+    artifact: Path, odd_spec: PolicySpec, rng: np.random.Generator
+) -> None:
+    step = load(artifact, "onnx")
+    state = rng.normal(size=(2, 64, odd_spec.num_layers, odd_spec.hidden_dim)).astype(np.float32)
+    rows = [
+        torch.from_numpy(array)
+        for array in (
+            random_observations(odd_spec, rng, 64),
+            packed(odd_spec, random_masks(odd_spec, rng, 64)),
+            gumbel_noise(odd_spec, rng, 64),
+            *state,
+        )
+    ]
+    together = step(*rows)
+    for size in (1, 2, 3, 7, 8, 16, 32, 63):
+        part = step(*(array[:size] for array in rows))
+        for got, expected in zip(part, together, strict=True):
+            assert torch.equal(got, expected[:size]), size
+
+
+def test_machine_code_names_the_machine_it_needs_and_nothing_else_does(artifact: Path) -> None:
+    formats = Manifest.read(artifact).formats
+    assert formats["aoti"].requires == machine_requirement(CPU)
+    assert {formats[name].requires for name in PORTABLE_FORMATS} == {None}
+
+
+def test_machine_code_for_another_machine_is_refused_in_a_sentence(artifact: Path) -> None:
+    file = Manifest.read(artifact).formats["aoti"].model_copy(update={"requires": "VSX"})
+    with pytest.raises(ArtifactError, match=r"holds machine code for VSX, this machine has"):
+        load_format("aoti", file, artifact, CPU)
+
+
+@needs_golden
+@pytest.mark.parametrize("checkpoint", ["weights_v1_a.safetensors", "ckpt_v1_meta.pt"])
+def test_recorded_actions_are_reproduced_from_every_portable_file(
+    checkpoint: str, tmp_path: Path
+) -> None:
+    spec, weights, normalizer = load_checkpoint(GOLDEN / checkpoint)
+    policy = FactoredRecurrentActorCritic(spec)
+    policy.load_state_dict(weights)
+    source = Source(kind="checkpoint", name="golden")
+    export_policy(policy, normalizer, tmp_path / "x", name="x", source=source, max_batch_size=64)
+    recorded = golden_tensors("io_v1_a" if normalizer is None else "ckpt_v1_io")
+    names, style = spec.head_names, spec.head_names.index("style")
+    if normalizer is None:
+        observations, prefix = recorded["in.states"], "step.actions."
+        quirk = recorded["step.style_quirk"].bool()
+        masks = torch.cat([recorded[f"in.mask.{name}"] for name in names], dim=-1)
+    else:  # one step each, from zeros
+        observations, prefix = recorded["in.raw_states"][:, None], "out.actions."
+        quirk = torch.zeros(observations.shape[:2], dtype=torch.bool)
+        masks = torch.cat([recorded[f"in.mask.{name}"] for name in names], dim=-1)[:, None]
+    actions = torch.from_numpy(
+        stacked(spec, {name: recorded[f"{prefix}{name}"] for name in names})
+    ).reshape(*observations.shape[:2], len(names))
+    actions[..., style] = torch.where(quirk, 2, actions[..., style])
+    for format_name in PORTABLE_FORMATS:
+        step = load(tmp_path / "x", format_name)
+        h = c = torch.zeros(len(observations), spec.num_layers, spec.hidden_dim)
+        noise = torch.zeros(len(observations), spec.num_choices)
+        with torch.inference_mode():
+            for t in range(observations.shape[1]):
+                observation, mask = observations[:, t].contiguous(), masks[:, t].contiguous()
+                action, _, _, h, c = step(observation, mask, noise, h, c)
+                assert torch.equal(action, actions[:, t]), (format_name, t)
