@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _export(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
+    sign_with = options.sign and load_private_key(options.sign)
     progress = Console(stderr=True)
     torch.set_num_threads(1)  # the gate's many small products are slower with more
     try:
@@ -73,7 +74,7 @@ def _export(arguments: Sequence[str]) -> int:
                 formats=options.formats,
                 device=options.device,
                 max_batch_size=options.max_batch_size,
-                sign_with=options.sign and load_private_key(options.sign),
+                sign_with=sign_with,
                 overwrite=options.overwrite,
                 on_stage=status.update,
             )

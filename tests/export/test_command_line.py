@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from safetensors.torch import save_file
 from torch import Tensor
 
 from export.__main__ import PRESETS, main
 from export.formats import FORMATS, PORTABLE_FORMATS, LoadedStep, StepSource
 from export.manifest import Manifest
+from export.signature import check_signature
 from export.step import PolicyStep
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
@@ -544,3 +547,25 @@ def test_recorded_steps_are_taken_again_from_disk(output: Path) -> None:
             torch.testing.assert_close(
                 got, recorded[kept][t].transpose(0, 1), rtol=0, atol=FLOAT_ATOL
             )
+
+
+def test_export_can_print_the_manifest_for_a_machine_and_sign_it(
+    tiny_preset: str, output: Path, inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = Ed25519PrivateKey.generate()
+    pem = inputs / "key.pem"
+    pem.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    arguments = ("--preset", tiny_preset, "--output", str(output), "--json", "--sign", str(pem))
+    assert main([*FAST, *arguments]) == 0
+    assert Manifest.model_validate_json(capsys.readouterr().out) == Manifest.read(output)
+    check_signature(output, key.public_key())
+
+
+def test_key_that_is_none_is_refused_before_anything_is_written(
+    tiny_preset: str, output: Path, inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(
+        capsys, *FAST, "--preset", tiny_preset, "--output", output, "--sign", inputs / "absent"
+    )
+    assert "is not a PEM Ed25519 private key" in line
+    assert not output.exists()
