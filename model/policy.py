@@ -142,7 +142,7 @@ class FactoredRecurrentActorCritic(nn.Module):
         (ticket B9-PT-02). Compiled, the results are ordinary tensors without gradient.
         """
         self._refuse_gradient(observation, state, noise)
-        # Inductor fails on inference tensors in a graph with a dynamic batch (torch 2.13).
+        # Inductor fails on a graph that takes views of inference tensors (torch 2.13).
         is_compiling = torch.compiler.is_compiling()
         with torch.no_grad() if is_compiling else torch.inference_mode():
             log_probs, value, state = self.step_scores(observation, state, masks)

@@ -31,7 +31,9 @@ class Settings(BaseSettings):
     ] = 8000
     runtime: Annotated[
         Literal["auto", "torchscript"],
-        Field(description="Which of the artifact's formats runs; auto takes the fastest here."),
+        Field(
+            description="Which of the artifact's formats runs; auto is torchscript, the one so far."
+        ),
     ] = "auto"
     device: Annotated[
         Literal["auto", "cpu", "cuda"],

@@ -120,7 +120,7 @@ async def demo_against(status: int, op: int) -> tuple[int, dict[str, object]]:
 
 
 def test_an_answer_that_breaks_a_mask_is_named_and_fails_the_demo() -> None:
-    code, summary = asyncio.run(demo_against(200, op=4))  # FOSSILIZE, with nothing on hold
+    code, summary = asyncio.run(demo_against(200, op=4))  # FOSSILIZE, with no seed in HOLDING
     assert code == 1
     broken = summary["broken_masks"]
     assert isinstance(broken, list)
