@@ -3,24 +3,26 @@
 `python -m export verify DIR` checks an artifact again, anywhere; `inspect DIR` says what it is.
 
 Exit codes: 0 every requested format passed its parity check; 1 one did not, and there is no
-artifact; 2 bad input; 130 interrupted. One clear line on stderr says why.
+artifact; 2 bad input; 130 interrupted, 143 terminated. One clear line on stderr says why.
 """
 
 import argparse
 import hashlib
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from export.exporter import export_policy
-from export.formats import FORMATS, PORTABLE_FORMATS
-from export.manifest import ArtifactError, FormatParity, Manifest, Source
+from export.formats import FORMATS, PORTABLE_FORMATS, FormatError
+from export.manifest import ArtifactError, FormatParity, Manifest, Precision, Source
 from export.parity import ParityError
+from export.report import REPORT_PAGE, Report
 from export.signature import load_private_key, load_public_key
 from export.verify import verify_artifact
 from model.checkpoint import CheckpointError, load_checkpoint
@@ -29,6 +31,9 @@ from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 
 PRESETS: dict[str, Callable[[], PolicySpec]] = {"tamiyo-v1": PolicySpec.tamiyo_v1}
+
+SHOWN = (1, 32, 256)
+"""The batch sizes whose speed the closing table shows."""
 
 EXAMPLES = """examples:
   python -m export --checkpoint best.pt --output artifacts/best
@@ -49,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = {"verify": _verify, "inspect": _inspect}.get(arguments[0]) if arguments else None
     try:
         return command(arguments[1:]) if command else _export(arguments)
-    except (CheckpointError, ArtifactError, FileExistsError) as error:
+    except (CheckpointError, ArtifactError, FormatError, FileExistsError) as error:
         _fail(str(error))
     except ParityError as error:
         _fail(str(error), code=1)
@@ -73,6 +78,7 @@ def _export(arguments: Sequence[str]) -> int:
                 source=source,
                 formats=options.formats,
                 device=options.device,
+                precision=options.precision,
                 max_batch_size=options.max_batch_size,
                 sign_with=sign_with,
                 overwrite=options.overwrite,
@@ -89,8 +95,9 @@ def _export(arguments: Sequence[str]) -> int:
     if options.json:
         sys.stdout.write(manifest.model_dump_json() + "\n")
     else:
-        _summarize(manifest, manifest.parity.formats)
+        _summarize(manifest, manifest.parity.formats, Report.read(options.output, manifest))
         _say(f"{manifest.name} ({manifest.policy_version[:19]}) is in {options.output}")
+        _say(f"{options.output / REPORT_PAGE} shows what was compared, and how fast each format is")
     return 0
 
 
@@ -135,9 +142,12 @@ def _inspect(arguments: Sequence[str]) -> int:
     _say(f"  {spec.name}: {spec.observation_dim} features, {spec.num_layers} x {spec.hidden_dim}")
     _say(f"  heads: {heads}")
     _say(f"  {manifest.precision} on {manifest.device}, batches up to {manifest.max_batch_size}")
+    for name, file in manifest.formats.items():
+        if file.requires is not None:
+            _say(f"  {name} is machine code for {file.requires}")
     _say(f"  normaliser: {'inside' if manifest.has_normalizer else 'none'}")
     _say(f"  made with {', '.join(f'{name} {of}' for name, of in manifest.versions.items())}")
-    _summarize(manifest, manifest.parity.formats)
+    _summarize(manifest, manifest.parity.formats, Report.read(options.directory, manifest))
     return 0
 
 
@@ -166,7 +176,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--formats",
         type=_formats,
-        default=PORTABLE_FORMATS,
         metavar="LIST",
         help=f"which of {','.join(FORMATS)} to write, or all; aoti is machine code for this kind "
         f"of machine and takes a C++ compiler (default: {','.join(PORTABLE_FORMATS)})",
@@ -178,7 +187,11 @@ def _parser() -> argparse.ArgumentParser:
         help="cpu or cuda: where the artifact is traced and compared, and will run (default cpu)",
     )
     parser.add_argument(
-        "--precision", choices=("fp32",), default="fp32", help="of weights and products"
+        "--precision",
+        choices=get_args(Precision),
+        default="fp32",
+        help="of weights and products (default fp32); everything between stays fp32. onnx has no "
+        "bf16",
     )
     parser.add_argument(
         "--max-batch-size",
@@ -198,15 +211,7 @@ def _parser() -> argparse.ArgumentParser:
 def _formats(text: str) -> tuple[str, ...]:
     if text == "all":
         return tuple(FORMATS)
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    for name in names:
-        if name not in FORMATS:
-            raise argparse.ArgumentTypeError(
-                f"unknown format {name!r}; the formats are {', '.join(FORMATS)}"
-            )
-    if not names:
-        raise argparse.ArgumentTypeError("at least one format is needed")
-    return names
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def _seed(text: str) -> int:
@@ -263,18 +268,31 @@ def _load(
     )
 
 
-def _summarize(manifest: Manifest, parity: Mapping[str, FormatParity]) -> None:
-    table = Table("format", "file", "size", "needs", "largest error", "equal actions")
+def _summarize(
+    manifest: Manifest, parity: Mapping[str, FormatParity], report: Report | None = None
+) -> None:
+    table = Table("format", "file", "size", "error", "equal", box=None, pad_edge=False)
+    sizes = [] if report is None else [size for size in SHOWN if size <= manifest.max_batch_size]
+    for size in sizes:
+        table.add_column(f"B={size}")
     for name, file in manifest.formats.items():
+        speedup = {} if report is None else report.speedup(name)
         table.add_row(
             name,
             file.file,
             f"{file.bytes / 1e6:.2f} MB",
-            file.requires or "",
             f"{max(parity[name].max_error.values()):.1e}",
-            f"{parity[name].action_agreement:.3%}",
+            f"{parity[name].action_agreement:.2%}",
+            *(f"{speedup[size]:.1f}x" for size in sizes),
         )
     Console(soft_wrap=True, highlight=False).print(table)
+    legend = "error: largest of any output; equal: share of actions that are eager's"
+    _say(legend + ("; B: times as fast as eager at that batch size" if sizes else ""))
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    """SIGTERM ends as Ctrl-C does: by way of every `finally`, so that nothing half-done stays."""
+    _fail("terminated", code=128 + number)
 
 
 def _say(line: str) -> None:
@@ -287,4 +305,5 @@ def _fail(message: str, code: int = 2) -> NoReturn:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)
     raise SystemExit(main())

@@ -2,38 +2,52 @@
 
 import copy
 import platform
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.torch import save_file
 
 from export.directory import staged
-from export.formats import FORMATS, PORTABLE_FORMATS, StepSource, load_format, machine_requirement
+from export.formats import (
+    FORMATS,
+    PORTABLE_FORMATS,
+    LoadedStep,
+    StepSource,
+    check_formats,
+    load_format,
+    machine_requirement,
+)
 from export.manifest import (
     SCHEMA_VERSION,
     File,
     FormatFile,
-    FormatParity,
     Manifest,
     Parity,
+    Precision,
     Source,
     step_inputs,
     step_outputs,
 )
+from export.measurement import EAGER, measure_latency, row_difference
 from export.parity import (
-    ATOL,
-    RTOL,
     STEPS,
     ParityError,
+    ParityRun,
     Reference,
     check_parity,
     parity_batch_sizes,
 )
+from export.report import REPORT_FILE, REPORT_PAGE, FormatReport, Report
+from export.report_page import render
 from export.signature import sign
 from export.step import PolicyStep
+from export.timing import this_machine
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 
@@ -44,12 +58,13 @@ NORMALIZER_PREFIX = "observation_normalizer."
 def export_policy(
     policy: FactoredRecurrentActorCritic,
     normalizer: ObservationNormalizer | None,
-    output: Path,
+    output: Path | str,
     *,
     name: str,
-    source: Source,
-    formats: Sequence[str] = PORTABLE_FORMATS,
+    source: Source | None = None,
+    formats: Sequence[str] | None = None,
     device: str = "cpu",
+    precision: Precision = "fp32",
     max_batch_size: int = 256,
     overwrite: bool = False,
     sign_with: Ed25519PrivateKey | None = None,
@@ -57,44 +72,65 @@ def export_policy(
 ) -> Manifest:
     """Writes `output` with every format of `formats`, each compared with `policy` from its file.
 
-    The directory appears complete or not at all: it is written beside `output` and renamed. Raises
-    FileExistsError where `output` exists, unless it is an artifact and `overwrite` is set; and
-    ParityError, leaving no artifact, where a file does not do what the policy does. `on_stage`
-    hears what happens next; `sign_with` signs the manifest. The caller's policy is copied first.
+    The directory appears complete or not at all: it is written beside `output` and renamed. Without
+    `formats` it holds the portable ones that have the precision. Raises FormatError for
+    formats that cannot be had so; FileExistsError where `output` exists, unless it is an artifact
+    and `overwrite` is set; and ParityError, leaving no artifact, where a file does not do what the
+    policy does. `source` says where the weights came from; `on_stage` hears what happens next;
+    `sign_with` signs the manifest. The caller's policy is copied first.
     """
-    policy = copy.deepcopy(policy).to(device=device, dtype=torch.float32).eval()
-    normalizer = None if normalizer is None else copy.deepcopy(normalizer).to(device)
-    with staged(output, overwrite=overwrite) as directory:
+    on = torch.device(device)
+    source = source or Source(kind="module", name=name)
+    if formats is None:
+        formats = [name for name in PORTABLE_FORMATS if precision in FORMATS[name].precisions]
+    check_formats(formats, precision, on)
+    policy = copy.deepcopy(policy).to(device=on, dtype=torch.float32).eval()
+    normalizer = None if normalizer is None else copy.deepcopy(normalizer).to(on)
+    with staged(Path(output), overwrite=overwrite) as directory:
         on_stage("writing the weights")
         weights = _write_weights(policy, normalizer, directory / WEIGHTS_FILE)
-        step = StepSource(PolicyStep(policy, normalizer).eval(), max_batch_size)
+        step = StepSource(PolicyStep(policy, normalizer, precision).eval(), max_batch_size)
         on_stage("running the policy's own episodes")
-        batch_sizes = parity_batch_sizes(max_batch_size)
-        reference = Reference(policy, normalizer, batch_sizes=batch_sizes)
-        files: dict[str, FormatFile] = {}
-        parity: dict[str, FormatParity] = {}
-        for format_name in formats:
-            on_stage(f"exporting {format_name}")
-            files[format_name] = _write_format(format_name, step, directory)
-            on_stage(f"comparing {format_name} with the policy")
-            parity[format_name] = check_format(
-                format_name, files[format_name], directory, reference
-            )  # fmt: skip
+        reference = Reference(
+            policy,
+            normalizer,
+            batch_sizes=parity_batch_sizes(max_batch_size),
+            precision=precision,
+        )
+        exports = {
+            format_name: _export_format(format_name, step, directory, reference, on_stage)
+            for format_name in formats
+        }
+        parity = Parity(
+            **reference.tolerance._asdict(),
+            batch_sizes=reference.batch_sizes,
+            steps=STEPS,
+            formats={name: export.run.summary() for name, export in exports.items()},
+        )
+        on_stage("measuring how fast each format is")
+        report = _report(
+            reference,
+            exports,
+            name=name,
+            policy_version=weights.version,
+            source=source,
+            max_batch_size=max_batch_size,
+            parity=parity,
+        )
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             name=name,
             spec=policy.spec,
-            precision="fp32",
-            device="cuda" if device.startswith("cuda") else "cpu",
+            precision=precision,
+            device=report.device,
             has_normalizer=normalizer is not None,
             max_batch_size=max_batch_size,
             inputs=step_inputs(policy.spec),
             outputs=step_outputs(policy.spec),
             weights=weights,
-            formats=files,
-            parity=Parity(
-                atol=ATOL, rtol=RTOL, batch_sizes=batch_sizes, steps=STEPS, formats=parity
-            ),
+            formats={name: export.file for name, export in exports.items()},
+            reports=_write_reports(report, directory),
+            parity=parity,
             source=source,
             versions={
                 "python": platform.python_version(),
@@ -108,19 +144,85 @@ def export_policy(
     return manifest
 
 
+class _Export(NamedTuple):
+    file: FormatFile
+    loaded: LoadedStep
+    run: ParityRun
+    export_seconds: float
+    check_seconds: float
+
+
+def _export_format(
+    format_name: str,
+    step: StepSource,
+    directory: Path,
+    reference: Reference,
+    on_stage: Callable[[str], None],
+) -> _Export:
+    on_stage(f"exporting {format_name}")
+    start = time.perf_counter()
+    file = _write_format(format_name, step, directory)
+    written = time.perf_counter()
+    on_stage(f"comparing {format_name} with the policy")
+    loaded, run = check_format(format_name, file, directory, reference)
+    return _Export(file, loaded, run, written - start, time.perf_counter() - written)
+
+
 def check_format(
     format_name: str, file: FormatFile, directory: Path, reference: Reference
-) -> FormatParity:
+) -> tuple[LoadedStep, ParityRun]:
     """Loads a format back from `directory`, its hash first, and compares it with the policy.
 
     Raises ArtifactError where the file is not the manifest's or not for this machine, ParityError
     where it does not load or does not do what the policy does.
     """
-    loaded = load_format(format_name, file, directory, reference.policy.heads.valid.device)
+    loaded = load_format(format_name, file, directory, reference.device)
     try:
-        return check_parity(loaded, reference).summary()
+        return loaded, check_parity(loaded, reference)
     except ParityError as error:
         raise ParityError(f"{format_name} differs from the policy: {error}") from error
+
+
+def _report(
+    reference: Reference,
+    exports: Mapping[str, _Export],
+    *,
+    name: str,
+    policy_version: str,
+    source: Source,
+    max_batch_size: int,
+    parity: Parity,
+) -> Report:
+    latency = measure_latency(reference, {name: export.loaded for name, export in exports.items()})
+    return Report(
+        name=name,
+        policy_version=policy_version,
+        source=source,
+        precision=reference.precision,
+        device="cuda" if reference.device.type == "cuda" else "cpu",
+        max_batch_size=max_batch_size,
+        measured_at=datetime.now(UTC),
+        machine=this_machine(reference.device),
+        parity=parity,
+        eager=latency[EAGER],
+        formats={
+            name: FormatReport(
+                export_seconds=export.export_seconds,
+                check_seconds=export.check_seconds,
+                latency=latency[name],
+                error_by_step=tuple(export.run.error_by_step),
+                row_difference=row_difference(reference, export.loaded),
+            )
+            for name, export in exports.items()
+        },
+    )
+
+
+def _write_reports(report: Report, directory: Path) -> tuple[File, ...]:
+    page, data = directory / REPORT_PAGE, directory / REPORT_FILE
+    page.write_text(render(report), encoding="utf-8")
+    data.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return File.describe(page), File.describe(data)
 
 
 def _write_weights(

@@ -7,22 +7,26 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch._inductor
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from export.manifest import ArtifactError, FormatFile, step_inputs, step_outputs
+from export.manifest import ArtifactError, FormatFile, Precision, step_inputs, step_outputs
 from export.step import PolicyStep, StepOutput
 
 StepInput = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 LoadedStep = Callable[..., StepOutput]
+
+
+class FormatError(ValueError):
+    """A format cannot be had as it was asked for; the message says why."""
 
 
 class StepSource:
@@ -48,13 +52,15 @@ class StepSource:
 class Format(NamedTuple):
     """`write` puts the step into a file; `load` makes it callable from the file's bytes.
 
-    `is_native` says that the file holds machine code, for the kind of machine that wrote it.
+    `is_native` says that the file holds machine code, for the kind of machine that wrote it;
+    `precisions` what the format's runtime has products for.
     """
 
     file: str
     write: Callable[[StepSource, Path], None]
     load: Callable[[bytes, torch.device], LoadedStep]
     is_native: bool = False
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
 
 
 def write_torchscript(source: StepSource, path: Path) -> None:
@@ -66,9 +72,7 @@ def write_torchscript(source: StepSource, path: Path) -> None:
 
 def load_torchscript(content: bytes, device: torch.device) -> LoadedStep:
     with _torch_speaks_of_itself():
-        loaded: LoadedStep = torch.jit.load(  # type: ignore[no-untyped-call]
-            io.BytesIO(content), map_location=device
-        )
+        loaded: LoadedStep = torch.jit.load(io.BytesIO(content), map_location=device)  # type: ignore[no-untyped-call]
     return loaded
 
 
@@ -85,9 +89,18 @@ def load_pt2(content: bytes, device: torch.device) -> LoadedStep:
 
 
 def write_aoti(source: StepSource, path: Path) -> None:
-    """AOTInductor's package: what torch.compile makes, ahead of time; needs a C++ compiler."""
+    """AOTInductor's package: what torch.compile makes, ahead of time; needs a C++ compiler.
+
+    Freezing stores the weights as oneDNN's kernels want them: bf16 products need that on each call
+    otherwise. In float32 MKL takes weights as they are, and oneDNN's calls cost more at small
+    batches (docs/performance.md).
+    """
+    is_cpu = source.example[0].device.type == "cpu"
+    freezing = is_cpu and source.step.product_dtype == torch.bfloat16
     with _torch_speaks_of_itself(), torch.no_grad():
-        torch._inductor.aoti_compile_and_package(source.program, package_path=str(path))
+        torch._inductor.aoti_compile_and_package(
+            source.program, package_path=str(path), inductor_configs={"freezing": freezing}
+        )
 
 
 def load_aoti(content: bytes, device: torch.device) -> LoadedStep:
@@ -122,21 +135,38 @@ def write_onnx(source: StepSource, path: Path) -> None:
 def load_onnx(content: bytes, device: torch.device) -> LoadedStep:
     import onnxruntime
 
-    providers = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+    # TF32, which the CUDA provider has on by default, keeps 10 bits of a float32's 23.
+    cuda = ("CUDAExecutionProvider", {"use_tf32": 0})
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(
-        content, options, providers=[providers[device.type]]
-    )  # fmt: skip
-    names = [array.name for array in session.get_inputs()]
+        content, options, providers=["CPUExecutionProvider" if device.type == "cpu" else cuda]
+    )
+    return OnnxStep(session, device)
 
-    def step(*inputs: Tensor) -> StepOutput:
-        feed = {name: array.cpu().numpy() for name, array in zip(names, inputs, strict=True)}
-        outputs = (torch.from_numpy(array).to(device) for array in session.run(None, feed))
-        action, log_prob, value, h, c = outputs
+
+class OnnxStep:
+    """An onnxruntime session as a `LoadedStep`, with NumPy arrays between."""
+
+    def __init__(self, session: Any, device: torch.device) -> None:
+        self.session = session
+        self.device = device
+        self.names = [array.name for array in session.get_inputs()]
+
+    def feed(self, inputs: StepInput) -> dict[str, Any]:
+        return {name: array.cpu().numpy() for name, array in zip(self.names, inputs, strict=True)}
+
+    def __call__(self, *inputs: Tensor) -> StepOutput:
+        arrays = self.session.run(None, self.feed(inputs))  # type: ignore[arg-type]
+        action, log_prob, value, h, c = (torch.from_numpy(a).to(self.device) for a in arrays)
         return action, log_prob, value, h, c
 
-    return step
+
+def native_call(step: LoadedStep, inputs: StepInput) -> Callable[[], object]:
+    """The call alone, its inputs already what the format's runtime takes: for timing."""
+    if isinstance(step, OnnxStep):
+        return partial(step.session.run, None, step.feed(inputs))
+    return partial(step, *inputs)
 
 
 def load_format(
@@ -159,6 +189,29 @@ def load_format(
         raise ArtifactError(
             f"{directory / file.file}: cannot be loaded: {first_line(error)}"
         ) from error
+
+
+def check_formats(names: Sequence[str], precision: Precision, device: torch.device) -> None:
+    """Raises FormatError where one of the formats cannot be had, with this precision, here."""
+    if not names:
+        raise FormatError("at least one format is needed")
+    for name in names:
+        if name not in FORMATS:
+            raise FormatError(f"unknown format {name!r}; the formats are {', '.join(FORMATS)}")
+        if precision not in FORMATS[name].precisions:
+            having = (name for name, written in FORMATS.items() if precision in written.precisions)
+            raise FormatError(
+                f"{name} has no {precision}: onnxruntime brings no such products for a CPU; "
+                f"{', '.join(having)} have it"
+            )
+    if precision == "bf16" and not _has_bf16(device):
+        raise FormatError(f"this machine's {device.type} has no bf16 products; export fp32")
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def machine_requirement(device: torch.device) -> str:
@@ -197,7 +250,7 @@ FORMATS: dict[str, Format] = {
     "torchscript": Format("policy.ts", write_torchscript, load_torchscript),
     "pt2": Format("policy.pt2", write_pt2, load_pt2),
     "aoti": Format("policy.aoti.pt2", write_aoti, load_aoti, is_native=True),
-    "onnx": Format("policy.onnx", write_onnx, load_onnx),
+    "onnx": Format("policy.onnx", write_onnx, load_onnx, precisions=("fp32",)),
 }
 
 PORTABLE_FORMATS = tuple(name for name, written in FORMATS.items() if not written.is_native)

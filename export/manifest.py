@@ -16,6 +16,8 @@ from model.spec import PolicySpec
 SCHEMA_VERSION: Literal[1] = 1
 MANIFEST_FILE = "manifest.json"
 
+Precision = Literal["fp32", "bf16"]
+Device = Literal["cpu", "cuda"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -23,11 +25,13 @@ class ArtifactError(ValueError):
     """The directory is not an artifact that can be trusted; the message says why."""
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """A part of what an artifact says of itself: frozen, and unknown names are refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class File(_Record):
+class File(Record):
     """One file of the artifact, by its plain name inside the directory."""
 
     file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
@@ -40,6 +44,11 @@ class File(_Record):
         return cls(
             file=path.name, sha256=hashlib.sha256(content).hexdigest(), bytes=len(content)
         )  # fmt: skip
+
+    @property
+    def version(self) -> str:
+        """The content's name, as clients see that of the weights."""
+        return f"sha256:{self.sha256}"
 
     def read(self, directory: Path) -> builtins.bytes:
         """The file's content, or ArtifactError where it is missing or not what was exported."""
@@ -56,7 +65,7 @@ class File(_Record):
         return content
 
 
-class Array(_Record):
+class Array(Record):
     """A named input or output of the step. Dimensions are sizes, or the name of a free one."""
 
     name: str
@@ -74,46 +83,58 @@ class FormatFile(File):
     requires: str | None = None
 
 
-class FormatParity(_Record):
-    """How one format compared with the eager policy, over `rows` rows of carried steps."""
+class FormatParity(Record):
+    """How one format compared with the eager policy, over `rows` rows of carried steps.
+
+    The agreements are the shares of decisions equal to eager's, of all and of the greedy ones
+    (those without noise); the others are within the tolerance of eager's best.
+    """
 
     rows: int
     action_agreement: float
-    """Share of decisions equal to eager's; the others are ties within the tolerance."""
+    greedy_agreement: float
     max_error: dict[str, float]
 
 
-class Parity(_Record):
+class Parity(Record):
+    """How the formats were compared: `|got - expected| <= atol + rtol * |expected|`.
+
+    A greedy agreement below the minimum fails; 0 where the score of each action is limit enough.
+    """
+
     atol: float
     rtol: float
+    min_greedy_agreement: float
     batch_sizes: tuple[int, ...]
     steps: int
     formats: dict[str, FormatParity]
 
 
-class Source(_Record):
-    """Where the weights came from: a checkpoint file by hash, or a preset by seed."""
+class Source(Record):
+    """Where the weights came from: a checkpoint file by hash, a preset by seed, or a module that
+    its owner exported from Python."""
 
-    kind: Literal["checkpoint", "preset"]
+    kind: Literal["checkpoint", "preset", "module"]
     name: str
     sha256: Sha256 | None = None
     seed: int | None = None
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """`manifest.json`. `policy_version` names the weights and is the same for every format."""
 
     schema_version: Literal[1]
     name: str
     spec: PolicySpec
-    precision: Literal["fp32"]
-    device: Literal["cpu", "cuda"]
+    precision: Precision
+    device: Device
     has_normalizer: bool
     max_batch_size: Annotated[int, Field(ge=1)]
     inputs: tuple[Array, ...]
     outputs: tuple[Array, ...]
     weights: File
     formats: dict[str, FormatFile]
+    reports: tuple[File, ...]
     parity: Parity
     source: Source
     versions: dict[str, str]
@@ -121,11 +142,11 @@ class Manifest(_Record):
     @property
     def files(self) -> tuple[File, ...]:
         """Every file the artifact vouches for."""
-        return (self.weights, *self.formats.values())
+        return (self.weights, *self.formats.values(), *self.reports)
 
     @property
     def policy_version(self) -> str:
-        return f"sha256:{self.weights.sha256}"
+        return self.weights.version
 
     @classmethod
     def read(cls, directory: Path) -> Self:
@@ -146,7 +167,9 @@ class Manifest(_Record):
             raise ArtifactError(f"{path}: {where}: {first['msg']}") from error
 
     def write(self, directory: Path) -> None:
-        (directory / MANIFEST_FILE).write_text(self.model_dump_json(indent=2) + "\n")
+        (directory / MANIFEST_FILE).write_text(
+            self.model_dump_json(indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def bucket_sizes(max_batch_size: int) -> tuple[int, ...]:

@@ -7,25 +7,42 @@ it as high as its own best, so that two choices closer than the tolerance are a 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from export.formats import LoadedStep, StepInput, first_line
-from export.manifest import FormatParity, bucket_sizes
+from export.manifest import FormatParity, Precision, bucket_sizes
 from export.step import StepOutput
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic, Scores
 from model.recurrence import State
 
-ATOL = 2e-5
-RTOL = 1e-5
 STEPS = 50
 SATURATION = 20.0
 RESTART_PROBABILITY = 0.05
 FAR_PROBABILITY = 0.1
 FAR = {True: 1e30, False: 1e3}
 """How far off some observations are: with a normaliser, which clips them, and without."""
+
+
+class Tolerance(NamedTuple):
+    """How far a precision may be off: `atol + rtol * |expected|`, and in how many greedy actions.
+
+    An action is within it where the policy's score of it is `atol` short of its best, or less.
+    float32 has no other limit: where it differs from eager's, the two are a tie to float32.
+    """
+
+    atol: float
+    rtol: float
+    min_greedy_agreement: float
+
+
+TOLERANCES: dict[Precision, Tolerance] = {
+    "fp32": Tolerance(atol=2e-5, rtol=1e-5, min_greedy_agreement=0.0),
+    "bf16": Tolerance(atol=0.1, rtol=0.02, min_greedy_agreement=0.995),
+}
 
 
 class ParityError(Exception):
@@ -42,6 +59,7 @@ class Step:
 
     batch_size: int
     number: int
+    is_greedy: bool
     observation: Tensor
     action_mask: Tensor
     noise: Tensor
@@ -58,9 +76,12 @@ class Step:
 class ParityRun:
     """What the comparison of one format adds up to; `error_by_step` is the largest of any array."""
 
+    tolerance: Tolerance
     rows: int = 0
     decisions: int = 0
     equal: int = 0
+    greedy_decisions: int = 0
+    greedy_equal: int = 0
     max_error: dict[str, float] = field(default_factory=dict)
     error_by_step: list[float] = field(default_factory=lambda: [0.0] * STEPS)
 
@@ -71,7 +92,9 @@ class ParityRun:
                 f"{tuple(expected.shape)} ({step.where})"
             )
         error = (got - expected).abs()
-        within = error <= ATOL + RTOL * expected.abs()  # False for NaN
+        within = (
+            error <= self.tolerance.atol + self.tolerance.rtol * expected.abs()
+        )  # False for NaN
         if not within.all():
             index = tuple((~within).nonzero()[0].tolist())
             raise ParityError(
@@ -82,10 +105,24 @@ class ParityRun:
         self.max_error[what] = max(self.max_error.get(what, 0.0), largest)
         self.error_by_step[step.number] = max(self.error_by_step[step.number], largest)
 
+    def count(self, action: Tensor, best: Tensor, step: Step) -> None:
+        equal = int((action == best).sum())
+        self.rows += len(action)
+        self.decisions += action.numel()
+        self.equal += equal
+        if step.is_greedy:
+            self.greedy_decisions += action.numel()
+            self.greedy_equal += equal
+
+    @property
+    def greedy_agreement(self) -> float:
+        return self.greedy_equal / self.greedy_decisions
+
     def summary(self) -> FormatParity:
         return FormatParity(
             rows=self.rows,
             action_agreement=self.equal / self.decisions,
+            greedy_agreement=self.greedy_agreement,
             max_error=self.max_error,
         )
 
@@ -110,11 +147,15 @@ class Reference:
         normalizer: ObservationNormalizer | None,
         *,
         batch_sizes: Sequence[int],
+        precision: Precision = "fp32",
         seed: int = 0,
     ) -> None:
         self.policy = policy
         self.normalizer = normalizer
         self.batch_sizes = tuple(batch_sizes)
+        self.device = policy.heads.valid.device
+        self.precision = precision
+        self.tolerance = TOLERANCES[precision]
         with torch.inference_mode():
             self.episodes = [
                 list(self._run(batch_size, torch.Generator().manual_seed(seed * 1000 + batch_size)))
@@ -123,12 +164,13 @@ class Reference:
 
     def _run(self, batch_size: int, generator: torch.Generator) -> Iterator[Step]:
         state = self.policy.initial_state(batch_size)
-        heads, device = self.policy.heads, state[0].device
+        heads, device = self.policy.heads, self.device
         for number in range(STEPS):
             observation = self._observations(batch_size, generator).to(device)
             mask = self._masks(batch_size, generator).to(device)
+            is_greedy = number % 2 == 0
             noise = torch.zeros(mask.shape, device=device)
-            if number % 2 == 1:
+            if not is_greedy:
                 uniform = torch.rand(mask.shape, generator=generator).clamp(min=1e-20)
                 noise = -torch.log(-torch.log(uniform)).to(device)
             begins = (torch.rand(batch_size, generator=generator) < RESTART_PROBABILITY).to(device)
@@ -138,8 +180,16 @@ class Reference:
             by_head = dict(zip(heads.names, torch.split(mask, heads.sizes, -1), strict=True))
             scores = self.policy.step_scores(normal, state, by_head)
             yield Step(
-                batch_size, number, observation, mask, noise, begins, begin_state, scores
-            )  # fmt: skip
+                batch_size=batch_size,
+                number=number,
+                is_greedy=is_greedy,
+                observation=observation,
+                action_mask=mask,
+                noise=noise,
+                begins=begins,
+                begin_state=begin_state,
+                scores=scores,
+            )
             state = scores.state
 
     def _observations(self, batch_size: int, generator: torch.Generator) -> Tensor:
@@ -173,10 +223,10 @@ class Reference:
 def check_parity(step: LoadedStep, reference: Reference) -> ParityRun:
     """Compares `step` with the policy over the reference's episodes, carrying its own state.
 
-    Raises ParityError at the first array beyond `ATOL + RTOL * |expected|`, naming array, row,
-    expected and got.
+    Raises ParityError at the first array beyond the reference's tolerance, naming array, row,
+    expected and got; and where too few greedy actions are the policy's own.
     """
-    run = ParityRun()
+    run = ParityRun(reference.tolerance)
     with torch.inference_mode():
         for episode in reference.episodes:
             state = reference.policy.initial_state(episode[0].batch_size)
@@ -186,6 +236,12 @@ def check_parity(step: LoadedStep, reference: Reference) -> ParityRun:
                 outputs = _run_step(step, inputs, moment)
                 _judge(reference, moment, outputs, run)
                 state = (outputs[3], outputs[4])
+    least = reference.tolerance.min_greedy_agreement
+    if run.greedy_agreement < least:
+        raise ParityError(
+            f"{run.greedy_agreement:.3%} of the greedy actions are the policy's own, at least "
+            f"{least:.1%} must be"
+        )
     return run
 
 
@@ -213,9 +269,7 @@ def _judge(reference: Reference, step: Step, outputs: StepOutput, run: ParityRun
         raise ParityError(f"action is outside its head ({step.where})")
     _judge_actions(reference, action, best, scores.log_probs + noise, step)
     run.compare("log_prob", log_prob, heads.log_prob_of(scores.log_probs, action), step)
-    run.rows += len(action)
-    run.decisions += action.numel()
-    run.equal += int((action == best).sum())
+    run.count(action, best, step)
 
 
 def _judge_actions(
@@ -224,7 +278,7 @@ def _judge_actions(
     heads = reference.policy.heads
     taken = perturbed.gather(-1, action.unsqueeze(-1)).squeeze(-1)
     op = action[..., heads.op_index]
-    is_best = perturbed.amax(-1) - taken <= ATOL  # False for NaN
+    is_best = perturbed.amax(-1) - taken <= reference.tolerance.atol  # False for NaN
     wrong = ~torch.where(heads.relevant(op), is_best, action == heads.forced_index)
     if wrong.any():
         row, head = wrong.nonzero()[0].tolist()

@@ -5,18 +5,16 @@ layer, one for all heads' first layers and the value's, one block-diagonal for a
 and one with zeros and ones that lays the choices out as a table of heads.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
+from export.manifest import Precision
 from model.heads import MASKED_LOGIT
 from model.normalizer import CLIP, VARIANCE_EPSILON, ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 from model.recurrence import cell_update
 
 StepOutput = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-Precision = Literal["fp32", "bf16"]
 
 PRODUCT_DTYPE: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -38,12 +38,16 @@ def verify_artifact(
     on_stage("running the policy's own episodes")
     policy, normalizer = _rebuild(directory, manifest)
     reference = Reference(
-        policy, normalizer, batch_sizes=parity_batch_sizes(manifest.max_batch_size)
+        policy,
+        normalizer,
+        batch_sizes=parity_batch_sizes(manifest.max_batch_size),
+        precision=manifest.precision,
     )
     parity = {}
     for format_name, file in manifest.formats.items():
         on_stage(f"comparing {format_name} with the policy")
-        parity[format_name] = check_format(format_name, file, directory, reference)
+        _, run = check_format(format_name, file, directory, reference)
+        parity[format_name] = run.summary()
     return parity
 
 

@@ -42,10 +42,26 @@ def test_a_package_imports_only_what_stands_before_it(package: str) -> None:
                 assert ALLOWED[package](module), f"{where} imports {module}"
 
 
-def test_the_packages_themselves_are_empty_so_that_importing_one_module_imports_no_other() -> None:
-    for package in PACKAGES:
-        for source in (ROOT / package).rglob("__init__.py"):
-            assert source.read_text() == "", f"{source.relative_to(ROOT)} is not empty"
+def test_importing_a_package_imports_none_of_its_modules() -> None:
+    packages = [
+        ".".join(source.parent.relative_to(ROOT).parts)
+        for package in PACKAGES
+        for source in (ROOT / package).rglob("__init__.py")
+    ]
+    code = (
+        f"import sys, {', '.join(packages)}; loaded = set(sys.modules) - {set(packages)!r}; "
+        f"sys.exit(any(name.partition('.')[0] in {PACKAGES!r} for name in loaded))"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_the_exporter_is_the_export_packages_own_function() -> None:
+    import export
+    from export.exporter import export_policy
+
+    assert export.export_policy is export_policy
+    with pytest.raises(AttributeError, match="no attribute 'import_policy'"):
+        _ = export.import_policy
 
 
 def test_the_service_imports_no_torch_until_a_torch_runtime_is_loaded() -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from export.__main__ import PRESETS, main
 from export.formats import FORMATS, PORTABLE_FORMATS, LoadedStep, StepSource
 from export.manifest import Manifest
+from export.report import Report
 from export.signature import check_signature
 from export.step import PolicyStep
 from model.policy import FactoredRecurrentActorCritic
@@ -127,6 +128,13 @@ def test_preset_becomes_an_artifact_of_every_portable_format(tmp_path: Path) -> 
         assert len(file.read(output)) == file.bytes
         assert name in done.stdout
     assert list(tmp_path.iterdir()) == [output]
+    table = done.stdout.splitlines()[: len(manifest.formats) + 1]
+    assert table[0].split() == ["format", "file", "size", "error", "equal", "B=1", "B=32", "B=256"]
+    speedup = {name: Report.read(output, manifest).speedup(name) for name in manifest.formats}
+    for name, row in zip(manifest.formats, table[1:], strict=True):
+        assert row.split()[0] == name
+        assert row.split()[-3:] == [f"{speedup[name][size]:.1f}x" for size in (1, 32, 256)]
+        assert len(row) <= 80
 
 
 def test_seed_decides_the_weights(tiny_preset: str, tmp_path: Path) -> None:
@@ -325,6 +333,7 @@ def test_recorded_v2_checkpoint_is_refused_by_its_name(
         (["--preset", "tiny", "--formats", ","], "at least one format is needed"),
         (["--preset", "tiny", "--device", "tpu"], "unknown device 'tpu'"),
         (["--preset", "tiny", "--precision", "fp7"], "fp7"),
+        (["--preset", "tiny", "--precision", "bf16", "--formats", "onnx"], "onnx has no bf16"),
         (["--preset", "tiny", "--seed", "one"], "--seed"),
         (["--preset", "tiny", "--checkpoint", "x.pt"], "not allowed with"),
         (["--preset", "tiny", "--nonesuch"], "--nonesuch"),
@@ -424,8 +433,17 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["gift.pt"]
 
 
-def test_interrupted_export_leaves_nothing(tmp_path: Path) -> None:
-    """Interrupted at the keyboard, while the terminal shows that it is at work."""
+@pytest.mark.parametrize(
+    ("number", "code", "says"),
+    [
+        (signal.SIGINT, 130, b"interrupted; no artifact was written"),
+        (signal.SIGTERM, 143, b"export: terminated"),
+    ],
+)
+def test_export_that_is_stopped_leaves_nothing(
+    number: signal.Signals, code: int, says: bytes, tmp_path: Path
+) -> None:
+    """At the keyboard or by the system, while the terminal shows that it is at work."""
     spec = PolicySpec.tamiyo_v1(hidden_dim=256, feature_dim=256, num_layers=2)
     state_dict = FactoredRecurrentActorCritic(spec).state_dict()
     save_file(state_dict, tmp_path / "wide.safetensors")  # takes a while to compare
@@ -445,13 +463,13 @@ def test_interrupted_export_leaves_nothing(tmp_path: Path) -> None:
             while b"comparing" not in seen:
                 seen += screen.read(1024)
             beside = {path.name for path in tmp_path.iterdir()}
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             seen += everything(screen)
-            assert process.wait(TIMEOUT_S) == 130
+            assert process.wait(TIMEOUT_S) == code
         finally:
             process.kill()
     assert any(name.startswith(".tiny.") for name in beside)
-    assert b"interrupted; no artifact was written" in seen
+    assert says in seen
     assert b"Traceback" not in seen
     assert [path.name for path in tmp_path.iterdir()] == ["wide.safetensors"]
 

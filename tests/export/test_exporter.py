@@ -17,8 +17,17 @@ from torch import Tensor
 
 from export.exporter import WEIGHTS_FILE, export_policy
 from export.formats import FORMATS, StepSource
-from export.manifest import MANIFEST_FILE, Manifest, Source, step_inputs, step_outputs
-from export.parity import ATOL, RTOL, STEPS, ParityError, parity_batch_sizes
+from export.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    Source,
+    bucket_sizes,
+    step_inputs,
+    step_outputs,
+)
+from export.parity import STEPS, TOLERANCES, ParityError, parity_batch_sizes
+from export.report import REPORT_FILE, REPORT_PAGE, Report
+from export.report_page import render
 from export.step import PolicyStep, StepOutput
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
@@ -37,7 +46,7 @@ SOURCE = Source(kind="preset", name="tiny", seed=0)
 FORMAT = "torchscript"
 MAX_BATCH_SIZE = 16
 BATCH_SIZES = parity_batch_sizes(MAX_BATCH_SIZE)
-FILES = {MANIFEST_FILE, WEIGHTS_FILE, FORMATS[FORMAT].file}
+FILES = {MANIFEST_FILE, WEIGHTS_FILE, FORMATS[FORMAT].file, REPORT_FILE, REPORT_PAGE}
 STAGES = (
     "writing the weights",
     "running the policy's own episodes",
@@ -141,7 +150,7 @@ def test_every_file_has_its_hash_and_size_in_the_manifest(
     exported: tuple[Path, Manifest],
 ) -> None:
     output, manifest = exported
-    described = [manifest.weights, *manifest.formats.values()]
+    described = [manifest.weights, *manifest.formats.values(), *manifest.reports]
     assert {file.file for file in described} == FILES - {MANIFEST_FILE}
     for file in described:
         content = (output / file.file).read_bytes()
@@ -161,12 +170,51 @@ def test_manifest_says_what_was_exported_and_how_it_compared(
     assert manifest.versions["torch"] == torch.__version__
     assert manifest.versions.keys() == {"python", "tamiyo-serve", "torch"}
     parity = manifest.parity
-    assert (parity.atol, parity.rtol) == (ATOL, RTOL)
+    assert (parity.atol, parity.rtol, parity.min_greedy_agreement) == TOLERANCES["fp32"]
     assert (parity.batch_sizes, parity.steps) == (BATCH_SIZES, STEPS)
     assert parity.formats.keys() == manifest.formats.keys() == {FORMAT}
     assert parity.formats[FORMAT].rows == STEPS * sum(BATCH_SIZES)
     assert parity.formats[FORMAT].action_agreement == 1.0
-    assert max(parity.formats[FORMAT].max_error.values()) < ATOL
+    assert max(parity.formats[FORMAT].max_error.values()) < parity.atol
+
+
+def test_report_tells_of_every_format_at_every_bucket_on_this_machine(
+    exported: tuple[Path, Manifest],
+) -> None:
+    output, manifest = exported
+    report = Report.read(output, manifest)
+    assert (report.name, report.policy_version) == ("tiny", manifest.policy_version)
+    assert (report.parity, report.source) == (manifest.parity, SOURCE)
+    assert report.machine.threads == torch.get_num_threads()
+    assert report.machine.torch == torch.__version__
+    assert report.formats.keys() == {FORMAT}
+    of = report.formats[FORMAT]
+    buckets = list(bucket_sizes(MAX_BATCH_SIZE))
+    assert [latency.batch_size for latency in report.eager] == buckets
+    assert [latency.batch_size for latency in of.latency] == buckets
+    assert list(of.row_difference) == buckets
+    assert max(of.row_difference.values()) <= 2e-5
+    assert len(of.error_by_step) == STEPS
+    assert max(of.error_by_step) == max(manifest.parity.formats[FORMAT].max_error.values())
+    assert of.export_seconds > 0
+    assert of.check_seconds > 0
+
+
+def test_report_page_shows_the_report(exported: tuple[Path, Manifest]) -> None:
+    output, manifest = exported
+    page = (output / REPORT_PAGE).read_text(encoding="utf-8")
+    assert manifest.policy_version in page
+    assert page == render(Report.read(output, manifest))
+
+
+def test_policy_of_ones_own_is_exported_without_naming_a_source(
+    policy: FactoredRecurrentActorCritic, tmp_path: Path
+) -> None:
+    manifest = export_policy(
+        policy, None, str(tmp_path / "mine"), name="mine", formats=(FORMAT,), max_batch_size=2
+    )
+    assert manifest.source == Source(kind="module", name="mine")
+    assert Manifest.read(tmp_path / "mine") == manifest
 
 
 def test_weights_are_the_state_dict_and_the_normaliser(
@@ -208,9 +256,9 @@ def test_file_on_disk_acts_on_raw_observations_as_the_policy_on_normalised_ones(
     )
     act = policy.get_action(normalizer(observation), state, tensors(masks), noise)
     np.testing.assert_array_equal(action, stacked(spec, act.action))
-    np.testing.assert_allclose(log_prob, stacked(spec, act.log_prob), rtol=0, atol=ATOL)
+    np.testing.assert_allclose(log_prob, stacked(spec, act.log_prob), rtol=0, atol=2e-5)
     for got, expected in ((value, act.value), (h, act.state[0]), (c, act.state[1])):
-        torch.testing.assert_close(got, expected, rtol=0, atol=ATOL)
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
 
 
 def test_policy_version_is_the_weights_hash_and_the_same_each_time(

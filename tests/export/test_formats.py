@@ -6,9 +6,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from export.exporter import export_policy
-from export.formats import FORMATS, PORTABLE_FORMATS, LoadedStep, load_format, machine_requirement
+from export.formats import (
+    FORMATS,
+    PORTABLE_FORMATS,
+    FormatError,
+    LoadedStep,
+    load_format,
+    machine_requirement,
+)
 from export.manifest import ArtifactError, Manifest, Source
 from model.checkpoint import load_checkpoint
 from model.normalizer import ObservationNormalizer
@@ -28,14 +36,26 @@ from tests.random_inputs import (
 
 CPU = torch.device("cpu")
 ATOL = 2e-5
+needs_bf16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bf16 products"
+)
 MAX_BATCH_SIZE = 8
 RUNS_CODE = {"Loop", "If", "Scan"}
 
 
-@pytest.fixture(scope="module")
-def odd_spec() -> PolicySpec:
+@pytest.fixture(
+    scope="module",
+    params=[(3, 1, 33, 14), (5, 2, 9, 10)],
+    ids=["3 slots, 1 layer", "5 slots, 2 layers"],
+)
+def odd_spec(request: pytest.FixtureRequest) -> PolicySpec:
+    num_slots, num_layers, observation_dim, hidden_dim = request.param
     return PolicySpec.tamiyo_v1(
-        num_slots=5, observation_dim=9, feature_dim=12, hidden_dim=10, num_layers=2
+        num_slots=num_slots,
+        observation_dim=observation_dim,
+        feature_dim=13,
+        hidden_dim=hidden_dim,
+        num_layers=num_layers,
     )
 
 
@@ -160,14 +180,20 @@ def test_machine_code_for_another_machine_is_refused_in_a_sentence(artifact: Pat
 
 @needs_golden
 @pytest.mark.parametrize("checkpoint", ["weights_v1_a.safetensors", "ckpt_v1_meta.pt"])
-def test_recorded_actions_are_reproduced_from_every_portable_file(
-    checkpoint: str, tmp_path: Path
-) -> None:
+def test_recorded_actions_are_reproduced_from_every_file(checkpoint: str, tmp_path: Path) -> None:
     spec, weights, normalizer = load_checkpoint(GOLDEN / checkpoint)
     policy = FactoredRecurrentActorCritic(spec)
     policy.load_state_dict(weights)
     source = Source(kind="checkpoint", name="golden")
-    export_policy(policy, normalizer, tmp_path / "x", name="x", source=source, max_batch_size=64)
+    export_policy(
+        policy,
+        normalizer,
+        tmp_path / "x",
+        name="x",
+        source=source,
+        formats=tuple(FORMATS),
+        max_batch_size=64,
+    )
     recorded = golden_tensors("io_v1_a" if normalizer is None else "ckpt_v1_io")
     names, style = spec.head_names, spec.head_names.index("style")
     if normalizer is None:
@@ -182,7 +208,7 @@ def test_recorded_actions_are_reproduced_from_every_portable_file(
         stacked(spec, {name: recorded[f"{prefix}{name}"] for name in names})
     ).reshape(*observations.shape[:2], len(names))
     actions[..., style] = torch.where(quirk, 2, actions[..., style])
-    for format_name in PORTABLE_FORMATS:
+    for format_name in FORMATS:
         step = load(tmp_path / "x", format_name)
         h = c = torch.zeros(len(observations), spec.num_layers, spec.hidden_dim)
         noise = torch.zeros(len(observations), spec.num_choices)
@@ -191,3 +217,84 @@ def test_recorded_actions_are_reproduced_from_every_portable_file(
                 observation, mask = observations[:, t].contiguous(), masks[:, t].contiguous()
                 action, _, _, h, c = step(observation, mask, noise, h, c)
                 assert torch.equal(action, actions[:, t]), (format_name, t)
+
+
+@pytest.fixture(scope="module")
+def half(policy: FactoredRecurrentActorCritic, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every format that has bf16, of a policy with opinions."""
+    output = tmp_path_factory.mktemp("half") / "tiny"
+    export_policy(
+        policy,
+        None,
+        output,
+        name="tiny",
+        formats=("torchscript", "pt2", "aoti"),
+        precision="bf16",
+        max_batch_size=MAX_BATCH_SIZE,
+    )
+    return output
+
+
+@needs_bf16
+@pytest.mark.parametrize("format_name", ["torchscript", "pt2", "aoti"])
+def test_bf16_file_rounds_its_products_and_nothing_else(
+    format_name: str, half: Path, policy: FactoredRecurrentActorCritic, rng: np.random.Generator
+) -> None:
+    """Near the naive policy, not equal to it, with states of full precision."""
+    spec = policy.spec
+    observation = random_observations(spec, rng, MAX_BATCH_SIZE)
+    masks = random_masks(spec, rng, MAX_BATCH_SIZE)
+    h = c = torch.zeros(MAX_BATCH_SIZE, spec.num_layers, spec.hidden_dim)
+    noise = np.zeros((MAX_BATCH_SIZE, spec.num_choices), dtype=np.float32)
+    expected = NaivePolicy(spec, weights_of(policy)).step(
+        observation, masks, noise, h.numpy(), c.numpy()
+    )
+    outputs = load(half, format_name)(
+        torch.from_numpy(observation),
+        torch.from_numpy(packed(spec, masks)),
+        torch.from_numpy(noise),
+        h,
+        c,
+    )
+    for got, want in zip(outputs[2:], (expected.value, expected.h, expected.c), strict=True):
+        assert 1e-5 < np.abs(got.numpy() - want).max() < 0.05
+
+    assert {output.dtype for output in outputs[1:]} == {torch.float32}
+    for state in outputs[3:]:
+        assert not torch.equal(state, state.bfloat16().float())
+
+
+@needs_bf16
+def test_bf16_artifact_says_so_and_keeps_the_weights_whole(
+    half: Path, policy: FactoredRecurrentActorCritic
+) -> None:
+    manifest = Manifest.read(half)
+    assert manifest.precision == "bf16"
+    assert {array.dtype for array in manifest.outputs} == {"int64", "float32"}
+    stored = load_file(half / manifest.weights.file)
+    for name, tensor in policy.state_dict().items():
+        assert torch.equal(stored[name], tensor)
+    for parity in manifest.parity.formats.values():
+        assert 0.995 <= parity.greedy_agreement <= 1.0
+
+
+def test_onnx_in_bf16_is_refused_in_a_sentence(
+    policy: FactoredRecurrentActorCritic, tmp_path: Path
+) -> None:
+    with pytest.raises(FormatError, match=r"^onnx has no bf16: .*torchscript, pt2, aoti have it$"):
+        export_policy(
+            policy, None, tmp_path / "x", name="x", formats=("onnx",), precision="bf16"
+        )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("formats", "says"),
+    [(("onnx", "tflite"), "unknown format 'tflite'"), ((), "at least one format is needed")],
+)
+def test_formats_that_cannot_be_had_are_refused_before_anything_is_written(
+    formats: tuple[str, ...], says: str, policy: FactoredRecurrentActorCritic, tmp_path: Path
+) -> None:
+    with pytest.raises(FormatError, match=says):
+        export_policy(policy, None, tmp_path / "x", name="x", formats=formats)
+    assert list(tmp_path.iterdir()) == []

@@ -43,14 +43,19 @@ def manifest(spec: PolicySpec) -> Manifest:
         outputs=step_outputs(spec),
         weights=File(file="weights.safetensors", sha256="a" * 64, bytes=7),
         formats={"torchscript": FormatFile(file="policy.ts", sha256=SHA256, bytes=len(CONTENT))},
+        reports=(File(file="report.html", sha256="c" * 64, bytes=5),),
         parity=Parity(
             atol=2e-5,
             rtol=1 / 3,
+            min_greedy_agreement=0.995,
             batch_sizes=(1, 64),
             steps=50,
             formats={
                 "torchscript": FormatParity(
-                    rows=3700, action_agreement=29599 / 29600, max_error={"value": 1.1920929e-07}
+                    rows=3700,
+                    action_agreement=29599 / 29600,
+                    greedy_agreement=1.0,
+                    max_error={"value": 1.1920929e-07},
                 )
             },
         ),

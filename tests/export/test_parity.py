@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from export.formats import LoadedStep
-from export.parity import ATOL, STEPS, ParityError, Reference, check_parity
+from export.parity import STEPS, TOLERANCES, ParityError, Reference, check_parity
 from export.step import PolicyStep, StepOutput
 from model.heads import HeadTable
 from model.normalizer import ObservationNormalizer
@@ -17,6 +17,7 @@ from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 
 BATCH_SIZES = (1, 2, 7, 64)
+ATOL = TOLERANCES["fp32"].atol
 NUDGE = ATOL / 4
 """Moves a choice within the tolerance: enough to turn a tie, too little to be a fault."""
 Fault = Callable[[LoadedStep, HeadTable], LoadedStep]
@@ -429,3 +430,51 @@ def test_choice_worse_by_more_than_the_tolerance_is_stopped(
 
     with pytest.raises(ParityError, match=f"action of head '{heads.names[index]}'"):
         check_parity(right_but_for_the_action, Reference(worse, None, batch_sizes=BATCH_SIZES))
+
+
+def rarely_second_best(step: LoadedStep, heads: HeadTable, share: float) -> LoadedStep:
+    """A step that takes another choice, as good as its best within bf16's tolerance, now and then.
+
+    For a policy whose choices are all about as likely, and one head that every op is relevant to.
+    """
+    generator = torch.Generator().manual_seed(0)
+    index = heads.names.index("tempo")
+
+    def changed(*inputs: Tensor) -> StepOutput:
+        action, log_prob, value, h, c = step(*inputs)
+        allowed = torch.split(inputs[1], heads.sizes, -1)[index]
+        greedy = (inputs[2] == 0).all(-1)
+        chosen = torch.rand(len(action), generator=generator) < share * len(heads.names)
+        taken = torch.nn.functional.one_hot(action[:, index], heads.sizes[index]).bool()
+        other = allowed & ~taken
+        rows = other.any(-1) & greedy & chosen
+        action = action.clone()
+        action[rows, index] = other[rows].int().argmax(-1)
+        return action, log_prob, value, h, c
+
+    return changed
+
+
+@pytest.mark.parametrize(("share", "is_enough"), [(0.002, True), (0.02, False)])
+def test_in_bf16_enough_greedy_actions_must_be_the_policys_own(
+    share: float, is_enough: bool, spec: PolicySpec
+) -> None:
+    torch.manual_seed(0)
+    undecided = FactoredRecurrentActorCritic(spec).eval()
+    reference = Reference(undecided, None, batch_sizes=(64,), precision="bf16")
+    step = rarely_second_best(PolicyStep(undecided, None).eval(), undecided.heads, share)
+    if is_enough:
+        agreement = check_parity(step, reference).summary().greedy_agreement
+        assert 0.995 <= agreement < 1.0
+    else:
+        with pytest.raises(ParityError, match=r"of the greedy actions are the policy's own"):
+            check_parity(step, reference)
+
+
+def test_what_bf16_may_be_off_by_is_too_much_in_fp32(
+    policy: FactoredRecurrentActorCritic,
+) -> None:
+    rounded = PolicyStep(policy, None, "bf16").eval()
+    check_parity(rounded, Reference(policy, None, batch_sizes=(7,), precision="bf16"))
+    with pytest.raises(ParityError):
+        check_parity(rounded, Reference(policy, None, batch_sizes=(7,)))

@@ -57,7 +57,9 @@ def test_untouched_artifact_is_what_was_exported(artifact: Path) -> None:
     assert parity == Manifest.read(artifact).parity.formats
 
 
-@pytest.mark.parametrize("name", [WEIGHTS_FILE, "policy.ts", "policy.onnx"])
+@pytest.mark.parametrize(
+    "name", [WEIGHTS_FILE, "policy.ts", "policy.onnx", "report.json", "report.html"]
+)
 @pytest.mark.parametrize("where", [0, 0.5, -1])
 def test_one_flipped_bit_of_any_file_is_found(name: str, where: float, artifact: Path) -> None:
     content = bytearray((artifact / name).read_bytes())
