@@ -52,6 +52,7 @@ STAGES = (
     "running the policy's own episodes",
     f"exporting {FORMAT}",
     f"comparing {FORMAT} with the policy",
+    "measuring how fast each format is",
 )
 
 Snapshot = Mapping[Path, bytes | None]

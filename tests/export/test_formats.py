@@ -249,13 +249,15 @@ def test_bf16_file_rounds_its_products_and_nothing_else(
     expected = NaivePolicy(spec, weights_of(policy)).step(
         observation, masks, noise, h.numpy(), c.numpy()
     )
-    outputs = load(half, format_name)(
-        torch.from_numpy(observation),
-        torch.from_numpy(packed(spec, masks)),
-        torch.from_numpy(noise),
-        h,
-        c,
-    )
+    step = load(half, format_name)
+    with torch.inference_mode():
+        outputs = step(
+            torch.from_numpy(observation),
+            torch.from_numpy(packed(spec, masks)),
+            torch.from_numpy(noise),
+            h,
+            c,
+        )
     for got, want in zip(outputs[2:], (expected.value, expected.h, expected.c), strict=True):
         assert 1e-5 < np.abs(got.numpy() - want).max() < 0.05
 
