@@ -10,7 +10,8 @@ import argparse
 import hashlib
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, get_args
 
@@ -58,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _fail(str(error))
     except ParityError as error:
         _fail(str(error), code=1)
+    except _Stopped as stopped:
+        _fail(f"{stopped}; no artifact was written", code=stopped.code)
     except KeyboardInterrupt:
         _fail("interrupted", code=130)
 
@@ -68,7 +71,12 @@ def _export(arguments: Sequence[str]) -> int:
     progress = Console(stderr=True)
     torch.set_num_threads(1)  # the gate's many small products are slower with more
     try:
-        with progress.status("reading the policy") as status:
+        with _stoppable() as check, progress.status("reading the policy") as status:
+
+            def on_stage(stage: str) -> None:
+                check()
+                status.update(stage)
+
             policy, normalizer, source = _load(options)
             manifest = export_policy(
                 policy,
@@ -82,7 +90,7 @@ def _export(arguments: Sequence[str]) -> int:
                 max_batch_size=options.max_batch_size,
                 sign_with=sign_with,
                 overwrite=options.overwrite,
-                on_stage=status.update,
+                on_stage=on_stage,
             )
     except FileExistsError:
         raise
@@ -90,8 +98,6 @@ def _export(arguments: Sequence[str]) -> int:
         _fail(f"{error.filename or options.output}: cannot be written ({error.strerror})")
     except (ParityError, ArtifactError) as error:
         raise ParityError(f"no artifact was written: {error}") from error
-    except KeyboardInterrupt:
-        _fail("interrupted; no artifact was written", code=130)
     if options.json:
         sys.stdout.write(manifest.model_dump_json() + "\n")
     else:
@@ -290,9 +296,36 @@ def _summarize(
     _say(legend + ("; B: times as fast as eager at that batch size" if sizes else ""))
 
 
-def _terminate(number: int, frame: object) -> NoReturn:
-    """SIGTERM ends as Ctrl-C does: by way of every `finally`, so that nothing half-done stays."""
-    _fail("terminated", code=128 + number)
+class _Stopped(KeyboardInterrupt):
+    """A signal asked for the end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__("terminated" if number == signal.SIGTERM else "interrupted")
+        self.code = 128 + number
+
+
+@contextmanager
+def _stoppable() -> Iterator[Callable[[], None]]:
+    """Both Ctrl-C and SIGTERM end the block by way of every `finally`: nothing half-done stays.
+
+    An exception raised while Python runs a destructor is lost. The check it yields raises again.
+    """
+    came: list[int] = []
+
+    def stop(number: int, frame: object) -> NoReturn:
+        came.append(number)
+        raise _Stopped(number)
+
+    def check() -> None:
+        if came:
+            raise _Stopped(came[0])
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _say(line: str) -> None:
@@ -305,5 +338,4 @@ def _fail(message: str, code: int = 2) -> NoReturn:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminate)
     raise SystemExit(main())

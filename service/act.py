@@ -4,6 +4,9 @@ Everything that can be the client's fault is found here or in the session table,
 runs: a batch that fails is the server's fault.
 """
 
+from array import array
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -31,6 +34,9 @@ class ActCodec:
         for head in spec.heads:
             self._columns[head.name] = slice(start, start + head.size)
             start += head.size
+        self._observation_dim = spec.observation_dim
+        self._everything = np.ones(spec.num_choices, dtype=np.bool_)
+        self._everything.flags.writeable = False
 
     def parse(self, body: bytes) -> tuple[StepRequest, float | None]:
         """The request and its `timeout_ms`, complete and consistent with the policy.
@@ -88,16 +94,17 @@ class ActCodec:
             raise Invalid(f"an episode starts at step 0, not {act.step}")
 
     def _observation(self, values: list[float]) -> NDArray[np.float32]:
-        if len(values) != self._spec.observation_dim:
+        if len(values) != self._observation_dim:
             raise Invalid(
-                f"`observation` has {len(values)} values, the policy reads "
-                f"{self._spec.observation_dim}"
+                f"`observation` has {len(values)} values, the policy reads {self._observation_dim}"
             )
         return _finite("observation", values, (len(values),))
 
     def _action_mask(self, by_head: dict[str, list[bool]] | None) -> NDArray[np.bool_]:
-        mask = np.ones(self._spec.num_choices, dtype=np.bool_)
-        for name, allowed in (by_head or {}).items():
+        if not by_head:
+            return self._everything
+        mask = self._everything.copy()
+        for name, allowed in by_head.items():
             columns = self._columns.get(name)
             if columns is None:
                 raise Invalid(
@@ -119,17 +126,21 @@ class ActCodec:
         for name, rows in (("h", body.h), ("c", body.c)):
             if len(rows) != shape[0] or any(len(row) != shape[1] for row in rows):
                 raise Invalid(f"`state.{name}` is not {shape[0]} rows of {shape[1]} values")
-        return _finite("state.h", body.h, shape), _finite("state.c", body.c, shape)
+        return (
+            _finite("state.h", chain.from_iterable(body.h), shape),
+            _finite("state.c", chain.from_iterable(body.c), shape),
+        )
 
 
-def _finite(name: str, values: list[Any], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    with np.errstate(over="ignore"):  # a double beyond float32 becomes infinite, and is refused
-        array = np.array(values, dtype=np.float64).astype(np.float32).reshape(shape)
-    if not np.isfinite(array).all():
-        index = tuple(np.argwhere(~np.isfinite(array))[0].tolist())
+def _finite(name: str, values: Iterable[float], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    # A double beyond float32 becomes infinite, silently here, and is refused.
+    flat = np.frombuffer(array("f", values), dtype=np.float32)
+    finite = np.isfinite(flat)
+    if not finite.all():
+        index = np.unravel_index(int(finite.argmin()), shape)
         where = "".join(f"[{i}]" for i in index)
         raise Invalid(f"`{name}{where}` is not a finite float32")
-    return array
+    return flat.reshape(shape)
 
 
 def _sentence(error: ValidationError) -> str:

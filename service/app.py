@@ -1,6 +1,5 @@
 """The FastAPI application: routes, and the one place where errors become responses."""
 
-import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -8,15 +7,13 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from service.act import CONTENT_TYPE
-from service.errors import Malformed, ServiceError, TooLarge, UnsupportedContentType
+from service.endpoint import PATH, ActEndpoint
+from service.errors import ServiceError
 from service.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
 from service.policy_service import PolicyService
 from service.schemas import ActRequest, ActResponse, ErrorResponse, PolicyResponse
-
-LENGTH = re.compile("[0-9]{1,18}")
 
 
 def create_app(service: PolicyService) -> FastAPI:
@@ -39,24 +36,12 @@ def create_app(service: PolicyService) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unknown_error)
 
-    @app.post("/act", response_model=ActResponse, openapi_extra=_act_body())
-    async def act(request: Request) -> Response:
+    app.add_middleware(ActEndpoint, service=service)
+
+    @app.post(PATH, response_model=ActResponse, openapi_extra=_act_body())
+    async def act() -> Response:
         """Takes one step of one environment."""
-        result = "internal"
-        try:
-            body = await _read_body(request, service.settings.max_body_bytes)
-            content, is_replay = await service.act(body)
-            result = "replayed" if is_replay else "ok"
-        except ServiceError as error:
-            result = error.error_type
-            raise
-        except ClientDisconnect:
-            result = "disconnected"
-            return Response(status_code=499)  # nobody reads it
-        finally:
-            service.metrics.requests.labels(result).inc()
-        headers = {"Replayed": "true"} if is_replay else None
-        return Response(content, media_type=CONTENT_TYPE, headers=headers)
+        raise AssertionError("ActEndpoint has answered already; this is its documentation")
 
     @app.delete("/sessions/{session_id:path}", status_code=204)
     async def end_session(session_id: str) -> None:
@@ -100,26 +85,6 @@ def create_app(service: PolicyService) -> FastAPI:
         return Response(service.metrics.render(), media_type=METRICS_CONTENT_TYPE)
 
     return app
-
-
-async def _read_body(request: Request, max_bytes: int) -> bytes:
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != CONTENT_TYPE:
-        raise UnsupportedContentType(
-            f"the content type is {content_type or 'missing'!r}; send {CONTENT_TYPE}"
-        )
-    too_large = TooLarge(f"the body is larger than {max_bytes} bytes")
-    length = request.headers.get("content-length", "0")
-    if not LENGTH.fullmatch(length):
-        raise Malformed("the Content-Length is not a number")
-    if int(length) > max_bytes:
-        raise too_large
-    chunks = bytearray()
-    async for chunk in request.stream():
-        chunks += chunk
-        if len(chunks) > max_bytes:
-            raise too_large
-    return bytes(chunks)
 
 
 def _act_body() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
-from service.errors import DeadlineExceeded, Draining, Overloaded, ServiceError
+from service.errors import DeadlineExceeded, Disconnected, Draining, Overloaded, ServiceError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -22,6 +22,7 @@ class _Waiting(NamedTuple, Generic[Item, Result]):
     item: Item
     key: Hashable
     deadline_s: float
+    is_wanted: Callable[[], bool] | None
     future: asyncio.Future[Result]
 
 
@@ -51,12 +52,18 @@ class Batcher(Generic[Item, Result]):
         self._drained.set()
 
     def submit(
-        self, item: Item, *, key: Hashable = None, timeout_s: float = float("inf")
+        self,
+        item: Item,
+        *,
+        key: Hashable = None,
+        timeout_s: float = float("inf"),
+        is_wanted: Callable[[], bool] | None = None,
     ) -> asyncio.Future[Result]:
         """A future of the item's result; cancelling it takes the item out before it runs.
 
         Raises Overloaded where `max_waiting` items wait already, and Draining after `drain`. The
-        future fails with DeadlineExceeded where `timeout_s` passes before the item's batch forms.
+        future fails with DeadlineExceeded where `timeout_s` passes before the item's batch forms,
+        and with Disconnected where nobody wants it by then.
         """
         if self._is_closed:
             raise Draining("the server is shutting down")
@@ -64,7 +71,7 @@ class Batcher(Generic[Item, Result]):
             raise Overloaded(f"{self._num_waiting} requests wait already; back off and retry")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
-        waiting = _Waiting(item, key, loop.time() + timeout_s, future)
+        waiting = _Waiting(item, key, loop.time() + timeout_s, is_wanted, future)
         if key is None or key not in self._behind:
             self._waiting.append(waiting)
             if key is not None:
@@ -118,6 +125,9 @@ class Batcher(Generic[Item, Result]):
                 waiting.future.set_exception(
                     DeadlineExceeded("the time allowed passed before the model was free")
                 )
+            elif waiting.is_wanted is not None and not waiting.is_wanted():
+                self._release(waiting.key)
+                waiting.future.set_exception(Disconnected("the client hung up"))
             else:
                 batch.append(waiting)
         return batch

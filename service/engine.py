@@ -141,61 +141,69 @@ class Engine:
         )
 
     def _advance(self, rows: list[_Row]) -> list[StepAnswer | ServiceError]:
-        for at, (request, turn) in enumerate(rows):
-            self._observation[at] = request.observation
-            self._action_mask[at] = request.action_mask
-            self._load_state(at, request, turn)
-        self._make_noise(rows)
-        bucket = next(size for size in self._buckets if size >= len(rows))
-        decided = self._run(bucket)
-        finite = _is_finite(decided)
+        requests = [request for request, _ in rows]
+        turns = [turn for _, turn in rows]
+        self._gather(requests, turns)
+        self._make_noise(requests, turns)
+        decided = self._run(next(size for size in self._buckets if size >= len(rows)))
+        finite = _is_finite(decided).tolist()
         answers: list[StepAnswer | ServiceError] = []
-        for at, (request, turn) in enumerate(rows):
-            try:
-                if not finite[at]:
-                    raise Invalid(
+        moved_at: list[int] = []
+        moved_to: list[int] = []
+        columns = (decided.action.tolist(), decided.log_prob.tolist(), decided.value.tolist())
+        for at, (request, turn, action, log_prob, value) in enumerate(
+            zip(requests, turns, *columns, strict=False)  # the bucket may be larger
+        ):
+            if not finite[at]:
+                answers.append(
+                    Invalid(
                         "the policy's output for this observation is not finite; the session has "
                         "not moved"
                     )
-                answers.append(self._answer(request, turn, decided, at))
-            except ServiceError as error:
-                answers.append(error)
+                )
+                continue
+            state = None
+            if request.session_id is None:
+                state = (decided.h[at].copy(), decided.c[at].copy())
+            else:
+                try:
+                    session = self._sessions.commit(
+                        request.session_id,
+                        turn,
+                        episode=request.episode,
+                        fingerprint=request.fingerprint,
+                    )
+                except ServiceError as error:
+                    answers.append(error)
+                    continue
+                moved_at.append(at)
+                moved_to.append(session.row)
+            answers.append(StepAnswer(action, log_prob, value, turn.step, state))
+        self._sessions.store(moved_to, decided, moved_at)
         return answers
 
-    def _answer(self, request: StepRequest, turn: Turn, decided: StepArrays, at: int) -> StepAnswer:
-        state = None
-        if request.session_id is None:
-            state = (decided.h[at].copy(), decided.c[at].copy())
-        else:
-            session = self._sessions.commit(
-                request.session_id, turn, episode=request.episode, fingerprint=request.fingerprint
-            )
-            self._sessions.store(session.row, decided, at)
-        return StepAnswer(
-            decided.action[at].tolist(),
-            decided.log_prob[at].tolist(),
-            float(decided.value[at]),
-            turn.step,
-            state,
-        )
+    def _gather(self, requests: list[StepRequest], turns: list[Turn]) -> None:
+        """Copies observations, masks and states into the preallocated batch."""
+        num = len(requests)
+        np.stack([request.observation for request in requests], out=self._observation[:num])
+        np.stack([request.action_mask for request in requests], out=self._action_mask[:num])
+        rows = [turn.row for turn in turns]
+        np.take(self._sessions.h, rows, axis=0, out=self._h[:num], mode="wrap")
+        np.take(self._sessions.c, rows, axis=0, out=self._c[:num], mode="wrap")
+        for at, (request, row) in enumerate(zip(requests, rows, strict=True)):
+            if row == START:
+                self._h[at], self._c[at] = request.state or (0.0, 0.0)
 
-    def _load_state(self, at: int, request: StepRequest, turn: Turn) -> None:
-        if turn.row != START:
-            self._h[at] = self._sessions.h[turn.row]
-            self._c[at] = self._sessions.c[turn.row]
-        elif request.state is not None:
-            self._h[at], self._c[at] = request.state
-        else:
-            self._h[at] = 0.0
-            self._c[at] = 0.0
-
-    def _make_noise(self, rows: list[_Row]) -> None:
-        self._noise[: len(rows)] = 0.0
-        sampled = [at for at, (request, _) in enumerate(rows) if not request.deterministic]
+    def _make_noise(self, requests: list[StepRequest], turns: list[Turn]) -> None:
+        num = len(requests)
+        sampled = [at for at, request in enumerate(requests) if not request.deterministic]
+        if len(sampled) < num:
+            self._noise[:num] = 0.0
         if sampled:
-            seeds = np.array([rows[at][1].seed for at in sampled], dtype=np.uint64)
-            steps = np.array([rows[at][1].step for at in sampled], dtype=np.uint64)
-            self._noise[sampled] = gumbel_noise(seeds, steps, self._spec.num_choices)
+            seeds = np.array([turns[at].seed for at in sampled], dtype=np.uint64)
+            steps = np.array([turns[at].step for at in sampled], dtype=np.uint64)
+            noise = gumbel_noise(seeds, steps, self._spec.num_choices)
+            self._noise[sampled] = noise
 
     def _run(self, bucket: int) -> StepArrays:
         return self._runtime(

@@ -12,6 +12,7 @@
         NotReady                503 not_ready
         Draining                503 draining
         DeadlineExceeded        504 deadline_exceeded
+        Disconnected            499 disconnected; sent to nobody
 
 The message is for the client: what, which one, what to do. Anything else that is raised is a bug of
 ours: the client gets a fixed sentence, the log gets the rest.
@@ -95,3 +96,9 @@ class DeadlineExceeded(ServiceError):
     """The request's time ran out before the model saw it; its session has not moved."""
 
     status_code, error_type = 504, "deadline_exceeded"
+
+
+class Disconnected(ServiceError):
+    """The client hung up before the model saw its request; its session has not moved."""
+
+    status_code, error_type = 499, "disconnected"

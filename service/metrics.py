@@ -13,6 +13,7 @@ class Metrics:
 
     def __init__(self, num_sessions: Callable[[], int]) -> None:
         self._registry = CollectorRegistry()
+        self._by_result: dict[str, Counter] = {}
         self.requests = Counter(
             "tamiyo_act_requests_total",
             "Answers to POST /act by result: ok, replayed, disconnected, or the error's type.",
@@ -33,6 +34,13 @@ class Metrics:
         )
         sessions = Gauge("tamiyo_sessions", "Live sessions.", registry=self._registry)
         sessions.set_function(num_sessions)
+
+    def count(self, result: str) -> None:
+        """One more answer with this result."""
+        counter = self._by_result.get(result)
+        if counter is None:
+            counter = self._by_result[result] = self.requests.labels(result)
+        counter.inc()
 
     def render(self) -> bytes:
         return generate_latest(self._registry)

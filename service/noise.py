@@ -5,27 +5,29 @@ Numbers: As Easy as 1, 2, 3" (SC 2011). Because there is no generator state, a s
 same alone or in a batch, after a retry and after a restart, and a client or learner can compute it.
 """
 
+import sys
+
 import numpy as np
 from numpy.typing import NDArray
 
 MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
-KEY_INCREMENTS = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64)
+KEY_INCREMENTS = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint32)
 ROUNDS = 10
-WORD = np.uint64(0xFFFFFFFF)
-WORD_BITS = np.uint64(32)
+KEY_STEPS = np.arange(ROUNDS, dtype=np.uint32)[:, None, None] * KEY_INCREMENTS
+LOW, HIGH = (0, 1) if sys.byteorder == "little" else (1, 0)
 
 
-def philox4x32(counter: NDArray[np.uint64], key: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Ten rounds of Philox4x32: `counter` `[4, N]` and `key` `[2, N]` to four words `[4, N]`.
-
-    All entries are 32-bit words in 64-bit integers.
-    """
+def philox4x32(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Ten rounds of Philox4x32: `counter` `[4, N]` and `key` `[2, N]` to four words `[4, N]`."""
     even, odd = counter[0::2], counter[1::2]
-    for _ in range(ROUNDS):
-        product = even * MULTIPLIERS
-        high, low = product >> WORD_BITS, product & WORD
-        even, odd = high[::-1] ^ odd ^ key, low[::-1]
-        key = (key + KEY_INCREMENTS) & WORD
+    product = np.empty(even.shape, dtype=np.uint64)
+    words = product.view(np.uint32).reshape(*even.shape, 2)
+    high, low = words[::-1, :, HIGH], words[::-1, :, LOW]  # of the other half's product
+    for round_key in key + KEY_STEPS:
+        np.multiply(even, MULTIPLIERS, out=product)
+        even = high ^ odd
+        even ^= round_key
+        odd = low.copy()
     return np.stack([even[0], odd[0], even[1], odd[1]])
 
 
@@ -39,16 +41,21 @@ def gumbel_noise(
     u = (w + 1/2) / 2**32, and that the noise -ln(-ln u), in float64, rounded to float32 last.
     """
     num_rows, num_blocks = len(seeds), -(-num_columns // 4)
-    counter = np.empty((4, num_rows, num_blocks), dtype=np.uint64)
-    counter[0] = np.arange(num_blocks, dtype=np.uint64)
-    counter[1] = (steps & WORD)[:, None]
-    counter[2] = (steps >> WORD_BITS)[:, None]
-    counter[3] = 0
-    key = np.empty((2, num_rows, num_blocks), dtype=np.uint64)
-    key[0] = (seeds & WORD)[:, None]
-    key[1] = (seeds >> WORD_BITS)[:, None]
+    seed_words = seeds.view(np.uint32).reshape(num_rows, 2)
+    step_words = steps.view(np.uint32).reshape(num_rows, 2)
+    counter = np.zeros((4, num_rows, num_blocks), dtype=np.uint32)
+    counter[0] = np.arange(num_blocks, dtype=np.uint32)
+    counter[1] = step_words[:, LOW, None]
+    counter[2] = step_words[:, HIGH, None]
+    key = np.empty((2, num_rows, num_blocks), dtype=np.uint32)
+    key[0] = seed_words[:, LOW, None]
+    key[1] = seed_words[:, HIGH, None]
     words = philox4x32(counter.reshape(4, -1), key.reshape(2, -1))
-    uniform = (words.reshape(4, num_rows, num_blocks) + 0.5) * 2.0**-32
-    noise = -np.log(-np.log(uniform))
-    columns = noise.transpose(1, 2, 0).reshape(num_rows, 4 * num_blocks)
-    return np.asarray(columns[:, :num_columns], dtype=np.float32)
+    columns = words.reshape(4, num_rows, num_blocks).transpose(1, 2, 0).reshape(num_rows, -1)
+    noise = columns[:, :num_columns] + 0.5
+    noise *= 2.0**-32
+    np.log(noise, out=noise)
+    np.negative(noise, out=noise)
+    np.log(noise, out=noise)
+    np.negative(noise, out=noise)
+    return noise.astype(np.float32)

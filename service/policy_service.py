@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from export.manifest import Manifest, bucket_sizes
 from service.act import ActCodec
@@ -60,12 +60,19 @@ class PolicyService:
         if warming is None or not warming.done() or warming.exception() is not None:
             raise NotReady("the policy is still warming up")
 
-    async def act(self, body: bytes) -> tuple[bytes, bool]:
-        """The answer to one request's body, and whether it is a replay."""
+    async def act(
+        self, body: bytes, is_wanted: Callable[[], bool] | None = None
+    ) -> tuple[bytes, bool]:
+        """The answer to one request's body, and whether it is a replay.
+
+        Where `is_wanted` says no by the time its batch forms, it costs no model time.
+        """
         self.check_ready()
         request, timeout_ms = self.codec.parse(body)
         timeout_s = (timeout_ms or self.settings.timeout_ms) / 1000
-        future = self.batcher.submit(request, key=request.session_id, timeout_s=timeout_s)
+        future = self.batcher.submit(
+            request, key=request.session_id, timeout_s=timeout_s, is_wanted=is_wanted
+        )
         if request.session_id is not None:
             self.sessions.hold(request.session_id, future)
         answer = await future

@@ -6,7 +6,7 @@ keeps the state. Knows nothing of HTTP, of batches or of the model.
 
 from asyncio import Future
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -168,11 +168,11 @@ class SessionTable:
         self._live.move_to_end(session_id)
         return session
 
-    def store(self, row: int, decided: StepArrays, at: int) -> None:
-        """Keeps row `at` of a batch's arrays as the session's state and last answer."""
-        self.h[row], self.c[row] = decided.h[at], decided.c[at]
-        self.action[row], self.log_prob[row] = decided.action[at], decided.log_prob[at]
-        self.value[row] = decided.value[at]
+    def store(self, rows: Sequence[int], decided: StepArrays, at: Sequence[int]) -> None:
+        """Keeps the batch's rows `at` as the states and last answers of the sessions in `rows`."""
+        self.h[rows], self.c[rows] = decided.h[at], decided.c[at]
+        self.action[rows], self.log_prob[rows] = decided.action[at], decided.log_prob[at]
+        self.value[rows] = decided.value[at]
 
     def end(self, session_id: str) -> None:
         """Forgets a session for good. Raises UnknownSession or SessionLost where there is none."""

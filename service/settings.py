@@ -30,7 +30,7 @@ class Settings(BaseSettings):
         int, Field(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     ] = 8000
     runtime: Annotated[
-        Literal["auto", "torchscript"],
+        Literal["auto", "onnx", "torchscript"],
         Field(
             description="Which of the artifact's formats runs; auto is torchscript, the one so far."
         ),

@@ -17,7 +17,7 @@ def load_runtime(
     imported only once it is needed.
     """
     if name == "auto":
-        name = "torchscript"
+        name = "onnx" if "onnx" in manifest.formats else "torchscript"
     file = manifest.formats.get(name)
     if file is None:
         raise ArtifactError(
@@ -27,6 +27,10 @@ def load_runtime(
     if device == "auto":
         device = manifest.device
     content = file.read(directory)
+    if name == "onnx":
+        from service.runtime.onnx import OnnxRuntime
+
+        return OnnxRuntime(content, device=device, num_threads=num_threads)
     if importlib.util.find_spec("torch") is None:
         raise ArtifactError(
             f"{directory}: {name} needs torch, which is not installed; "

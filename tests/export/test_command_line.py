@@ -437,7 +437,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path: Path) -> None:
     ("number", "code", "says"),
     [
         (signal.SIGINT, 130, b"interrupted; no artifact was written"),
-        (signal.SIGTERM, 143, b"export: terminated"),
+        (signal.SIGTERM, 143, b"terminated; no artifact was written"),
     ],
 )
 def test_export_that_is_stopped_leaves_nothing(

@@ -36,6 +36,10 @@ def words(text: str) -> list[int]:
     return [int(word, 16) for word in text.split()]
 
 
+def uint32(values: Sequence[int] | Sequence[list[int]]) -> NDArray[np.uint32]:
+    return np.array(values, dtype=np.uint32)
+
+
 def uint64(values: Sequence[int] | Sequence[list[int]]) -> NDArray[np.uint64]:
     return np.array(values, dtype=np.uint64)
 
@@ -60,14 +64,14 @@ def gumbel_of_one_column(seed: int, step: int, column: int) -> float:
 
 @pytest.mark.parametrize(("counter", "key", "output"), KNOWN_ANSWERS)
 def test_philox_gives_the_published_known_answers(counter: str, key: str, output: str) -> None:
-    got = philox4x32(uint64(words(counter))[:, None], uint64(words(key))[:, None])
+    got = philox4x32(uint32(words(counter))[:, None], uint32(words(key))[:, None])
     assert got[:, 0].tolist() == words(output)
     assert philox_of_one_block(words(counter), words(key)) == words(output)
 
 
 def test_philox_blocks_side_by_side_do_not_mix() -> None:
-    counters = uint64([words(counter) for counter, _, _ in KNOWN_ANSWERS]).T
-    keys = uint64([words(key) for _, key, _ in KNOWN_ANSWERS]).T
+    counters = uint32([words(counter) for counter, _, _ in KNOWN_ANSWERS]).T
+    keys = uint32([words(key) for _, key, _ in KNOWN_ANSWERS]).T
     got = philox4x32(counters, keys)
     assert got.T.tolist() == [words(output) for _, _, output in KNOWN_ANSWERS]
 

@@ -370,7 +370,7 @@ def test_store_keeps_exactly_one_row_of_a_batch(table: Table, spec: PolicySpec) 
     decided = StepArrays(
         heads, heads.astype(np.float32), np.array([1, 2], np.float32), state, -state
     )
-    table.sessions.store(session.row, decided, 1)
+    table.sessions.store([session.row], decided, [1])
     state[:] = 0
     assert table.sessions.h[session.row].ravel()[0] == size
     assert table.sessions.c[session.row].ravel()[0] == -size

@@ -1,0 +1,110 @@
+"""`POST /act` as bare ASGI, ahead of FastAPI's routing: the one path that runs all the time.
+
+The route of the same name in `service.app` is its documentation; `service.schemas` is what both
+validate and show.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from pydantic_core import to_json
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.act import CONTENT_TYPE
+from service.errors import (
+    Disconnected,
+    Malformed,
+    ServiceError,
+    TooLarge,
+    UnsupportedContentType,
+)
+from service.policy_service import PolicyService
+
+PATH = "/act"
+LENGTH = re.compile(rb"[0-9]{1,18}")
+Headers = list[tuple[bytes, bytes]]
+
+
+class ActEndpoint:
+    """Middleware that answers `POST /act` itself and leaves everything else to `app`."""
+
+    def __init__(self, app: ASGIApp, service: PolicyService) -> None:
+        self._app = app
+        self._service = service
+        self._max_body_bytes = service.settings.max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != PATH or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        result = "internal"
+        headers: Headers = []
+        try:
+            body = await self._read_body(scope["headers"], receive)
+            content, is_replay = await self._service.act(body, is_wanted=_is_wanted(receive))
+            status, result = 200, "ok"
+            if is_replay:
+                headers.append((b"replayed", b"true"))
+                result = "replayed"
+        except ServiceError as error:
+            status, result = error.status_code, error.error_type
+            headers += ((k.lower().encode(), v.encode()) for k, v in error.headers.items())
+            content = to_json(error.body())
+        except ClientDisconnect:
+            status, result = Disconnected.status_code, Disconnected.error_type
+        finally:
+            self._service.metrics.count(result)
+        if status == Disconnected.status_code:
+            return  # nobody reads it
+        headers += (
+            (b"content-type", CONTENT_TYPE.encode()),
+            (b"content-length", str(len(content)).encode()),
+        )
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
+
+    async def _read_body(self, headers: Headers, receive: Receive) -> bytes:
+        content_type, length = b"", b"0"
+        for name, value in headers:
+            if name == b"content-type":
+                content_type = value
+            elif name == b"content-length":
+                length = value
+        if content_type != b"application/json":
+            _check_content_type(content_type)
+        too_large = TooLarge(f"the body is larger than {self._max_body_bytes} bytes")
+        if not LENGTH.fullmatch(length):
+            raise Malformed("the Content-Length is not a number")
+        if int(length) > self._max_body_bytes:
+            raise too_large
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            body += message.get("body", b"")
+            if len(body) > self._max_body_bytes:
+                raise too_large
+            if not message.get("more_body", False):
+                return bytes(body)
+
+
+def _check_content_type(given: bytes) -> None:
+    content_type = given.decode("latin-1").partition(";")[0].strip().lower()
+    if content_type != CONTENT_TYPE:
+        raise UnsupportedContentType(
+            f"the content type is {content_type or 'missing'!r}; send {CONTENT_TYPE}"
+        )
+
+
+def _is_wanted(receive: Receive) -> Callable[[], bool] | None:
+    """Whether the client still waits, as uvicorn knows it; under another server it always does.
+
+    ASGI has no question for it: `receive` would have to be awaited in a task beside each request.
+    """
+    cycle: Any = getattr(receive, "__self__", None)
+    if not hasattr(cycle, "disconnected"):
+        return None
+    return lambda: not cycle.disconnected
