@@ -89,6 +89,8 @@ def main() -> int:
             port=settings.port,
             log_config=None,
             access_log=False,
+            proxy_headers=False,  # nothing here depends on who a client says it is
+            server_header=False,
             timeout_graceful_shutdown=settings.drain_s,
         ),
         service,

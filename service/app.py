@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from service.act import CONTENT_TYPE
 from service.endpoint import PATH, ActEndpoint
@@ -14,6 +15,18 @@ from service.errors import ServiceError
 from service.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
 from service.policy_service import PolicyService
 from service.schemas import ActRequest, ActResponse, ErrorResponse, PolicyResponse
+
+
+class _App(FastAPI):
+    """FastAPI, but for `POST /act`, which is answered before any middleware or routing."""
+
+    act_endpoint: ActEndpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == PATH and scope["method"] == "POST":
+            await self.act_endpoint(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
 
 def create_app(service: PolicyService) -> FastAPI:
@@ -25,7 +38,7 @@ def create_app(service: PolicyService) -> FastAPI:
         yield
         await service.stop()
 
-    app = FastAPI(
+    app = _App(
         title="tamiyo-serve",
         description="Actions of a recurrent, factored, action-masked policy, one step at a time.",
         lifespan=lifespan,
@@ -36,7 +49,7 @@ def create_app(service: PolicyService) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unknown_error)
 
-    app.add_middleware(ActEndpoint, service=service)
+    app.act_endpoint = ActEndpoint(service)
 
     @app.post(PATH, response_model=ActResponse, openapi_extra=_act_body())
     async def act() -> Response:
