@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from model.spec import PolicySpec
 from service.errors import Invalid, ServiceError
-from service.noise import gumbel_noise
+from service.noise_ahead import NoiseAhead
 from service.runtime.protocol import Runtime, StepArrays
 from service.sessions import START, Session, SessionTable, Turn
 
@@ -85,6 +85,7 @@ class Engine:
         self._noise = np.zeros((rows, spec.num_choices), dtype=np.float32)
         self._h = np.zeros(state, dtype=np.float32)
         self._c = np.zeros(state, dtype=np.float32)
+        self._noise_source = NoiseAhead(sessions.capacity, spec.num_choices)
 
     @property
     def max_batch_size(self) -> int:
@@ -143,17 +144,17 @@ class Engine:
     def _advance(self, rows: list[_Row]) -> list[StepAnswer | ServiceError]:
         requests = [request for request, _ in rows]
         turns = [turn for _, turn in rows]
+        num = len(rows)
         self._gather(requests, turns)
         self._make_noise(requests, turns)
-        decided = self._run(next(size for size in self._buckets if size >= len(rows)))
-        finite = _is_finite(decided).tolist()
+        decided = self._run(next(size for size in self._buckets if size >= num))
+        finite = _finite_rows(decided, num)
         answers: list[StepAnswer | ServiceError] = []
         moved_at: list[int] = []
         moved_to: list[int] = []
-        columns = (decided.action.tolist(), decided.log_prob.tolist(), decided.value.tolist())
-        for at, (request, turn, action, log_prob, value) in enumerate(
-            zip(requests, turns, *columns, strict=False)  # the bucket may be larger
-        ):
+        actions, log_probs = decided.action.tolist(), decided.log_prob.tolist()
+        values = decided.value.tolist()
+        for at, (request, turn) in enumerate(rows):
             if not finite[at]:
                 answers.append(
                     Invalid(
@@ -178,20 +179,26 @@ class Engine:
                     continue
                 moved_at.append(at)
                 moved_to.append(session.row)
-            answers.append(StepAnswer(action, log_prob, value, turn.step, state))
+            answers.append(StepAnswer(actions[at], log_probs[at], values[at], turn.step, state))
         self._sessions.store(moved_to, decided, moved_at)
         return answers
 
     def _gather(self, requests: list[StepRequest], turns: list[Turn]) -> None:
         """Copies observations, masks and states into the preallocated batch."""
-        num = len(requests)
-        np.stack([request.observation for request in requests], out=self._observation[:num])
-        np.stack([request.action_mask for request in requests], out=self._action_mask[:num])
-        rows = [turn.row for turn in turns]
-        np.take(self._sessions.h, rows, axis=0, out=self._h[:num], mode="wrap")
-        np.take(self._sessions.c, rows, axis=0, out=self._c[:num], mode="wrap")
-        for at, (request, row) in enumerate(zip(requests, rows, strict=True)):
-            if row == START:
+        num, spec = len(requests), self._spec
+        np.concatenate(
+            [request.observation for request in requests],
+            out=self._observation.reshape(-1)[: num * spec.observation_dim],
+        )
+        np.concatenate(
+            [request.action_mask for request in requests],
+            out=self._action_mask.reshape(-1)[: num * spec.num_choices],
+        )
+        rows = np.array([turn.row for turn in turns])
+        self._sessions.h.take(rows, axis=0, out=self._h[:num], mode="wrap")
+        self._sessions.c.take(rows, axis=0, out=self._c[:num], mode="wrap")
+        for at, (request, turn) in enumerate(zip(requests, turns, strict=True)):
+            if turn.row == START:
                 self._h[at], self._c[at] = request.state or (0.0, 0.0)
 
     def _make_noise(self, requests: list[StepRequest], turns: list[Turn]) -> None:
@@ -200,10 +207,7 @@ class Engine:
         if len(sampled) < num:
             self._noise[:num] = 0.0
         if sampled:
-            seeds = np.array([turns[at].seed for at in sampled], dtype=np.uint64)
-            steps = np.array([turns[at].step for at in sampled], dtype=np.uint64)
-            noise = gumbel_noise(seeds, steps, self._spec.num_choices)
-            self._noise[sampled] = noise
+            self._noise[sampled] = self._noise_source.take([turns[at] for at in sampled])
 
     def _run(self, bucket: int) -> StepArrays:
         return self._runtime(
@@ -215,10 +219,13 @@ class Engine:
         )
 
 
-def _is_finite(decided: StepArrays) -> NDArray[np.bool_]:
-    finite: NDArray[np.bool_] = np.isfinite(decided.value) & np.isfinite(decided.log_prob).all(1)
-    finite &= np.isfinite(decided.h).all((1, 2)) & np.isfinite(decided.c).all((1, 2))
-    return finite
+def _finite_rows(decided: StepArrays, num: int) -> list[bool]:
+    """Which of the first `num` rows have finite outputs only; as a rule all of them."""
+    floats = (decided.value, decided.log_prob, decided.h, decided.c)
+    if all(np.isfinite(array).all() for array in floats):
+        return [True] * num
+    finite = [np.isfinite(array[:num]).reshape(num, -1).all(1) for array in floats]
+    return [bool(row) for row in np.logical_and.reduce(finite)]
 
 
 def derived_seed(server_seed: int, session_id: str, episode: str | None, starts: int) -> int:

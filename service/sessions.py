@@ -71,7 +71,7 @@ class SessionTable:
         self._num_waiting: dict[str, int] = {}
         self._lost: OrderedDict[str, None] = OrderedDict()
         self._free_rows = list(range(capacity - 1, -1, -1))
-        self._capacity = capacity
+        self.capacity = capacity
         self._idle_timeout_s = idle_timeout_s
         self._default_seed = default_seed
         self._clock = clock
@@ -170,9 +170,10 @@ class SessionTable:
 
     def store(self, rows: Sequence[int], decided: StepArrays, at: Sequence[int]) -> None:
         """Keeps the batch's rows `at` as the states and last answers of the sessions in `rows`."""
-        self.h[rows], self.c[rows] = decided.h[at], decided.c[at]
-        self.action[rows], self.log_prob[rows] = decided.action[at], decided.log_prob[at]
-        self.value[rows] = decided.value[at]
+        to, of = np.array(rows, dtype=np.intp), np.array(at, dtype=np.intp)
+        self.h[to], self.c[to] = decided.h[of], decided.c[of]
+        self.action[to], self.log_prob[to] = decided.action[of], decided.log_prob[of]
+        self.value[to] = decided.value[of]
 
     def end(self, session_id: str) -> None:
         """Forgets a session for good. Raises UnknownSession or SessionLost where there is none."""
@@ -203,7 +204,7 @@ class SessionTable:
                     self._lose(session_id)
                     break
             else:
-                raise Overloaded(f"all {self._capacity} sessions have a request waiting; retry")
+                raise Overloaded(f"all {self.capacity} sessions have a request waiting; retry")
         return self._free_rows.pop()
 
     def _expire_idle(self) -> None:
@@ -217,7 +218,7 @@ class SessionTable:
     def _lose(self, session_id: str) -> None:
         self._free_rows.append(self._live.pop(session_id).row)
         self._lost[session_id] = None
-        if len(self._lost) > self._capacity:
+        if len(self._lost) > self.capacity:
             self._lost.popitem(last=False)
 
 
