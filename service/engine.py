@@ -85,7 +85,7 @@ class Engine:
         self._noise = np.zeros((rows, spec.num_choices), dtype=np.float32)
         self._h = np.zeros(state, dtype=np.float32)
         self._c = np.zeros(state, dtype=np.float32)
-        self._noise_source = NoiseAhead(sessions.capacity, spec.num_choices)
+        self._noise_ahead = NoiseAhead(spec.num_choices)
 
     @property
     def max_batch_size(self) -> int:
@@ -204,10 +204,14 @@ class Engine:
     def _make_noise(self, requests: list[StepRequest], turns: list[Turn]) -> None:
         num = len(requests)
         sampled = [at for at, request in enumerate(requests) if not request.deterministic]
-        if len(sampled) < num:
-            self._noise[:num] = 0.0
+        if len(sampled) == num:
+            self._noise_ahead.take(turns, self._noise)
+            return
+        self._noise[:num] = 0.0
         if sampled:
-            self._noise[sampled] = self._noise_source.take([turns[at] for at in sampled])
+            noise = np.empty((len(sampled), self._spec.num_choices), dtype=np.float32)
+            self._noise_ahead.take([turns[at] for at in sampled], noise)
+            self._noise[sampled] = noise
 
     def _run(self, bucket: int) -> StepArrays:
         return self._runtime(
@@ -222,7 +226,7 @@ class Engine:
 def _finite_rows(decided: StepArrays, num: int) -> list[bool]:
     """Which of the first `num` rows have finite outputs only; as a rule all of them."""
     floats = (decided.value, decided.log_prob, decided.h, decided.c)
-    if all(np.isfinite(array).all() for array in floats):
+    if np.isfinite(np.concatenate([array.reshape(-1) for array in floats])).all():
         return [True] * num
     finite = [np.isfinite(array[:num]).reshape(num, -1).all(1) for array in floats]
     return [bool(row) for row in np.logical_and.reduce(finite)]
