@@ -26,7 +26,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 install: $(INSTALLED)
 
 $(ARTIFACT)/manifest.json: | $(INSTALLED)
-	$(BIN)/python -m export --preset tamiyo-v1 --seed 0 --formats torchscript --output $(ARTIFACT)
+	$(BIN)/python -m export --preset tamiyo-v1 --seed 0 --formats onnx --output $(ARTIFACT)
 
 serve: $(INSTALLED) $(ARTIFACT)/manifest.json
 	$(BIN)/python -m service --artifact $(ARTIFACT) --host $(HOST) --port $(PORT)

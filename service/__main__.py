@@ -80,7 +80,7 @@ def main() -> int:
         manifest.policy_version[:19],
         runtime.name,
         runtime.device,
-        settings.max_batch_size,
+        service.max_batch_size,
     )
     server = _Server(
         uvicorn.Config(

@@ -83,7 +83,7 @@ def create_app(service: PolicyService) -> FastAPI:
             runtime=service.runtime.name,
             device=service.runtime.device,
             limits={
-                "max_batch_size": settings.max_batch_size,
+                "max_batch_size": service.max_batch_size,
                 "max_waiting": settings.max_waiting,
                 "max_sessions": settings.max_sessions,
                 "session_idle_s": settings.session_idle_s,

@@ -23,6 +23,7 @@ class PolicyService:
         self.manifest = manifest
         self.runtime = runtime
         self.settings = settings
+        self.max_batch_size = min(settings.max_batch_size, manifest.max_batch_size)
         self.codec = ActCodec(spec, manifest.policy_version)
         self.sessions = SessionTable(
             spec,
@@ -35,12 +36,12 @@ class PolicyService:
             runtime,
             self.sessions,
             spec,
-            buckets=bucket_sizes(settings.max_batch_size),
+            buckets=bucket_sizes(self.max_batch_size),
             seed=settings.seed,
         )
         self.batcher = Batcher[StepRequest, StepAnswer](
             self._step,
-            max_batch_size=settings.max_batch_size,
+            max_batch_size=self.max_batch_size,
             max_waiting=settings.max_waiting,
         )
         self.metrics = Metrics(lambda: len(self.sessions))

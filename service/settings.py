@@ -30,9 +30,10 @@ class Settings(BaseSettings):
         int, Field(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     ] = 8000
     runtime: Annotated[
-        Literal["auto", "onnx", "torchscript"],
+        Literal["auto", "onnx", "torchscript", "aoti", "eager", "compile"],
         Field(
-            description="Which of the artifact's formats runs; auto is torchscript, the one so far."
+            description="What runs the step; auto is onnx where the artifact has it: no torch, and "
+            "answers bit for bit alike in any batch. eager and compile run its pt2 file."
         ),
     ] = "auto"
     device: Annotated[
@@ -47,7 +48,12 @@ class Settings(BaseSettings):
     ] = 1
     max_batch_size: Annotated[
         int,
-        Field(ge=1, le=4096, description="Most requests in one step; larger: throughput, latency."),
+        Field(
+            ge=1,
+            le=4096,
+            description="Most requests in one step; larger: throughput, latency. Never more than "
+            "the artifact was checked with.",
+        ),
     ] = 64
     max_waiting: Annotated[
         int, Field(ge=1, description="Requests that may wait; beyond, they get 429 at once.")

@@ -17,7 +17,7 @@ ALLOWED: dict[str, Callable[[str], bool]] = {
         module.startswith("service.") or module in ("export.manifest", "model.spec")
     ),
 }
-NEEDS_TORCH = {"service.runtime.torchscript"}
+NEEDS_TORCH = {"service.runtime.torch_formats"}
 
 
 def sources(package: str) -> list[Path]:

@@ -3,43 +3,81 @@
 import importlib.util
 from pathlib import Path
 
-from export.manifest import ArtifactError, Manifest
+from export.manifest import ArtifactError, FormatFile, Manifest
 from service.runtime.protocol import Runtime
+
+FORMAT_OF = {
+    "onnx": "onnx",
+    "torchscript": "torchscript",
+    "aoti": "aoti",
+    "eager": "pt2",
+    "compile": "pt2",
+}
+"""Each runtime, and the artifact's format it runs; `auto` takes the first that there is."""
 
 
 def load_runtime(
     directory: Path, manifest: Manifest, *, name: str, device: str, num_threads: int
 ) -> Runtime:
-    """The named runtime on the artifact's file of that format, after its SHA-256 was checked.
+    """The named runtime on the artifact's file of its format, after its SHA-256 was checked.
 
-    `auto` is TorchScript, the one format so far. Raises ArtifactError where the artifact has no
-    such format, a file is not what was exported, or torch or the device is missing. Torch is
-    imported only once it is needed.
+    `auto` is onnx where the artifact has it: rows are bit-equal whatever batch they ride in, it is
+    the fastest at the batches a service makes, and torch is not even imported. Raises ArtifactError
+    where the artifact has no such format, a file is not what was exported or not for this machine,
+    or torch or the device is missing.
     """
     if name == "auto":
-        name = "onnx" if "onnx" in manifest.formats else "torchscript"
-    file = manifest.formats.get(name)
+        name = next(runtime for runtime, of in FORMAT_OF.items() if of in manifest.formats)
+    format_name = FORMAT_OF[name]
+    file = manifest.formats.get(format_name)
     if file is None:
         raise ArtifactError(
-            f"{directory}: has no format {name!r}, only {', '.join(manifest.formats)}; export "
-            f"it again with `--formats {name}`"
+            f"{directory}: has no format {format_name!r}, only {', '.join(manifest.formats)}; "
+            f"export it again with `--formats {format_name}`"
         )
     if device == "auto":
         device = manifest.device
     content = file.read(directory)
-    if name == "onnx":
-        from service.runtime.onnx import OnnxRuntime
+    try:
+        if name == "onnx":
+            return _onnx_runtime(directory, content, device, num_threads)
+        return _torch_runtime(name, directory, file, content, device, num_threads)
+    except ArtifactError:
+        raise
+    except Exception as error:  # whatever the format's own loader raises
+        sentence = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ArtifactError(f"{directory / file.file}: cannot be loaded: {sentence}") from error
 
-        return OnnxRuntime(content, device=device, num_threads=num_threads)
+
+def _onnx_runtime(directory: Path, content: bytes, device: str, num_threads: int) -> Runtime:
+    from service.runtime.onnx import OnnxRuntime, cuda_is_available
+
+    if device == "cuda" and not cuda_is_available():
+        raise _no_cuda(directory)
+    return OnnxRuntime(content, device=device, num_threads=num_threads)
+
+
+def _torch_runtime(
+    name: str, directory: Path, file: FormatFile, content: bytes, device: str, num_threads: int
+) -> Runtime:
     if importlib.util.find_spec("torch") is None:
         raise ArtifactError(
             f"{directory}: {name} needs torch, which is not installed; "
             "`pip install 'tamiyo-serve[torch]'` brings it"
         )
-    from service.runtime.torchscript import TorchScriptRuntime, cuda_is_available
+    from service.runtime.torch_formats import TorchRuntime, cuda_is_available, machine_capability
 
     if device == "cuda" and not cuda_is_available():
+        raise _no_cuda(directory)
+    if file.requires not in (None, machine_capability(device)):
         raise ArtifactError(
-            f"{directory}: no CUDA device is visible on this machine; it was asked for"
+            f"{directory / file.file}: holds machine code for {file.requires}, this machine has "
+            f"{machine_capability(device)}; export it here, or use another runtime"
         )
-    return TorchScriptRuntime(content, device=device, num_threads=num_threads)
+    return TorchRuntime(name, content, device=device, num_threads=num_threads)
+
+
+def _no_cuda(directory: Path) -> ArtifactError:
+    return ArtifactError(
+        f"{directory}: no CUDA device is visible on this machine; it was asked for"
+    )
