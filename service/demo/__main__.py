@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
+from service.batch_sizes import ranges
 from service.demo.client import Tally, run_environments
 
 BAR_WIDTH = 30
@@ -102,7 +103,7 @@ def _show(tally: Tally, batch_sizes: dict[str, float], summary: dict[str, object
         f"[bold]{summary['actions_per_s']:.0f}[/] per second; latency p50 {p50:.1f} ms, "
         f"p90 {p90:.1f} ms, p99 {p99:.1f} ms, max {latencies.max():.1f} ms"
     )
-    console.print(_bars("batch size", _size_names(batch_sizes)))
+    console.print(_bars("batch size", ranges(batch_sizes)))
     console.print(_bars("decided", dict(tally.ops.most_common())))
     if tally.episodes:
         gain = tally.accuracy_gain / tally.episodes
@@ -113,21 +114,6 @@ def _show(tally: Tally, batch_sizes: dict[str, float], summary: dict[str, object
         console.print(f"[red]mask broken: {broken}")
     if not tally.errors and not tally.broken_masks:
         console.print("[green]every answer was legal")
-
-
-def _size_names(batch_sizes: dict[str, float]) -> dict[str, float]:
-    """`{"4.0": n}` as `{"3-4": n}`: the histogram's upper bounds as ranges, empty ones left out."""
-    names, low = {}, 1
-    for bound, count in batch_sizes.items():
-        if bound == "+Inf":
-            name = f"{low}-"
-        else:
-            high = int(float(bound))
-            name = str(high) if low == high else f"{low}-{high}"
-            low = high + 1
-        if count:
-            names[name] = count
-    return names
 
 
 def _bars(title: str, counts: dict[str, float] | dict[str, int]) -> Table:

@@ -9,9 +9,9 @@ from typing import Any
 
 import aiohttp
 import numpy as np
-from prometheus_client.parser import text_string_to_metric_families
 
 from model.spec import PolicySpec
+from service.batch_sizes import batch_sizes
 from service.demo.environment import OPS, GrowingNetwork
 
 ATTEMPTS = 3
@@ -115,7 +115,7 @@ async def run_environments(
             described = await response.json()
         spec = PolicySpec.model_validate(described["spec"])
         _check_observable(spec)
-        before = await _batch_sizes(http)
+        before = await batch_sizes(http)
         tally = Tally()
         run = f"demo-{time.time_ns():x}"
         clients = [
@@ -125,7 +125,7 @@ async def run_environments(
         started_s = time.perf_counter()
         await asyncio.gather(*(client.run(steps, tally, on_step) for client in clients))
         tally.elapsed_s = time.perf_counter() - started_s
-        after = await _batch_sizes(http)
+        after = await batch_sizes(http)
         for index in range(num_envs):
             (await http.delete(f"/sessions/{run}-{index}")).release()
     return tally, {bound: after[bound] - before.get(bound, 0.0) for bound in after}
@@ -142,18 +142,3 @@ def _check_observable(spec: PolicySpec) -> None:
             f"the policy {spec.name!r} reads {spec.observation_dim} features with heads "
             f"{', '.join(spec.head_names)}; the demo plays Tamiyo V1 (23 + 39 per slot)"
         )
-
-
-async def _batch_sizes(http: aiohttp.ClientSession) -> dict[str, float]:
-    async with http.get("/metrics", raise_for_status=True) as response:
-        text = await response.text()
-    cumulative = {
-        sample.labels["le"]: sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name == "tamiyo_batch_size_bucket"
-    }
-    sizes, seen = {}, 0.0
-    for bound, count in cumulative.items():
-        sizes[bound], seen = count - seen, count
-    return sizes

@@ -1,0 +1,37 @@
+"""What a running server's `/metrics` says of the batches it has made, for its clients."""
+
+from collections.abc import Mapping
+
+import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
+
+
+async def batch_sizes(http: aiohttp.ClientSession) -> dict[str, float]:
+    """How many batches there were so far, as `{upper bound of the size: batches}`."""
+    async with http.get("/metrics", raise_for_status=True) as response:
+        text = await response.text()
+    cumulative = {
+        sample.labels["le"]: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == "tamiyo_batch_size_bucket"
+    }
+    sizes, seen = {}, 0.0
+    for bound, count in cumulative.items():
+        sizes[bound], seen = count - seen, count
+    return sizes
+
+
+def ranges(sizes: Mapping[str, float]) -> dict[str, float]:
+    """`{"4.0": n}` as `{"3-4": n}`: the upper bounds as ranges, empty ones left out."""
+    names, low = {}, 1
+    for bound, count in sizes.items():
+        if bound == "+Inf":
+            name = f"{low}-"
+        else:
+            high = int(float(bound))
+            name = str(high) if low == high else f"{low}-{high}"
+            low = high + 1
+        if count:
+            names[name] = count
+    return names

@@ -1,0 +1,215 @@
+"""`python -m service.bench`: how fast a running service answers, and whether it answers rightly.
+
+Exit codes: 0 no failed request and no differing answer; 1 there were some; 2 no server there, or
+bad arguments.
+"""
+
+import argparse
+import asyncio
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+from rich.table import Table
+
+from export.manifest import ArtifactError, Manifest
+from model.spec import PolicySpec
+from service.batch_sizes import batch_sizes, ranges
+from service.bench.load import Load, LoadGenerator, Pool
+from service.bench.replay import Differences, replay
+from service.runtime.load import load_runtime
+
+BAR_WIDTH = 40
+PERCENTILES = (50, 90, 99, 99.9)
+
+EPILOG = """examples:
+  python -m service.bench --envs 64 --seconds 10
+  python -m service.bench --envs 256 --rate 2000 --artifact artifacts/tamiyo-v1
+"""
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    try:
+        load, sizes, served = asyncio.run(_drive(options))
+        differences = None
+        if options.artifact is not None:
+            differences = _replay(options.artifact, load, served, options.seed)
+    except aiohttp.ClientError as error:
+        sys.stderr.write(f"bench: {options.url} does not answer ({error}); is `make serve` up?\n")
+        return 2
+    except ArtifactError as error:
+        sys.stderr.write(f"bench: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    if options.json:
+        sys.stdout.write(json.dumps(_summary(load, sizes, differences)) + "\n")
+    else:
+        _show(load, sizes, differences)
+    is_wrong = differences is not None and differences.differing > 0
+    return 1 if load.errors or is_wrong or not load.latencies_ms else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m service.bench",
+        description="Loads a running service with environments, and checks its answers.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the service (%(default)s)")
+    parser.add_argument(
+        "--envs", type=_positive, default=64, help="environments, a session each (%(default)s)"
+    )
+    parser.add_argument("--seconds", type=float, default=10.0, help="of load (%(default)s)")
+    parser.add_argument(
+        "--rate",
+        type=float,
+        help="open loop: so many steps a second fall due in all, however the server keeps up; "
+        "without it every environment waits for its answer",
+    )
+    parser.add_argument(
+        "--artifact",
+        type=Path,
+        help="the artifact that is served: every trajectory is stepped again on it, alone, and "
+        "answers that differ in any bit are counted",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of observations and sampling")
+    parser.add_argument("--json", action="store_true", help="print the figures for a machine")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+async def _drive(
+    options: argparse.Namespace,
+) -> tuple[Load, Mapping[str, float], Mapping[str, Any]]:
+    """The load, the batches the server made of it by size, and what it says it serves."""
+    connections = aiohttp.TCPConnector(limit=options.envs)
+    progress = Progress(
+        SpinnerColumn(),
+        "{task.completed:.0f} answers",
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+    async with aiohttp.ClientSession(options.url, connector=connections) as http:
+        async with http.get("/policy", raise_for_status=True) as response:
+            served = await response.json()
+        spec = PolicySpec.model_validate(served["spec"])
+        generator = LoadGenerator(
+            http, spec, Pool.random(spec, options.seed), seconds=options.seconds
+        )
+        before = await batch_sizes(http)
+        with progress:
+            task = progress.add_task("", total=None)
+
+            def on_answer() -> None:
+                progress.advance(task)
+
+            if options.rate is None:
+                load = await generator.closed(options.envs, options.seed, on_answer)
+            else:
+                load = await generator.open(options.envs, options.rate, options.seed, on_answer)
+        after = await batch_sizes(http)
+        for session in load.sessions:
+            (await http.delete(f"/sessions/{session.session_id}")).release()
+    return load, {bound: after[bound] - before.get(bound, 0.0) for bound in after}, served
+
+
+def _replay(directory: Path, load: Load, served: Mapping[str, Any], seed: int) -> Differences:
+    manifest = Manifest.read(directory)
+    if manifest.policy_version != served["policy_version"]:
+        raise ArtifactError(
+            f"{directory}: is {manifest.policy_version[:19]}, and the server has "
+            f"{served['policy_version'][:19]}"
+        )
+    runtime = load_runtime(
+        directory, manifest, name=served["runtime"], device="auto", num_threads=1
+    )
+    return replay(load.sessions, Pool.random(manifest.spec, seed), runtime, manifest.spec)
+
+
+def _summary(
+    load: Load, sizes: Mapping[str, float], differences: Differences | None
+) -> dict[str, Any]:
+    latencies = load.latencies_ms or [math.nan]
+    return {
+        "answers": load.num_answers,
+        "answers_per_s": load.num_answers / load.elapsed_s,
+        "latency_ms": {
+            **{f"p{p:g}": float(np.percentile(latencies, p)) for p in PERCENTILES},
+            "max": max(latencies),
+        },
+        "batches_by_size": dict(sizes),
+        "errors": dict(load.errors),
+        "differences": None if differences is None else differences._asdict(),
+    }
+
+
+def _show(load: Load, sizes: Mapping[str, float], differences: Differences | None) -> None:
+    console = Console(highlight=False)
+    latencies = np.array(load.latencies_ms or [math.nan])
+    console.print(
+        f"[bold]{load.num_answers}[/] answers in {load.elapsed_s:.1f} s: "
+        f"[bold]{load.num_answers / load.elapsed_s:.0f}[/] per second"
+    )
+    percentiles = Table(*(f"p{p:g}" for p in PERCENTILES), "max", box=None, pad_edge=False)
+    percentiles.add_row(
+        *(f"{value:.2f} ms" for value in np.percentile(latencies, PERCENTILES)),
+        f"{latencies.max():.2f} ms",
+    )
+    console.print(percentiles)
+    if load.latencies_ms:
+        console.print(_bars("latency", _histogram(latencies)))
+    console.print(_bars("batch size", ranges(sizes)))
+    for kind, count in load.errors.items():
+        console.print(f"[red]{count} requests failed: {kind}")
+    if differences is None:
+        console.print("answers not checked; --artifact DIR steps every trajectory again")
+    elif differences.differing == 0:
+        console.print(
+            f"[green]all {differences.answers} answers are the artifact's own, bit for bit"
+        )
+    else:
+        console.print(
+            f"[red]{differences.differing} of {differences.answers} answers differ from the "
+            f"artifact's own, {differences.other_actions} in an action; the largest difference of "
+            f"a number is {differences.largest:.2g}"
+        )
+
+
+def _histogram(latencies_ms: "np.ndarray[Any, np.dtype[np.float64]]") -> dict[str, float]:
+    """Counts between bounds that double; the first and the last hold something."""
+    first = math.floor(math.log2(max(latencies_ms.min(), 1e-3)))
+    last = max(first + 1, math.ceil(math.log2(max(latencies_ms.max(), 1e-3))))
+    bounds = [2.0**n for n in range(first, last + 1)]
+    counts, _ = np.histogram(latencies_ms, [0.0, *bounds[1:-1], math.inf])
+    return {
+        f"< {bound:g} ms": float(count) for bound, count in zip(bounds[1:], counts, strict=True)
+    }
+
+
+def _bars(title: str, counts: Mapping[str, float]) -> Table:
+    table = Table(title, "", "", box=None, pad_edge=False)
+    most = max(counts.values(), default=1.0)
+    for name, count in counts.items():
+        table.add_row(name, "█" * math.ceil(BAR_WIDTH * count / most), f"{count:.0f}")
+    return table
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,57 @@
+"""Were the answers right? Every trajectory again, on the artifact itself, one session at a time.
+
+The server batched these sessions as they came and kept their states; here each starts from zeros
+and steps alone. The same seed and observations must give the same answers.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from model.spec import PolicySpec
+from service.bench.load import Pool, Session
+from service.noise import gumbel_noise
+from service.runtime.protocol import Runtime
+
+
+class Differences(NamedTuple):
+    """`answers` were compared, `differing` were not bit for bit the artifact's own.
+
+    `other_actions` of them decided otherwise; `largest` is the largest difference of a number.
+    """
+
+    answers: int
+    differing: int
+    other_actions: int
+    largest: float
+
+
+def replay(sessions: list[Session], pool: Pool, runtime: Runtime, spec: PolicySpec) -> Differences:
+    """Compares every answer with the runtime's own, stepping each session by itself."""
+    answers = differing = other_actions = 0
+    largest = 0.0
+    for session in sessions:
+        state = (1, spec.num_layers, spec.hidden_dim)
+        h, c = np.zeros(state, dtype=np.float32), np.zeros(state, dtype=np.float32)
+        seeds = np.full(len(session.answers), session.seed, dtype=np.uint64)
+        steps = np.arange(len(session.answers), dtype=np.uint64)
+        noise = gumbel_noise(seeds, steps, spec.num_choices)
+        for step, (index, answer) in enumerate(
+            zip(session.pool_index, session.answers, strict=True)
+        ):
+            decided = runtime(
+                pool.observations[index : index + 1],
+                pool.action_masks[index : index + 1],
+                noise[step : step + 1],
+                h,
+                c,
+            )
+            h, c = decided.h, decided.c
+            expected = np.array([*decided.log_prob[0], decided.value[0]], dtype=np.float64)
+            got = np.array([*answer["log_prob"].values(), answer["value"]])
+            is_other = list(answer["action"].values()) != decided.action[0].tolist()
+            answers += 1
+            other_actions += is_other
+            differing += is_other or not np.array_equal(got, expected)
+            largest = max(largest, float(np.abs(got - expected).max()))
+    return Differences(answers, differing, other_actions, largest)

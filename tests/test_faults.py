@@ -1,0 +1,259 @@
+"""Exactly once, whatever the network does: 200 environments under faults against one at a time.
+
+Clients of raw sockets cut connections before, during and after an answer, send requests twice and
+ahead of their turn, retry, and run out of time. Every session's answers must be, to the last bit,
+those of the same session run alone and undisturbed.
+"""
+
+import asyncio
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from export.exporter import export_policy
+from export.manifest import Manifest
+from model.policy import FactoredRecurrentActorCritic
+from model.spec import PolicySpec
+from service.policy_service import PolicyService
+from service.runtime.load import load_runtime
+from service.settings import Settings
+from tests.random_inputs import random_masks, random_observations
+from tests.running_server import RunningServer, running_server
+from tests.service.fakes import AppClient
+
+NUM_SESSIONS = 200
+NUM_STEPS = 200
+EPISODE_LENGTH = 50
+TIMEOUT_S = 240.0
+FAULTS = {
+    "none": 70,
+    "cut before the body ends": 5,
+    "cut before the answer": 6,
+    "cut in the answer": 6,
+    "sent twice": 6,
+    "sent ahead of its turn": 4,
+    "out of time": 3,
+}
+Json = dict[str, Any]
+
+
+class Answer(NamedTuple):
+    status: int
+    content: bytes
+    is_replay: bool
+
+
+class Script(NamedTuple):
+    """All one environment will ever ask: its requests' bodies, step by step."""
+
+    session_id: str
+    bodies: list[Json]
+
+
+def scripts(spec: PolicySpec, num_sessions: int, num_steps: int) -> list[Script]:
+    rng = np.random.default_rng(5)
+    made = []
+    for index in range(num_sessions):
+        observations = random_observations(spec, rng, num_steps)
+        masks = random_masks(spec, rng, num_steps)
+        bodies = []
+        for at in range(num_steps):
+            episode, step = divmod(at, EPISODE_LENGTH)
+            body: Json = {
+                "session_id": f"env-{index}",
+                "episode": str(episode),
+                "step": step,
+                "observation": observations[at].tolist(),
+                "action_mask": {head: mask[at].tolist() for head, mask in masks.items()},
+                "deterministic": index % 5 == 0,
+            }
+            if step == 0:
+                body |= {"episode_start": True, "seed": index * 1000 + episode}
+            bodies.append(body)
+        made.append(Script(f"env-{index}", bodies))
+    return made
+
+
+class Connection:
+    """Speaks just enough HTTP, and can stop in the middle of it."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._address = (host, port)
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def send(self, body: Json, share: float = 1.0) -> None:
+        """Sends the request, or the first `share` of its bytes."""
+        if self._writer is None:
+            self._reader, self._writer = await asyncio.open_connection(*self._address)
+        content = json.dumps(body).encode()
+        head = (
+            "POST /act HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(content)}\r\n\r\n"
+        )
+        request = head.encode() + content
+        self._writer.write(request[: int(share * len(request))])
+        await self._writer.drain()
+
+    async def receive(self) -> Answer:
+        head = await self._reader.readuntil(b"\r\n\r\n")
+        status_line, *lines = head.decode().strip().split("\r\n")
+        headers = {
+            name.lower(): value for name, _, value in (line.partition(": ") for line in lines)
+        }
+        content = await self._reader.readexactly(int(headers["content-length"]))
+        return Answer(int(status_line.split()[1]), content, "replayed" in headers)
+
+    async def begin_to_receive(self) -> None:
+        await self._reader.readexactly(12)  # HTTP/1.1 200
+
+    def cut(self) -> None:
+        if self._writer is not None:
+            self._writer.transport.abort()
+            self._writer = None
+
+
+class Environment:
+    """Sends its script's requests in order, each until it has its answer, through faults."""
+
+    def __init__(self, script: Script, host: str, port: int, seen: Counter[str]) -> None:
+        self._script = script
+        self._host_and_port = (host, port)
+        self._connection = Connection(host, port)
+        self._random = random.Random(script.session_id)
+        self._seen = seen
+
+    async def run(self) -> list[bytes]:
+        answers = []
+        for at in range(len(self._script.bodies)):
+            content = None
+            while content is None:
+                (fault,) = self._random.choices(list(FAULTS), list(FAULTS.values()))
+                self._seen[fault] += 1
+                content = await self._attempt(at, fault)
+            answers.append(content)
+        self._connection.cut()
+        return answers
+
+    async def _attempt(self, at: int, fault: str) -> bytes | None:
+        """The step's answer, or None where the fault has cost it."""
+        body = self._script.bodies[at]
+        if fault == "cut before the body ends":
+            await self._connection.send(body, share=self._random.uniform(0.1, 0.9))
+            self._connection.cut()
+            return None
+        if fault == "cut before the answer":
+            await self._connection.send(body)
+            self._connection.cut()
+            return None
+        if fault == "cut in the answer":
+            await self._connection.send(body)
+            await self._connection.begin_to_receive()
+            self._connection.cut()
+            return None
+        if fault == "sent twice":
+            return await self._twice(body)
+        if fault == "sent ahead of its turn":
+            await self._ahead(at)
+        if fault == "out of time":
+            body = body | {"timeout_ms": 1e-6}
+        await self._connection.send(body)
+        answer = await self._connection.receive()
+        if fault == "out of time" and answer.status == 504:
+            return None
+        assert answer.status == 200, answer
+        self._seen["replayed"] += answer.is_replay
+        return answer.content
+
+    async def _twice(self, body: Json) -> bytes:
+        other = Connection(*self._host_and_port)
+        await asyncio.gather(self._connection.send(body), other.send(body))
+        one, two = await asyncio.gather(self._connection.receive(), other.receive())
+        other.cut()
+        assert (one.status, two.status) == (200, 200), (one, two)
+        assert one.content == two.content
+        assert one.is_replay or two.is_replay
+        return one.content
+
+    async def _ahead(self, at: int) -> None:
+        """The next step of the episode first: it is not its turn, and nothing comes of it."""
+        following = self._script.bodies[at + 1 : at + 2]
+        if following and not following[0].get("episode_start"):
+            await self._connection.send(following[0])
+            answer = await self._connection.receive()
+            assert answer.status in (404, 409, 410), answer
+
+
+def alone(artifact: Path, made: list[Script]) -> list[list[bytes]]:
+    """Each session's answers without any other, any batch or any fault."""
+    manifest = Manifest.read(artifact)
+    runtime = load_runtime(artifact, manifest, name="onnx", device="cpu", num_threads=1)
+    with AppClient(PolicyService(manifest, runtime, Settings(artifact=artifact))) as client:
+        return [[answer_of(client, body) for body in script.bodies] for script in made]
+
+
+def answer_of(client: AppClient, body: Json) -> bytes:
+    content, is_replay = client.run(client.service.act(json.dumps(body).encode()))
+    assert not is_replay
+    return content
+
+
+async def disturbed(server: RunningServer, made: list[Script]) -> tuple[Any, Counter[str]]:
+    seen: Counter[str] = Counter()
+    environments = [Environment(script, *server.host_and_port, seen) for script in made]
+    return await asyncio.gather(*(each.run() for each in environments)), seen
+
+
+@pytest.fixture(scope="module")
+def artifact(
+    policy: FactoredRecurrentActorCritic, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    output = tmp_path_factory.mktemp("faults") / "tiny"
+    export_policy(policy, None, output, name="tiny", formats=("onnx",), max_batch_size=64)
+    return output
+
+
+def test_every_trajectory_is_bit_for_bit_the_undisturbed_one(
+    artifact: Path, spec: PolicySpec
+) -> None:
+    made = scripts(spec, NUM_SESSIONS, NUM_STEPS)
+    with running_server(artifact) as server:
+        got, seen = asyncio.run(asyncio.wait_for(disturbed(server, made), TIMEOUT_S))
+        assert "Traceback" not in server.log()
+    for fault in FAULTS:
+        assert seen[fault] > NUM_SESSIONS, seen
+    assert seen["replayed"] > NUM_SESSIONS, seen  # answers were lost, and given again
+    for script, answers, expected in zip(made, got, alone(artifact, made), strict=True):
+        for at, (one, other) in enumerate(zip(answers, expected, strict=True)):
+            assert one == other, f"{script.session_id}, step {at}"
+
+
+def test_a_seeded_session_is_the_same_among_256_others_and_after_a_restart(
+    artifact: Path, spec: PolicySpec
+) -> None:
+    made = scripts(spec, 257, 10)
+
+    async def run(server: RunningServer, some: list[Script]) -> list[list[bytes]]:
+        async def one(script: Script) -> list[bytes]:
+            connection = Connection(*server.host_and_port)
+            contents = []
+            for body in script.bodies:
+                await connection.send(body)
+                answer = await connection.receive()
+                assert answer.status == 200, answer
+                contents.append(answer.content)
+            connection.cut()
+            return contents
+
+        return await asyncio.gather(*(one(script) for script in some))
+
+    with running_server(artifact) as server:
+        (by_itself,) = asyncio.run(asyncio.wait_for(run(server, made[:1]), TIMEOUT_S))
+    with running_server(artifact) as server:
+        among_others = asyncio.run(asyncio.wait_for(run(server, made), TIMEOUT_S))
+    assert among_others[0] == by_itself
+    assert len({answers[0] for answers in among_others}) == len(made)
