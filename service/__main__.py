@@ -22,6 +22,10 @@ from service.settings import Settings
 
 logger = logging.getLogger("service")
 
+ACCEPTS_A_TURN = 16
+"""libuv accepts one connection for each listening descriptor and turn of its loop, and a turn may
+hold a whole batch: with one descriptor, the last of 256 new clients would wait for 256 batches."""
+
 
 class _Server(uvicorn.Server):
     """Uvicorn, and one line with a working request once `/act` is open."""
@@ -82,24 +86,23 @@ def main() -> int:
         runtime.device,
         service.max_batch_size,
     )
-    server = _Server(
-        uvicorn.Config(
-            create_app(service),
-            host=settings.host,
-            port=settings.port,
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,  # nothing here depends on who a client says it is
-            server_header=False,
-            timeout_graceful_shutdown=settings.drain_s,
-        ),
-        service,
+    config = uvicorn.Config(
+        create_app(service),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,  # nothing here depends on who a client says it is
+        server_header=False,
+        timeout_graceful_shutdown=settings.drain_s,
     )
+    server = _Server(config, service)
     for number in (signal.SIGTERM, signal.SIGINT):
         # Uvicorn raises a signal again once it has drained; by then it has done its work.
         signal.signal(number, lambda *_: None)
     try:
-        server.run()
+        listener = config.bind_socket()
+        server.run(sockets=[listener, *(listener.dup() for _ in range(ACCEPTS_A_TURN - 1))])
     except SystemExit:
         _fail(f"cannot listen on {settings.host}:{settings.port}")
     return 1 if server.has_failed else 0
