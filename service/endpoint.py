@@ -5,7 +5,6 @@ validate and show.
 """
 
 import logging
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +24,7 @@ from service.policy_service import PolicyService
 logger = logging.getLogger(__name__)
 
 PATH = "/act"
-LENGTH = re.compile(rb"[0-9]{1,18}")
+LONGEST_LENGTH = 18  # digits; as many as an int may have is a way to hold the loop
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -73,21 +72,23 @@ class ActEndpoint:
                 length = value
         if content_type != b"application/json":
             _check_content_type(content_type)
-        too_large = TooLarge(f"the body is larger than {self._max_body_bytes} bytes")
-        if not LENGTH.fullmatch(length):
+        if not length.isdigit():
             raise Malformed("the Content-Length is not a number")
-        if int(length) > self._max_body_bytes:
-            raise too_large
-        body = bytearray()
+        if len(length) > LONGEST_LENGTH or int(length) > self._max_body_bytes:
+            raise self._too_large()
+        body: bytes = b""
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise Disconnected("the client hung up")
             body += message.get("body", b"")
             if len(body) > self._max_body_bytes:
-                raise too_large
+                raise self._too_large()
             if not message.get("more_body", False):
-                return bytes(body)
+                return body
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge(f"the body is larger than {self._max_body_bytes} bytes")
 
 
 def _check_content_type(given: bytes) -> None:

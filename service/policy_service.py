@@ -74,9 +74,14 @@ class PolicyService:
         future = self.batcher.submit(
             request, key=request.session_id, timeout_s=timeout_s, is_wanted=is_wanted
         )
-        if request.session_id is not None:
-            self.sessions.hold(request.session_id, future)
-        answer = await future
+        if request.session_id is None:
+            answer = await future
+        else:
+            self.sessions.hold(request.session_id)
+            try:
+                answer = await future
+            finally:
+                self.sessions.release(request.session_id)
         return self.codec.write(request, answer), answer.is_replay
 
     def _step(self, requests: list[StepRequest]) -> Sequence[StepAnswer | ServiceError]:

@@ -4,12 +4,9 @@ Decides what a request means for its session (the next step, a retry, a conflict
 keeps the state. Knows nothing of HTTP, of batches or of the model.
 """
 
-from asyncio import Future
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -84,13 +81,20 @@ class SessionTable:
         self._expire_idle()
         return self._live.get(session_id)
 
-    def hold(self, session_id: str, until: Future[Any]) -> None:
-        """Keeps a session from eviction until `until` is done: a request of it waits.
+    def hold(self, session_id: str) -> None:
+        """Keeps a session from eviction until `release`: a request of it waits.
 
         The session may be one that is about to start.
         """
         self._num_waiting[session_id] = self._num_waiting.get(session_id, 0) + 1
-        until.add_done_callback(partial(self._release, session_id))
+
+    def release(self, session_id: str) -> None:
+        """The request that `hold` was for waits no more."""
+        left = self._num_waiting[session_id] - 1
+        if left:
+            self._num_waiting[session_id] = left
+        else:
+            del self._num_waiting[session_id]
 
     def admit(
         self,
@@ -191,11 +195,6 @@ class SessionTable:
             f"session {session_id!r} was never started; send its first step with "
             "`episode_start`: true"
         )
-
-    def _release(self, session_id: str, _: object) -> None:
-        self._num_waiting[session_id] -= 1
-        if self._num_waiting[session_id] == 0:
-            del self._num_waiting[session_id]
 
     def _take_row(self) -> int:
         if not self._free_rows:

@@ -173,9 +173,10 @@ def test_a_session_deleted_while_its_step_waits_is_gone_and_harms_nobody(
         service = client.service
         step, _ = service.codec.parse(json.dumps(body(spec, 10, session_id="a")).encode())
         waiting = service.batcher.submit(step, key="a")
-        service.sessions.hold("a", waiting)
+        service.sessions.hold("a")
         deleted = await client.http.delete("/sessions/a")
         error = waiting.exception() if waiting.done() else await _outcome(waiting)
+        service.sessions.release("a")
         return deleted.status_code, getattr(error, "status_code", 200)
 
     deleted, stepped = client.run(both())

@@ -118,7 +118,9 @@ def trajectory(pool: Pool, runtime: Runtime, spec: PolicySpec, seed: int) -> Ses
     h = c = np.zeros((1, spec.num_layers, spec.hidden_dim), np.float32)
     for step in range(5):
         at = (seed + step) % POOL_SIZE
-        noise = gumbel_noise(np.array([seed], np.uint64), np.array([step], np.uint64), 37)
+        noise = gumbel_noise(
+            np.array([seed], np.uint64), np.array([step], np.uint64), spec.num_choices
+        )
         decided = runtime(
             pool.observations[at : at + 1], pool.action_masks[at : at + 1], noise, h, c
         )

@@ -1,4 +1,3 @@
-import asyncio
 from typing import Any
 
 import numpy as np
@@ -324,9 +323,7 @@ def test_no_output_that_is_not_finite_is_let_through(spec: PolicySpec, where: st
 def test_a_start_too_many_is_one_request_s_error(spec: PolicySpec) -> None:
     bench = Bench(spec, capacity=1)
     bench.start(1, "held")
-    loop = asyncio.new_event_loop()
-    bench.sessions.hold("held", loop.create_future())
-    loop.close()
+    bench.sessions.hold("held")
     answers = bench.engine.step(
         [bench.request(1, "new", episode_start=True), bench.request(1, "held")]
     )

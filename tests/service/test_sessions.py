@@ -1,6 +1,5 @@
 """The session table by itself: what a request means, and which session is given up."""
 
-import asyncio
 import re
 from collections.abc import Callable
 
@@ -11,7 +10,7 @@ from model.spec import PolicySpec
 from service.errors import Overloaded, SessionLost, StepConflict, UnknownSession
 from service.runtime.protocol import StepArrays
 from service.sessions import START, Session, SessionTable, Turn
-from tests.service.fakes import FakeClock, run
+from tests.service.fakes import FakeClock
 
 IDLE_S = 60.0
 CAPACITY = 3
@@ -250,55 +249,38 @@ def test_a_restart_in_a_full_table_costs_nobody_anything(table: Table) -> None:
 
 
 def test_a_session_with_a_request_waiting_is_never_given_up(table: Table) -> None:
-    async def scenario() -> None:
-        for session_id in "abc":
-            table.start(session_id)
-        waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        table.sessions.hold("a", waiting)
-        table.start("d")
-        assert [session_id for session_id in "abcd" if table.is_live(session_id)] == list("acd")
-        table.clock.now_s += IDLE_S + 1
-        assert table.is_live("a")
-        waiting.set_result(None)
-        await asyncio.sleep(0)
-        assert not table.is_live("a")
-
-    run(scenario())
+    for session_id in "abc":
+        table.start(session_id)
+    table.sessions.hold("a")
+    table.start("d")
+    assert [session_id for session_id in "abcd" if table.is_live(session_id)] == list("acd")
+    table.clock.now_s += IDLE_S + 1
+    assert table.is_live("a")
+    table.sessions.release("a")
+    assert not table.is_live("a")
 
 
 def test_a_session_is_held_until_the_last_of_its_requests(table: Table) -> None:
-    async def scenario() -> None:
-        table.start("a")
-        loop = asyncio.get_running_loop()
-        first: asyncio.Future[None] = loop.create_future()
-        second: asyncio.Future[None] = loop.create_future()
-        table.sessions.hold("a", first)
-        table.sessions.hold("a", second)
-        first.cancel()
-        await asyncio.sleep(0)
-        table.clock.now_s += IDLE_S + 1
-        assert table.is_live("a")
-        second.set_exception(Overloaded("any error"))
-        await asyncio.sleep(0)
-        assert not table.is_live("a")
-
-    run(scenario())
+    table.start("a")
+    table.sessions.hold("a")
+    table.sessions.hold("a")
+    table.sessions.release("a")
+    table.clock.now_s += IDLE_S + 1
+    assert table.is_live("a")
+    table.sessions.release("a")
+    assert not table.is_live("a")
 
 
 def test_a_start_is_refused_where_every_session_has_a_request_waiting(table: Table) -> None:
-    async def scenario() -> None:
-        waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        for session_id in "abc":
-            table.start(session_id)
-            table.sessions.hold(session_id, waiting)
-        with pytest.raises(Overloaded, match="all 3 sessions have a request waiting"):
-            table.start("d")
-        assert all(map(table.is_live, "abc"))
-        waiting.set_result(None)
-        await asyncio.sleep(0)
+    for session_id in "abc":
+        table.start(session_id)
+        table.sessions.hold(session_id)
+    with pytest.raises(Overloaded, match="all 3 sessions have a request waiting"):
         table.start("d")
-
-    run(scenario())
+    assert all(map(table.is_live, "abc"))
+    table.sessions.release("b")
+    table.start("d")
+    assert not table.is_live("b")
 
 
 def test_only_as_many_lost_sessions_are_remembered_as_can_live(table: Table) -> None:
