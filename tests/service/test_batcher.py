@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.batcher import Batcher
-from service.errors import DeadlineExceeded, Draining, Invalid, Overloaded, ServiceError
+from service.errors import (
+    DeadlineExceeded,
+    Disconnected,
+    Draining,
+    Invalid,
+    Overloaded,
+    ServiceError,
+)
 from tests.service.fakes import run
 
 
@@ -136,6 +143,20 @@ def test_a_late_item_does_not_hold_up_its_key() -> None:
         late = batcher.submit(1, key="a", timeout_s=0.0)
         assert await batcher.submit(2, key="a") == 4
         assert isinstance(late.exception(), DeadlineExceeded)
+        assert doubling.batches == [[2]]
+
+    run(scenario())
+
+
+def test_an_item_nobody_wants_any_more_is_not_run_and_does_not_hold_up_its_key() -> None:
+    async def scenario() -> None:
+        doubling = Doubling()
+        batcher = doubling.batcher()
+        gone = batcher.submit(1, key="a", is_wanted=lambda: False)
+        awaited = batcher.submit(2, key="a", is_wanted=lambda: True)
+        (error, result) = await outcomes([gone, awaited])
+        assert isinstance(error, Disconnected)
+        assert result == 4
         assert doubling.batches == [[2]]
 
     run(scenario())

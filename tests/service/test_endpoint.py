@@ -1,0 +1,90 @@
+"""`POST /act` as bare ASGI: what httpx's transport cannot do to it."""
+
+import json
+from typing import Any
+
+import pytest
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+from model.spec import PolicySpec
+from service.endpoint import ActEndpoint
+from tests.service.conftest import MakeClient
+from tests.service.fakes import AppClient, SummingRuntime
+
+HEADERS = [(b"content-type", b"application/json")]
+
+
+class Cycle:
+    """A request whose client hangs up once its body has been read, as uvicorn tells of it."""
+
+    def __init__(self, body: bytes) -> None:
+        self.body = body
+        self.disconnected = False
+
+    async def receive(self) -> dict[str, Any]:
+        self.disconnected = True
+        return {"type": "http.request", "body": self.body, "more_body": False}
+
+
+@pytest.fixture
+def client(make_client: MakeClient) -> AppClient:
+    return make_client()
+
+
+def test_a_client_that_hangs_up_before_its_turn_costs_no_model_time(
+    client: AppClient, runtime: SummingRuntime, spec: PolicySpec
+) -> None:
+    body = {"session_id": "a", "episode_start": True, "observation": [1.0] * spec.observation_dim}
+    cycle = Cycle(json.dumps(body).encode())
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    runtime.batch_sizes.clear()
+    endpoint = ActEndpoint(client.service)
+    client.run(endpoint({"headers": HEADERS}, cycle.receive, send))
+    assert runtime.batch_sizes == []
+    assert sent == []
+    assert 'tamiyo_act_requests_total{result="disconnected"} 1.0' in client.get("/metrics").text
+    assert client.service.sessions.find("a") is None
+
+
+def test_uvicorn_still_says_that_a_client_hung_up_where_we_look_for_it() -> None:
+    assert "disconnected" in RequestResponseCycle.__init__.__code__.co_names
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 7])
+def test_a_body_may_come_in_pieces(client: AppClient, spec: PolicySpec, chunks: int) -> None:
+    body = json.dumps({"observation": [1.0] * spec.observation_dim}).encode()
+    size = -(-len(body) // chunks)
+    pieces = [body[at : at + size] for at in range(0, len(body), size)]
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        piece = pieces.pop(0)
+        return {"type": "http.request", "body": piece, "more_body": bool(pieces)}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    client.run(ActEndpoint(client.service)({"headers": HEADERS}, receive, send))
+    assert sent[0]["status"] == 200
+    assert json.loads(sent[1]["body"])["value"] == 1.0
+
+
+@pytest.mark.parametrize("length", ["9" * 400, "12a", "-1", ""])
+def test_a_length_that_is_none_is_refused_before_the_body_is_read(
+    client: AppClient, length: str
+) -> None:
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        raise AssertionError("the body is read")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [*HEADERS, (b"content-length", length.encode())]
+    client.run(ActEndpoint(client.service)({"headers": headers}, receive, send))
+    assert sent[0]["status"] == (413 if length.isdigit() else 400)
