@@ -54,7 +54,7 @@ def run(coroutine: Coroutine[Any, Any, Result]) -> Result:
 def export(checkpoint: Path, directory: Path) -> None:
     command = ["-m", "export", "--checkpoint", str(checkpoint), "--output", str(directory)]
     done = subprocess.run(
-        [sys.executable, *command, "--formats", "torchscript"],
+        [sys.executable, *command, "--formats", "torchscript,onnx"],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},  # tests share few cores
         capture_output=True,
