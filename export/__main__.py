@@ -84,7 +84,7 @@ def _export(arguments: Sequence[str]) -> int:
                 options.output,
                 name=options.name or source.name,
                 source=source,
-                formats=options.formats,
+                formats=_chosen(options.formats, options.precision),
                 device=options.device,
                 precision=options.precision,
                 max_batch_size=options.max_batch_size,
@@ -215,9 +215,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _formats(text: str) -> tuple[str, ...]:
-    if text == "all":
-        return tuple(FORMATS)
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _chosen(formats: tuple[str, ...] | None, precision: Precision) -> tuple[str, ...] | None:
+    """`all` is every format that has the precision; None is left to `export_policy`."""
+    if formats == ("all",):
+        return tuple(name for name, written in FORMATS.items() if precision in written.precisions)
+    return formats
 
 
 def _seed(text: str) -> int:

@@ -20,9 +20,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from safetensors.torch import save_file
 from torch import Tensor
 
-from export.__main__ import PRESETS, main
+from export.__main__ import PRESETS, _chosen, main
 from export.formats import FORMATS, PORTABLE_FORMATS, LoadedStep, StepSource
-from export.manifest import Manifest
+from export.manifest import Manifest, Precision
 from export.report import Report
 from export.signature import check_signature
 from export.step import PolicyStep
@@ -347,6 +347,16 @@ def test_bad_arguments_are_refused_in_one_line(
 ) -> None:
     assert says in refusal(capsys, *arguments, "--output", output)
     assert list(output.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [("fp32", set(FORMATS)), ("bf16", set(FORMATS) - {"onnx"})],
+)
+def test_all_means_every_format_that_has_the_precision(
+    precision: Precision, expected: set[str]
+) -> None:
+    assert set(_chosen(("all",), precision) or ()) == expected
 
 
 def test_output_is_required(tiny_preset: str, capsys: pytest.CaptureFixture[str]) -> None:
