@@ -5,11 +5,9 @@ artifacts or the service.
 """
 
 import argparse
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from time import perf_counter_ns
 
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from export.timing import this_machine
 from model.isolation import ste_forward
 
 SHAPES = ((32, 64, 16, 16), (8, 128, 512))
@@ -115,22 +114,15 @@ def row(
     return f"| {list(shape)} | {label} | {name} | {' | '.join(cells)} |"
 
 
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=1000, help="timed calls of each form")
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(f"{cpu_name()}, torch {torch.__version__}, 1 thread, median of {rounds} calls, eager\n")
+    print(
+        f"{this_machine(torch.device('cpu')).cpu}, torch {torch.__version__}, 1 thread, median of {rounds} calls, eager\n"
+    )
     print("| shape | dtypes | pass | tensors | MiB | ratio | µs | ratio |")
     print("|---|---|---|---|---|---|---|---|")
     for line in rows(rounds):

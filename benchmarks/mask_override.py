@@ -10,16 +10,15 @@ but slot) are forced to a fixed index as here.
 """
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from export.timing import this_machine
 from model.heads import HeadTable
 from model.spec import HeadSpec, PolicySpec
 
@@ -127,11 +126,6 @@ def interleaved(before: Rule, after: Rule, samples: int) -> tuple[float, float, 
     )
 
 
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(": ")[1] for line in lines if "model name" in line), platform.machine())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -139,7 +133,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=SAMPLES, help="timed pairs per row")
     samples = parser.parse_args().samples
     torch.set_num_threads(1)
-    print(f"{cpu_model()}, torch {torch.__version__}, 1 thread, median of {samples} pairs\n")
+    machine = this_machine(torch.device("cpu"))
+    print(f"{machine.cpu}, torch {machine.torch}, 1 thread, median of {samples} pairs\n")
     print(
         "| heads with a rule | B | allocations before | after | bytes before | after "
         "| µs before | after | before / after |"
