@@ -120,9 +120,8 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(
-        f"{this_machine(torch.device('cpu')).cpu}, torch {torch.__version__}, 1 thread, median of {rounds} calls, eager\n"
-    )
+    machine = this_machine(torch.device("cpu"))
+    print(f"{machine.cpu}, torch {machine.torch}, 1 thread, median of {rounds} calls, eager\n")
     print("| shape | dtypes | pass | tensors | MiB | ratio | µs | ratio |")
     print("|---|---|---|---|---|---|---|---|")
     for line in rows(rounds):
