@@ -305,7 +305,7 @@ class _Stopped(KeyboardInterrupt):
     """A signal asked for the end."""
 
     def __init__(self, number: int) -> None:
-        super().__init__("terminated" if number == signal.SIGTERM else "interrupted")
+        super().__init__({signal.SIGTERM: "terminated"}.get(number, "interrupted"))
         self.code = 128 + number
 
 
