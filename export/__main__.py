@@ -301,11 +301,14 @@ def _summarize(
     _say(legend + ("; B: times as fast as eager at that batch size" if sizes else ""))
 
 
+ENDS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
+
 class _Stopped(KeyboardInterrupt):
     """A signal asked for the end."""
 
     def __init__(self, number: int) -> None:
-        super().__init__({signal.SIGTERM: "terminated"}.get(number, "interrupted"))
+        super().__init__(ENDS[number])
         self.code = 128 + number
 
 
@@ -325,7 +328,7 @@ def _stoppable() -> Iterator[Callable[[], None]]:
         if came:
             raise _Stopped(came[0])
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in ENDS}
     try:
         yield check
     finally:
