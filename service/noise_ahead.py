@@ -33,8 +33,11 @@ class NoiseAhead:
 
     def take(self, turns: Sequence[Turn], out: NDArray[np.float32]) -> None:
         """Writes each turn's noise into `out`, `[turns, num_columns]`."""
-        missing = []
+        without_row, missing = [], []
         for at, turn in enumerate(turns):
+            if turn.row == START:  # stateless, or a session that has no row to keep more in yet
+                without_row.append(at)
+                continue
             ahead = self._of_row.get(turn.row)
             if ahead is not None and ahead.seed == turn.seed:
                 index = turn.step - ahead.first_step
@@ -42,18 +45,20 @@ class NoiseAhead:
                     out[at] = ahead.noise[index]
                     continue
             missing.append(at)
+        if without_row:
+            out[without_row] = self._make(turns, without_row, 1)[:, 0]
         if missing:
-            self._make(turns, missing, out)
+            for at, noise in zip(missing, self._make(turns, missing, STEPS_AHEAD), strict=True):
+                turn = turns[at]
+                out[at] = noise[0]
+                self._of_row[turn.row] = _Ahead(turn.seed, turn.step, noise.copy())
 
     def _make(
-        self, turns: Sequence[Turn], missing: Sequence[int], out: NDArray[np.float32]
-    ) -> None:
-        seeds = np.array([turns[at].seed for at in missing], dtype=np.uint64)
-        steps = np.array([turns[at].step for at in missing], dtype=np.uint64)
-        following = np.add.outer(steps, np.arange(STEPS_AHEAD, dtype=np.uint64)).reshape(-1)
-        noise = gumbel_noise(np.repeat(seeds, STEPS_AHEAD), following, self._num_columns)
-        for at, ahead in zip(missing, np.split(noise, len(missing)), strict=True):
-            turn = turns[at]
-            out[at] = ahead[0]
-            if turn.row != START:  # a start has no row yet
-                self._of_row[turn.row] = _Ahead(turn.seed, turn.step, ahead.copy())
+        self, turns: Sequence[Turn], which: Sequence[int], num_steps: int
+    ) -> NDArray[np.float32]:
+        """The noise of these turns and the steps after them: `[which, num_steps, columns]`."""
+        seeds = np.array([turns[at].seed for at in which], dtype=np.uint64)
+        steps = np.array([turns[at].step for at in which], dtype=np.uint64)
+        following = np.add.outer(steps, np.arange(num_steps, dtype=np.uint64)).reshape(-1)
+        noise = gumbel_noise(np.repeat(seeds, num_steps), following, self._num_columns)
+        return noise.reshape(len(which), num_steps, self._num_columns)
