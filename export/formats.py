@@ -5,6 +5,7 @@ A new format is one pair of functions and one row in FORMATS.
 
 import io
 import logging
+import platform
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -177,10 +178,11 @@ def load_format(
     Raises ArtifactError where the file is not the manifest's, is for another kind of machine, or
     cannot be loaded.
     """
-    if file.requires not in (None, machine_requirement(device)):
+    missing = file.missing_on(machine_requirement(device))
+    if missing:
         raise ArtifactError(
-            f"{directory / file.file}: holds machine code for {file.requires}, this machine has "
-            f"{machine_requirement(device)}; export it here, or use another format"
+            f"{directory / file.file}: holds machine code that needs {', '.join(missing)}, which "
+            "this machine has not; export it here, or use another format"
         )
     content = file.read(directory)
     try:
@@ -215,11 +217,12 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def machine_requirement(device: torch.device) -> str:
-    """What machine code made here needs: the CPU's vector instructions, or the GPU's capability."""
+    """What machine code made here may need: all the CPU has, or the GPU's compute capability."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"sm_{major}{minor}"
-    return torch.backends.cpu.get_cpu_capability()
+    names = (name for name, has in torch.cpu.get_capabilities().items() if has is True)
+    return " ".join([platform.machine(), *sorted(names)])
 
 
 def first_line(error: Exception) -> str:

@@ -76,11 +76,16 @@ class Array(Record):
 class FormatFile(File):
     """A format's file, and for machine code the machine it needs: its `requires`.
 
-    `requires` is torch's name for the CPU's vector instructions (`AVX512`), or the GPU's compute
-    capability (`sm_90`); None runs anywhere.
+    `requires` is what the machine that compiled it has, in words: its architecture and every
+    instruction set torch knows of (`x86_64 avx2 avx512_f ...`, compilers use what they find), or
+    the GPU's compute capability (`sm_90`). None runs anywhere.
     """
 
     requires: str | None = None
+
+    def missing_on(self, machine: str) -> list[str]:
+        """What this file needs and a machine of these words has not."""
+        return [word for word in (self.requires or "").split() if word not in machine.split()]
 
 
 class FormatParity(Record):

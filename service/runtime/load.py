@@ -69,10 +69,11 @@ def _torch_runtime(
 
     if device == "cuda" and not cuda_is_available():
         raise _no_cuda(directory)
-    if file.requires not in (None, machine_capability(device)):
+    missing = file.missing_on(machine_capability(device))
+    if missing:
         raise ArtifactError(
-            f"{directory / file.file}: holds machine code for {file.requires}, this machine has "
-            f"{machine_capability(device)}; export it here, or use another runtime"
+            f"{directory / file.file}: holds machine code that needs {', '.join(missing)}, which "
+            "this machine has not; export it here, or use another runtime"
         )
     return TorchRuntime(name, content, device=device, num_threads=num_threads)
 

@@ -5,6 +5,7 @@ operation at a time or through torch.compile, which takes a C++ compiler here.
 """
 
 import io
+import platform
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -89,8 +90,9 @@ def cuda_is_available() -> bool:
 
 
 def machine_capability(device: str) -> str:
-    """What machine code here can use, in the words of the manifest's `requires`."""
+    """What machine code finds here, in the words of the manifest's `requires`."""
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         return f"sm_{major}{minor}"
-    return torch.backends.cpu.get_cpu_capability()
+    names = (name for name, has in torch.cpu.get_capabilities().items() if has is True)
+    return " ".join([platform.machine(), *sorted(names)])

@@ -275,3 +275,22 @@ def test_reading_a_manifest_needs_no_torch() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    ("requires", "machine", "missing"),
+    [
+        (None, "x86_64 avx2", []),
+        ("x86_64 avx2", "x86_64 avx2", []),
+        ("x86_64 avx2", "x86_64 amx_tile avx2 avx512_f", []),  # a newer machine does
+        ("x86_64 amx_tile avx512_f", "x86_64 avx avx512_f", ["amx_tile"]),
+        ("x86_64 avx2", "aarch64 neon", ["x86_64", "avx2"]),
+        ("sm_90", "sm_80", ["sm_90"]),
+        ("x86_64 avx", "x86_64 avx2", ["avx"]),  # whole words
+    ],
+)
+def test_machine_code_misses_what_its_machine_had_and_this_one_has_not(
+    requires: str | None, machine: str, missing: list[str]
+) -> None:
+    file = FormatFile(file="policy.aoti.pt2", sha256=SHA256, bytes=1, requires=requires)
+    assert file.missing_on(machine) == missing

@@ -169,9 +169,9 @@ def test_auto_takes_a_format_the_artifact_has_on_the_device_it_was_exported_for(
 
 def test_machine_code_for_another_machine_is_an_error(all_formats: Path) -> None:
     manifest = Manifest.read(all_formats)
-    foreign = manifest.formats["aoti"].model_copy(update={"requires": "VSX"})
+    foreign = manifest.formats["aoti"].model_copy(update={"requires": "vsx"})
     formats = manifest.formats | {"aoti": foreign}
-    with pytest.raises(ArtifactError, match=r"holds machine code for VSX, this machine has"):
+    with pytest.raises(ArtifactError, match=r"needs vsx, which this machine has not"):
         load(all_formats, manifest.model_copy(update={"formats": formats}), name="aoti")
 
 
