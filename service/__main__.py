@@ -17,6 +17,7 @@ from pydantic_settings import CliApp
 
 from export.manifest import ArtifactError, Manifest
 from service.app import create_app
+from service.http_protocol import ActProtocol
 from service.policy_service import PolicyService
 from service.runtime.load import load_runtime
 from service.settings import Settings
@@ -88,8 +89,11 @@ def main() -> int:
         runtime.device,
         service.max_batch_size,
     )
+    app = create_app(service)
     config = uvicorn.Config(
-        create_app(service),
+        app,
+        http=ActProtocol.serving(app.act_endpoint),
+        ws="none",
         host=settings.host,
         port=settings.port,
         log_config=None,

@@ -4,9 +4,9 @@ Everything that can be the client's fault is found here or in the session table,
 runs: a batch that fails is the server's fault.
 """
 
-from array import array
-from collections.abc import Iterable
 from itertools import chain
+from math import isfinite
+from struct import pack
 from typing import Any
 
 import numpy as np
@@ -127,20 +127,25 @@ class ActCodec:
             if len(rows) != shape[0] or any(len(row) != shape[1] for row in rows):
                 raise Invalid(f"`state.{name}` is not {shape[0]} rows of {shape[1]} values")
         return (
-            _finite("state.h", chain.from_iterable(body.h), shape),
-            _finite("state.c", chain.from_iterable(body.c), shape),
+            _finite("state.h", list(chain.from_iterable(body.h)), shape),
+            _finite("state.c", list(chain.from_iterable(body.c)), shape),
         )
 
 
-def _finite(name: str, values: Iterable[float], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    # A double beyond float32 becomes infinite, silently here, and is refused.
-    flat = np.frombuffer(array("f", values), dtype=np.float32)
-    finite = np.isfinite(flat)
-    if not finite.all():
-        index = np.unravel_index(int(finite.argmin()), shape)
-        where = "".join(f"[{i}]" for i in index)
-        raise Invalid(f"`{name}{where}` is not a finite float32")
-    return flat.reshape(shape)
+def _finite(name: str, values: list[float], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    # The sum is finite where all values are; a single one beyond float32 overflows the packing.
+    if isfinite(sum(values)):
+        try:
+            packed = pack(f"={len(values)}f", *values)  # "=": without it, infinity is packed
+        except OverflowError:
+            pass
+        else:
+            return np.frombuffer(packed, dtype=np.float32).reshape(shape)
+    with np.errstate(over="ignore"):
+        flat = np.array(values).astype(np.float32)
+    index = np.unravel_index(int(np.isfinite(flat).argmin()), shape)
+    where = "".join(f"[{i}]" for i in index)
+    raise Invalid(f"`{name}{where}` is not a finite float32")
 
 
 def _sentence(error: ValidationError) -> str:

@@ -17,7 +17,7 @@ from service.policy_service import PolicyService
 from service.schemas import ActRequest, ActResponse, ErrorResponse, PolicyResponse
 
 
-class _App(FastAPI):
+class App(FastAPI):
     """FastAPI, but for `POST /act`, which is answered before any middleware or routing."""
 
     act_endpoint: ActEndpoint
@@ -29,7 +29,7 @@ class _App(FastAPI):
             await super().__call__(scope, receive, send)
 
 
-def create_app(service: PolicyService) -> FastAPI:
+def create_app(service: PolicyService) -> App:
     """The HTTP face of `service`; warm-up runs while the socket already answers `/healthz`."""
 
     @asynccontextmanager
@@ -38,7 +38,7 @@ def create_app(service: PolicyService) -> FastAPI:
         yield
         await service.stop()
 
-    app = _App(
+    app = App(
         title="tamiyo-serve",
         description="Actions of a recurrent, factored, action-masked policy, one step at a time.",
         lifespan=lifespan,

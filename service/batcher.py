@@ -1,4 +1,4 @@
-"""Concurrent submissions -> batches -> futures.
+"""Concurrent submissions -> batches -> one call back for each.
 
 The next batch is whatever waits when the model is free: a lone item never waits, and while a batch
 runs the next one gathers by itself. There is no timer. Knows nothing of HTTP or of arrays.
@@ -22,8 +22,8 @@ class _Waiting(NamedTuple, Generic[Item, Result]):
     item: Item
     key: Hashable
     deadline_s: float
-    is_wanted: Callable[[], bool] | None
-    future: asyncio.Future[Result]
+    is_wanted: Callable[[], bool]
+    settle: Callable[[Result | ServiceError], None]
 
 
 class Batcher(Generic[Item, Result]):
@@ -54,24 +54,24 @@ class Batcher(Generic[Item, Result]):
     def submit(
         self,
         item: Item,
+        settle: Callable[[Result | ServiceError], None],
         *,
+        is_wanted: Callable[[], bool],
         key: Hashable = None,
         timeout_s: float = float("inf"),
-        is_wanted: Callable[[], bool] | None = None,
-    ) -> asyncio.Future[Result]:
-        """A future of the item's result; cancelling it takes the item out before it runs.
+    ) -> None:
+        """Has `settle` called once, later, with the item's result or the error in its stead.
 
-        Raises Overloaded where `max_waiting` items wait already, and Draining after `drain`. The
-        future fails with DeadlineExceeded where `timeout_s` passes before the item's batch forms,
-        and with Disconnected where nobody wants it by then.
+        That is DeadlineExceeded where `timeout_s` passes before the item's batch forms, and
+        Disconnected where `is_wanted` says no by then: such items do not run. Raises Overloaded
+        where `max_waiting` items wait already, and Draining after `drain`; then nothing is called.
         """
         if self._is_closed:
             raise Draining("the server is shutting down")
         if self._num_waiting >= self._max_waiting:
             raise Overloaded(f"{self._num_waiting} requests wait already; back off and retry")
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Result] = loop.create_future()
-        waiting = _Waiting(item, key, loop.time() + timeout_s, is_wanted, future)
+        waiting = _Waiting[Item, Result](item, key, loop.time() + timeout_s, is_wanted, settle)
         if key is None or key not in self._behind:
             self._waiting.append(waiting)
             if key is not None:
@@ -80,7 +80,6 @@ class Batcher(Generic[Item, Result]):
             self._behind[key].append(waiting)
         self._num_waiting += 1
         self._schedule(loop)
-        return future
 
     async def drain(self) -> None:
         """Takes no new items and returns once every waiting one has its result."""
@@ -102,12 +101,7 @@ class Batcher(Generic[Item, Result]):
             for waiting in reversed(batch):
                 self._release(waiting.key)
             for waiting, result in zip(batch, results, strict=True):
-                if waiting.future.done():
-                    continue
-                if isinstance(result, ServiceError):
-                    waiting.future.set_exception(result)
-                else:
-                    waiting.future.set_result(result)
+                _settle(waiting, result)
         if self._waiting:
             self._schedule(loop)
         else:
@@ -118,16 +112,15 @@ class Batcher(Generic[Item, Result]):
         while self._waiting and len(batch) < self._max_batch_size:
             waiting = self._waiting.popleft()
             self._num_waiting -= 1
-            if waiting.future.done():
+            if not waiting.is_wanted():
                 self._release(waiting.key)
+                _settle(waiting, Disconnected("the client hung up"))
             elif waiting.deadline_s <= now_s:
                 self._release(waiting.key)
-                waiting.future.set_exception(
-                    DeadlineExceeded("the time allowed passed before the model was free")
+                _settle(
+                    waiting,
+                    DeadlineExceeded("the time allowed passed before the model was free"),
                 )
-            elif waiting.is_wanted is not None and not waiting.is_wanted():
-                self._release(waiting.key)
-                waiting.future.set_exception(Disconnected("the client hung up"))
             else:
                 batch.append(waiting)
         return batch
@@ -151,3 +144,10 @@ class Batcher(Generic[Item, Result]):
             logger.exception("a batch of %d failed", len(batch))
             return [ServiceError("internal error") for _ in batch]
         return results
+
+
+def _settle(waiting: _Waiting[Item, Result], result: Result | ServiceError) -> None:
+    try:
+        waiting.settle(result)
+    except Exception:  # a bug of ours in one answer is not to cost the others theirs
+        logger.exception("an answer could not be given")

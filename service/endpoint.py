@@ -1,14 +1,12 @@
 """`POST /act` as bare ASGI, ahead of FastAPI's routing: the one path that runs all the time.
 
 The route of the same name in `service.app` is its documentation; `service.schemas` is what both
-validate and show.
+validate and show. Under uvicorn most requests do not even come here: see `service.http_protocol`.
 """
 
-import logging
-from collections.abc import Callable
+import asyncio
 from typing import Any
 
-from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from service.act import CONTENT_TYPE
@@ -19,42 +17,33 @@ from service.errors import (
     TooLarge,
     UnsupportedContentType,
 )
+from service.exchange import Exchange, Headers
 from service.policy_service import PolicyService
-
-logger = logging.getLogger(__name__)
 
 PATH = "/act"
 LONGEST_LENGTH = 18  # digits; as many as an int may have is a way to hold the loop
-Headers = list[tuple[bytes, bytes]]
+Response = tuple[int, Headers, bytes]
 
 
 class ActEndpoint:
     """An ASGI application of one route."""
 
     def __init__(self, service: PolicyService) -> None:
-        self._service = service
+        self.service = service
         self._max_body_bytes = service.settings.max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers: Headers = []
+        response: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
+        exchange = _AsgiExchange(self.service, receive, response)
         try:
-            body = await self._read_body(scope["headers"], receive)
-            content, is_replay = await self._service.act(body, is_wanted=_is_wanted(receive))
-            status, result = 200, "ok"
-            if is_replay:
-                headers.append((b"replayed", b"true"))
-                result = "replayed"
+            self.check_headers(scope["headers"])
+            body = await self._read_body(receive)
         except ServiceError as error:
-            status, result = error.status_code, error.error_type
-            headers += ((k.lower().encode(), v.encode()) for k, v in error.headers.items())
-            content = to_json(error.body())
-        except Exception:  # a bug of ours: the client gets a fixed text, the log the rest
-            logger.exception("POST /act failed")
-            unknown = ServiceError("internal error")
-            status, result = unknown.status_code, unknown.error_type
-            content = to_json(unknown.body())
-        self._service.metrics.count(result)
-        if result == Disconnected.error_type:
+            exchange.refuse(error)
+        else:
+            self.service.act(body, exchange)
+        status, headers, content = await response
+        if status == Disconnected.status_code:
             return  # nobody reads it
         headers += (
             (b"content-type", CONTENT_TYPE.encode()),
@@ -63,7 +52,8 @@ class ActEndpoint:
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": content})
 
-    async def _read_body(self, headers: Headers, receive: Receive) -> bytes:
+    def check_headers(self, headers: Headers) -> None:
+        """Raises the error of a request that is not to be read: names are in lower case."""
         content_type, length = b"", b"0"
         for name, value in headers:
             if name == b"content-type":
@@ -74,21 +64,48 @@ class ActEndpoint:
             _check_content_type(content_type)
         if not length.isdigit():
             raise Malformed("the Content-Length is not a number")
-        if len(length) > LONGEST_LENGTH or int(length) > self._max_body_bytes:
+        if len(length) > LONGEST_LENGTH:
             raise self._too_large()
+        self.check_length(int(length))
+
+    def check_length(self, num_bytes: int) -> None:
+        """Raises TooLarge for a body, or the part of one, that is more than anybody needs."""
+        if num_bytes > self._max_body_bytes:
+            raise self._too_large()
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge(f"the body is larger than {self._max_body_bytes} bytes")
+
+    async def _read_body(self, receive: Receive) -> bytes:
         body: bytes = b""
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise Disconnected("the client hung up")
             body += message.get("body", b"")
-            if len(body) > self._max_body_bytes:
-                raise self._too_large()
+            self.check_length(len(body))
             if not message.get("more_body", False):
                 return body
 
-    def _too_large(self) -> TooLarge:
-        return TooLarge(f"the body is larger than {self._max_body_bytes} bytes")
+
+class _AsgiExchange(Exchange):
+    __slots__ = ("_cycle", "_response")
+
+    def __init__(
+        self, service: PolicyService, receive: Receive, response: "asyncio.Future[Response]"
+    ) -> None:
+        super().__init__(service.metrics)
+        self._response = response
+        # ASGI has no question for whether the client still waits: `receive` would have to be
+        # awaited in a task beside each request. Uvicorn knows; under another server it always does.
+        self._cycle: Any = getattr(receive, "__self__", None)
+
+    def is_wanted(self) -> bool:
+        return not (self._response.done() or getattr(self._cycle, "disconnected", False))
+
+    def respond(self, status: int, headers: Headers, content: bytes) -> None:
+        if not self._response.done():  # by being cancelled
+            self._response.set_result((status, headers, content))
 
 
 def _check_content_type(given: bytes) -> None:
@@ -97,14 +114,3 @@ def _check_content_type(given: bytes) -> None:
         raise UnsupportedContentType(
             f"the content type is {content_type or 'missing'!r}; send {CONTENT_TYPE}"
         )
-
-
-def _is_wanted(receive: Receive) -> Callable[[], bool] | None:
-    """Whether the client still waits, as uvicorn knows it; under another server it always does.
-
-    ASGI has no question for it: `receive` would have to be awaited in a task beside each request.
-    """
-    cycle: Any = getattr(receive, "__self__", None)
-    if not hasattr(cycle, "disconnected"):
-        return None
-    return lambda: not cycle.disconnected

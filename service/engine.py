@@ -7,6 +7,7 @@ Knows nothing of HTTP, JSON or of how batches form.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,8 +49,7 @@ class StepRequest:
         self.fingerprint = digest.digest()
 
 
-@dataclass(frozen=True, slots=True)
-class StepAnswer:
+class StepAnswer(NamedTuple):
     """What the policy decided; `state` only for a stateless request, which carries it itself."""
 
     action: list[int]
@@ -99,21 +99,22 @@ class Engine:
 
     def step(self, requests: Sequence[StepRequest]) -> list[StepAnswer | ServiceError]:
         """Answers each request, or says why not, in order; one request's error is its own."""
-        answers: dict[int, StepAnswer | ServiceError] = {}
-        rows: dict[int, _Row] = {}
-        for index, request in enumerate(requests):
+        answers: list[StepAnswer | ServiceError | None] = []
+        rows: list[_Row] = []
+        for request in requests:
+            answer: StepAnswer | ServiceError | None = None  # until the model has run
             try:
                 admitted = self._admit(request)
             except ServiceError as error:
-                answers[index] = error
-                continue
-            if isinstance(admitted, Turn):
-                rows[index] = (request, admitted)
+                answer = error
             else:
-                answers[index] = self._replay(admitted)
-        if rows:
-            answers |= zip(rows, self._advance(list(rows.values())), strict=True)
-        return [answers[index] for index in range(len(requests))]
+                if isinstance(admitted, Turn):
+                    rows.append((request, admitted))
+                else:
+                    answer = self._replay(admitted)
+            answers.append(answer)
+        advanced = iter(self._advance(rows) if rows else ())
+        return [next(advanced) if answer is None else answer for answer in answers]
 
     def _admit(self, request: StepRequest) -> Turn | Session:
         if request.session_id is not None:

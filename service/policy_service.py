@@ -2,13 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from export.manifest import Manifest, bucket_sizes
 from service.act import ActCodec
 from service.batcher import Batcher
 from service.engine import Engine, StepAnswer, StepRequest, derived_seed
 from service.errors import NotReady, ServiceError
+from service.exchange import Exchange
 from service.metrics import Metrics
 from service.runtime.protocol import Runtime
 from service.sessions import SessionTable
@@ -61,28 +62,38 @@ class PolicyService:
         if warming is None or not warming.done() or warming.exception() is not None:
             raise NotReady("the policy is still warming up")
 
-    async def act(
-        self, body: bytes, is_wanted: Callable[[], bool] | None = None
-    ) -> tuple[bytes, bool]:
-        """The answer to one request's body, and whether it is a replay.
+    def act(self, body: bytes, exchange: Exchange) -> None:
+        """Has `exchange` answered or refused: at once, or when its batch has run."""
+        try:
+            self.check_ready()
+            request, timeout_ms = self.codec.parse(body)
+            self._submit(request, (timeout_ms or self.settings.timeout_ms) / 1000, exchange)
+        except ServiceError as error:
+            exchange.refuse(error)
+        except Exception:
+            exchange.fail()
 
-        Where `is_wanted` says no by the time its batch forms, it costs no model time.
-        """
-        self.check_ready()
-        request, timeout_ms = self.codec.parse(body)
-        timeout_s = (timeout_ms or self.settings.timeout_ms) / 1000
-        future = self.batcher.submit(
-            request, key=request.session_id, timeout_s=timeout_s, is_wanted=is_wanted
-        )
-        if request.session_id is None:
-            answer = await future
-        else:
-            self.sessions.hold(request.session_id)
+    def _submit(self, request: StepRequest, timeout_s: float, exchange: Exchange) -> None:
+        session_id = request.session_id
+
+        def settle(answer: StepAnswer | ServiceError) -> None:
+            if session_id is not None:
+                self.sessions.release(session_id)
+            if isinstance(answer, ServiceError):
+                exchange.refuse(answer)
+                return
             try:
-                answer = await future
-            finally:
-                self.sessions.release(request.session_id)
-        return self.codec.write(request, answer), answer.is_replay
+                content = self.codec.write(request, answer)
+            except Exception:
+                exchange.fail()
+            else:
+                exchange.answer(content, is_replay=answer.is_replay)
+
+        self.batcher.submit(
+            request, settle, is_wanted=exchange.is_wanted, key=session_id, timeout_s=timeout_s
+        )
+        if session_id is not None:
+            self.sessions.hold(session_id)
 
     def _step(self, requests: list[StepRequest]) -> Sequence[StepAnswer | ServiceError]:
         started_s = time.perf_counter()

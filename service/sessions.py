@@ -7,6 +7,7 @@ keeps the state. Knows nothing of HTTP, of batches or of the model.
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,8 +32,7 @@ class Session:
     last_used_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """What the model is to do for a request: step `step` from the state in `row`, or from zeros."""
 
     row: int

@@ -200,9 +200,10 @@ def alone(artifact: Path, made: list[Script]) -> list[list[bytes]]:
 
 
 def answer_of(client: AppClient, body: Json) -> bytes:
-    content, is_replay = client.run(client.service.act(json.dumps(body).encode()))
-    assert not is_replay
-    return content
+    answer = client.act(body)
+    assert answer.status_code == 200
+    assert "replayed" not in answer.headers
+    return answer.content
 
 
 async def disturbed(server: RunningServer, made: list[Script]) -> tuple[Any, Counter[str]]:

@@ -13,17 +13,18 @@ from typing import Any, Self, TypeVar
 
 import httpx
 import numpy as np
-from fastapi import FastAPI
 from numpy.typing import NDArray
 
 from model.spec import PolicySpec
 from service.app import create_app
+from service.batcher import Batcher
 from service.engine import Engine, StepAnswer, StepRequest, derived_seed
 from service.errors import ServiceError
 from service.policy_service import PolicyService
 from service.runtime.protocol import StepArrays
 from service.sessions import SessionTable
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 TIMEOUT_S = 20.0
@@ -35,6 +36,29 @@ SERVER_SEED = 7
 
 def run(coroutine: Coroutine[Any, Any, Result]) -> Result:
     return asyncio.run(asyncio.wait_for(coroutine, TIMEOUT_S))
+
+
+def submitted(
+    batcher: Batcher[Item, Result],
+    item: Item,
+    *,
+    is_wanted: Callable[[], bool] | None = None,
+    **options: Any,
+) -> "asyncio.Future[Result]":
+    """A future of the item's result; cancelling it is not wanting it any more."""
+    future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+
+    def settle(result: Result | ServiceError) -> None:
+        assert not future.done() or future.cancelled()
+        if future.cancelled():
+            return
+        if isinstance(result, ServiceError):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+
+    batcher.submit(item, settle, is_wanted=is_wanted or (lambda: not future.cancelled()), **options)
+    return future
 
 
 class FakeClock:
@@ -158,7 +182,7 @@ class AppClient:
 
     def __init__(self, service: PolicyService, *, is_warm: bool = True) -> None:
         self.service = service
-        self.app: FastAPI = create_app(service)
+        self.app = create_app(service)
         self._is_warm = is_warm
         self._runner = asyncio.Runner()
         self._stack = AsyncExitStack()

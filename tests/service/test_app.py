@@ -17,7 +17,7 @@ from service.policy_service import PolicyService
 from service.schemas import ActRequest
 from service.settings import Settings
 from tests.service.conftest import MakeClient
-from tests.service.fakes import AppClient, SummingRuntime
+from tests.service.fakes import AppClient, SummingRuntime, submitted
 from tests.service.test_act import body, error_of
 
 
@@ -128,7 +128,7 @@ def test_stopping_answers_everybody_who_waits(client: AppClient, spec: PolicySpe
 
     async def stop_under_load() -> list[float]:
         requests = [codec.parse(json.dumps(body(spec, n)).encode())[0] for n in range(9)]
-        waiting = [client.service.batcher.submit(request, key="one") for request in requests]
+        waiting = [submitted(client.service.batcher, request, key="one") for request in requests]
         await client.service.stop()
         return [future.result().value for future in waiting]
 
@@ -172,7 +172,7 @@ def test_a_session_deleted_while_its_step_waits_is_gone_and_harms_nobody(
     async def both() -> tuple[int, int]:
         service = client.service
         step, _ = service.codec.parse(json.dumps(body(spec, 10, session_id="a")).encode())
-        waiting = service.batcher.submit(step, key="a")
+        waiting = submitted(service.batcher, step, key="a")
         service.sessions.hold("a")
         deleted = await client.http.delete("/sessions/a")
         error = waiting.exception() if waiting.done() else await _outcome(waiting)

@@ -16,7 +16,7 @@ from service.errors import (
     Overloaded,
     ServiceError,
 )
-from tests.service.fakes import run
+from tests.service.fakes import run, submitted
 
 
 class Doubling:
@@ -44,7 +44,7 @@ async def outcomes(futures: Sequence[asyncio.Future[int]]) -> list[Any]:
 def test_a_lone_item_runs_in_the_loop_s_next_turn() -> None:
     async def scenario() -> None:
         doubling = Doubling()
-        future = doubling.batcher().submit(21)
+        future = submitted(doubling.batcher(), 21)
         assert not future.done()
         await asyncio.sleep(0)
         assert future.result() == 42
@@ -57,7 +57,7 @@ def test_items_submitted_together_share_a_batch_in_order() -> None:
     async def scenario() -> None:
         doubling = Doubling()
         batcher = doubling.batcher()
-        answers = await outcomes([batcher.submit(item) for item in range(5)])
+        answers = await outcomes([submitted(batcher, item) for item in range(5)])
         assert answers == [0, 2, 4, 6, 8]
         assert doubling.batches == [[0, 1, 2, 3, 4]]
 
@@ -69,7 +69,7 @@ def test_items_without_a_key_share_a_batch_with_each_other_and_with_keys() -> No
         doubling = Doubling()
         batcher = doubling.batcher()
         keys: list[Hashable] = [None, "a", None, "b"]
-        await outcomes([batcher.submit(item, key=key) for item, key in enumerate(keys)])
+        await outcomes([submitted(batcher, item, key=key) for item, key in enumerate(keys)])
         assert doubling.batches == [[0, 1, 2, 3]]
 
     run(scenario())
@@ -79,7 +79,7 @@ def test_a_batch_is_never_larger_than_the_largest_batch_size() -> None:
     async def scenario() -> None:
         doubling = Doubling()
         batcher = doubling.batcher(max_batch_size=3)
-        answers = await outcomes([batcher.submit(item) for item in range(7)])
+        answers = await outcomes([submitted(batcher, item) for item in range(7)])
         assert answers == [2 * item for item in range(7)]
         assert doubling.batches == [[0, 1, 2], [3, 4, 5], [6]]
 
@@ -91,7 +91,7 @@ def test_items_of_one_key_never_share_a_batch_and_keep_their_order() -> None:
         doubling = Doubling()
         batcher = doubling.batcher()
         keys = ["a", "a", "b", "a", "b", "c"]
-        await outcomes([batcher.submit(item, key=key) for item, key in enumerate(keys)])
+        await outcomes([submitted(batcher, item, key=key) for item, key in enumerate(keys)])
         assert doubling.batches == [[0, 2, 5], [1, 4], [3]]
 
     run(scenario())
@@ -102,7 +102,7 @@ def test_an_item_put_back_for_its_key_stays_ahead_of_those_behind_it() -> None:
         doubling = Doubling()
         batcher = doubling.batcher(max_batch_size=2)
         keys = ["a", "a", "b", "c"]
-        await outcomes([batcher.submit(item, key=key) for item, key in enumerate(keys)])
+        await outcomes([submitted(batcher, item, key=key) for item, key in enumerate(keys)])
         assert doubling.batches == [[0, 2], [1, 3]]
 
     run(scenario())
@@ -112,11 +112,11 @@ def test_a_full_queue_refuses_more_and_takes_some_again_later() -> None:
     async def scenario() -> None:
         doubling = Doubling()
         batcher = doubling.batcher(max_waiting=2)
-        waiting = [batcher.submit(item) for item in range(2)]
+        waiting = [submitted(batcher, item) for item in range(2)]
         with pytest.raises(Overloaded, match="2 requests wait"):
-            batcher.submit(2)
+            submitted(batcher, 2)
         assert await outcomes(waiting) == [0, 2]
-        assert await batcher.submit(3) == 6
+        assert await submitted(batcher, 3) == 6
         assert doubling.batches == [[0, 1], [3]]
 
     run(scenario())
@@ -127,7 +127,7 @@ def test_an_item_whose_time_is_up_is_never_run(timeout_s: float) -> None:
     async def scenario() -> None:
         doubling = Doubling()
         batcher = doubling.batcher()
-        late, other = batcher.submit(1, timeout_s=timeout_s), batcher.submit(2)
+        late, other = submitted(batcher, 1, timeout_s=timeout_s), submitted(batcher, 2)
         with pytest.raises(DeadlineExceeded):
             await late
         assert await other == 4
@@ -140,8 +140,8 @@ def test_a_late_item_does_not_hold_up_its_key() -> None:
     async def scenario() -> None:
         doubling = Doubling()
         batcher = doubling.batcher()
-        late = batcher.submit(1, key="a", timeout_s=0.0)
-        assert await batcher.submit(2, key="a") == 4
+        late = submitted(batcher, 1, key="a", timeout_s=0.0)
+        assert await submitted(batcher, 2, key="a") == 4
         assert isinstance(late.exception(), DeadlineExceeded)
         assert doubling.batches == [[2]]
 
@@ -152,8 +152,8 @@ def test_an_item_nobody_wants_any_more_is_not_run_and_does_not_hold_up_its_key()
     async def scenario() -> None:
         doubling = Doubling()
         batcher = doubling.batcher()
-        gone = batcher.submit(1, key="a", is_wanted=lambda: False)
-        awaited = batcher.submit(2, key="a", is_wanted=lambda: True)
+        gone = submitted(batcher, 1, key="a", is_wanted=lambda: False)
+        awaited = submitted(batcher, 2, key="a", is_wanted=lambda: True)
         (error, result) = await outcomes([gone, awaited])
         assert isinstance(error, Disconnected)
         assert result == 4
@@ -166,7 +166,7 @@ def test_a_cancelled_item_is_not_run() -> None:
     async def scenario() -> None:
         doubling = Doubling()
         batcher = doubling.batcher()
-        given_up, other = batcher.submit(1, key="a"), batcher.submit(2, key="a")
+        given_up, other = submitted(batcher, 1, key="a"), submitted(batcher, 2, key="a")
         given_up.cancel()
         assert await other == 4
         assert doubling.batches == [[2]]
@@ -178,7 +178,7 @@ def test_a_batch_of_cancelled_items_only_is_not_run_at_all() -> None:
     async def scenario() -> None:
         doubling = Doubling()
         batcher = doubling.batcher()
-        for future in [batcher.submit(item) for item in range(3)]:
+        for future in [submitted(batcher, item) for item in range(3)]:
             future.cancel()
         await batcher.drain()
         assert doubling.batches == []
@@ -195,7 +195,7 @@ def test_an_item_cancelled_while_its_batch_runs_harms_nobody() -> None:
             return items
 
         batcher = Batcher(cancel_the_first, max_batch_size=8, max_waiting=8)
-        futures += [batcher.submit(item) for item in range(3)]
+        futures += [submitted(batcher, item) for item in range(3)]
         assert await outcomes(futures[1:]) == [1, 2]
         assert futures[0].cancelled()
 
@@ -209,11 +209,11 @@ def test_a_batch_that_raises_fails_its_own_items_with_a_fixed_text_and_no_others
         doubling = Doubling()
         doubling.failures[1] = ZeroDivisionError("secret")
         batcher = doubling.batcher(max_batch_size=2)
-        answers = await outcomes([batcher.submit(item) for item in range(4)])
+        answers = await outcomes([submitted(batcher, item) for item in range(4)])
         assert [type(answer) for answer in answers] == [ServiceError, ServiceError, int, int]
         assert answers[0] is not answers[1]
         assert str(answers[0]) == "internal error"
-        assert await batcher.submit(5) == 10
+        assert await submitted(batcher, 5) == 10
 
     with caplog.at_level(logging.ERROR):
         run(scenario())
@@ -227,7 +227,7 @@ def test_a_wrong_number_of_results_fails_the_batch(
     async def scenario() -> None:
         wrong = [7] * num_results
         batcher = Batcher[int, int](lambda items: wrong, max_batch_size=8, max_waiting=8)
-        answers = await outcomes([batcher.submit(item) for item in range(2)])
+        answers = await outcomes([submitted(batcher, item) for item in range(2)])
         assert [type(answer) for answer in answers] == [ServiceError, ServiceError]
 
     run(scenario())
@@ -240,7 +240,7 @@ def test_an_error_among_the_results_is_its_item_s_alone() -> None:
             return [Invalid(f"{item} is odd") if item % 2 else item for item in items]
 
         batcher = Batcher(refuse_odd, max_batch_size=8, max_waiting=8)
-        answers = await outcomes([batcher.submit(item) for item in range(4)])
+        answers = await outcomes([submitted(batcher, item) for item in range(4)])
         assert [str(answer) for answer in answers] == ["0", "1 is odd", "2", "3 is odd"]
 
     run(scenario())
@@ -254,11 +254,11 @@ def test_items_that_arrive_while_a_batch_runs_form_the_next_one() -> None:
         def submit_two_more(items: list[int]) -> list[int | ServiceError]:
             batches.append(items)
             if items == [0]:
-                futures.extend([batcher.submit(1), batcher.submit(2)])
+                futures.extend([submitted(batcher, 1), submitted(batcher, 2)])
             return list(items)
 
         batcher = Batcher(submit_two_more, max_batch_size=8, max_waiting=8)
-        assert await batcher.submit(0) == 0
+        assert await submitted(batcher, 0) == 0
         assert await outcomes(futures) == [1, 2]
         assert batches == [[0], [1, 2]]
 
@@ -269,15 +269,15 @@ def test_drain_answers_everybody_and_then_refuses() -> None:
     async def scenario() -> None:
         doubling = Doubling()
         batcher = doubling.batcher(max_batch_size=2)
-        futures = [batcher.submit(item, key="same") for item in range(5)]
+        futures = [submitted(batcher, item, key="same") for item in range(5)]
         drained = asyncio.ensure_future(batcher.drain())
         await asyncio.sleep(0)
         with pytest.raises(Draining):
-            batcher.submit(99)
+            submitted(batcher, 99)
         await drained
         assert [future.result() for future in futures] == [0, 2, 4, 6, 8]
         with pytest.raises(Draining):
-            batcher.submit(99)
+            submitted(batcher, 99)
 
     run(scenario())
 
@@ -287,7 +287,7 @@ def test_drain_returns_at_once_where_nothing_waits() -> None:
         doubling = Doubling()
         await doubling.batcher().drain()
         used = doubling.batcher()
-        await used.submit(1)
+        await submitted(used, 1)
         await used.drain()
         await used.drain()
 
@@ -299,7 +299,7 @@ def test_drain_survives_a_failing_batch(caplog: pytest.LogCaptureFixture) -> Non
         doubling = Doubling()
         doubling.failures[0] = ValueError()
         batcher = doubling.batcher(max_batch_size=1)
-        futures = [batcher.submit(item) for item in range(2)]
+        futures = [submitted(batcher, item) for item in range(2)]
         await batcher.drain()
         assert isinstance(futures[0].exception(), ServiceError)
         assert futures[1].result() == 2
@@ -326,7 +326,7 @@ def test_every_item_is_answered_once_and_in_the_order_of_its_key(
         futures: list[asyncio.Future[int]] = []
         for wave in waves:
             for key in wave:
-                futures.append(batcher.submit(len(keys), key=key))
+                futures.append(submitted(batcher, len(keys), key=key))
                 keys.append(key)
             await asyncio.sleep(0)
         await batcher.drain()
@@ -342,3 +342,19 @@ def test_every_item_is_answered_once_and_in_the_order_of_its_key(
     for key in ("a", "b", "c"):
         of_key = [item for item in ran if keys[item] == key]
         assert of_key == sorted(of_key)
+
+
+def test_an_answer_that_cannot_be_given_costs_the_others_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario() -> None:
+        def fail(result: int | ServiceError) -> None:
+            raise ZeroDivisionError("secret")
+
+        batcher = Doubling().batcher()
+        batcher.submit(1, fail, is_wanted=lambda: True)
+        assert await submitted(batcher, 2) == 4
+        await batcher.drain()
+
+    run(scenario())
+    assert "secret" in caplog.text
