@@ -4,7 +4,7 @@ Gathers each session's state, makes the noise, runs the exported step once, scat
 Knows nothing of HTTP, JSON or of how batches form.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from model.spec import PolicySpec
 from service.errors import Invalid, ServiceError
 from service.noise_ahead import NoiseAhead
-from service.runtime.protocol import Runtime, StepArrays
+from service.runtime.protocol import Runtime, StepInputs, StepOutputs
 from service.sessions import START, Session, SessionTable, Turn
 
 HiddenState = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -78,14 +78,13 @@ class Engine:
         self._buckets = tuple(sorted(buckets))
         self._seed = seed
         self._num_stateless = 0
-        rows = self._buckets[-1]
-        state = (rows, spec.num_layers, spec.hidden_dim)
-        self._observation = np.zeros((rows, spec.observation_dim), dtype=np.float32)
-        self._action_mask = np.ones((rows, spec.num_choices), dtype=np.bool_)
-        self._noise = np.zeros((rows, spec.num_choices), dtype=np.float32)
-        self._h = np.zeros(state, dtype=np.float32)
-        self._c = np.zeros(state, dtype=np.float32)
+        self._inputs = StepInputs.allocate(spec, self._buckets[-1])
+        self._steps = {bucket: self._bind(bucket) for bucket in self._buckets}
         self._noise_ahead = NoiseAhead(spec.num_choices)
+
+    def _bind(self, bucket: int) -> tuple[Callable[[], None], StepOutputs]:
+        outputs = StepOutputs.allocate(self._spec, bucket)
+        return self._runtime.bind(self._inputs.first(bucket), outputs), outputs
 
     @property
     def max_batch_size(self) -> int:
@@ -186,49 +185,44 @@ class Engine:
 
     def _gather(self, requests: list[StepRequest], turns: list[Turn]) -> None:
         """Copies observations, masks and states into the preallocated batch."""
-        num, spec = len(requests), self._spec
+        num, spec, batch = len(requests), self._spec, self._inputs
         np.concatenate(
             [request.observation for request in requests],
-            out=self._observation.reshape(-1)[: num * spec.observation_dim],
+            out=batch.observation.reshape(-1)[: num * spec.observation_dim],
         )
         np.concatenate(
             [request.action_mask for request in requests],
-            out=self._action_mask.reshape(-1)[: num * spec.num_choices],
+            out=batch.action_mask.reshape(-1)[: num * spec.num_choices],
         )
-        rows = np.array([turn.row for turn in turns])
-        self._sessions.h.take(rows, axis=0, out=self._h[:num], mode="wrap")
-        self._sessions.c.take(rows, axis=0, out=self._c[:num], mode="wrap")
+        self._sessions.load([turn.row for turn in turns], batch)
         for at, (request, turn) in enumerate(zip(requests, turns, strict=True)):
             if turn.row == START:
-                self._h[at], self._c[at] = request.state or (0.0, 0.0)
+                batch.h[at], batch.c[at] = request.state or (0.0, 0.0)
 
     def _make_noise(self, requests: list[StepRequest], turns: list[Turn]) -> None:
         num = len(requests)
         sampled = [at for at, request in enumerate(requests) if not request.deterministic]
         if len(sampled) == num:
-            self._noise_ahead.take(turns, self._noise)
+            self._noise_ahead.take(turns, self._inputs.noise)
             return
-        self._noise[:num] = 0.0
+        self._inputs.noise[:num] = 0.0
         if sampled:
             noise = np.empty((len(sampled), self._spec.num_choices), dtype=np.float32)
             self._noise_ahead.take([turns[at] for at in sampled], noise)
-            self._noise[sampled] = noise
+            self._inputs.noise[sampled] = noise
 
-    def _run(self, bucket: int) -> StepArrays:
-        return self._runtime(
-            self._observation[:bucket],
-            self._action_mask[:bucket],
-            self._noise[:bucket],
-            self._h[:bucket],
-            self._c[:bucket],
-        )
+    def _run(self, bucket: int) -> StepOutputs:
+        """One step of what has been gathered; its arrays are the next step's too."""
+        step, outputs = self._steps[bucket]
+        step()
+        return outputs
 
 
-def _finite_rows(decided: StepArrays, num: int) -> list[bool]:
+def _finite_rows(decided: StepOutputs, num: int) -> list[bool]:
     """Which of the first `num` rows have finite outputs only; as a rule all of them."""
-    floats = (decided.value, decided.log_prob, decided.h, decided.c)
-    if np.isfinite(np.concatenate([array.reshape(-1) for array in floats])).all():
+    if np.isfinite(decided.floats).all():
         return [True] * num
+    floats = (decided.value, decided.log_prob, decided.h, decided.c)
     finite = [np.isfinite(array[:num]).reshape(num, -1).all(1) for array in floats]
     return [bool(row) for row in np.logical_and.reduce(finite)]
 

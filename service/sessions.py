@@ -7,13 +7,13 @@ keeps the state. Knows nothing of HTTP, of batches or of the model.
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from model.spec import PolicySpec
 from service.errors import Overloaded, SessionLost, StepConflict, UnknownSession
-from service.runtime.protocol import StepArrays
+from service.runtime.protocol import StepInputs, StepOutputs
 
 START = -1
 """The row of an episode that starts from zeros."""
@@ -172,9 +172,17 @@ class SessionTable:
         self._live.move_to_end(session_id)
         return session
 
-    def store(self, rows: Sequence[int], decided: StepArrays, at: Sequence[int]) -> None:
+    def load(self, rows: Sequence[int], batch: StepInputs) -> None:
+        """Copies the states in `rows` into the batch's first rows; for START, any state."""
+        if len(rows) == 1:
+            batch.h[0], batch.c[0] = self.h[rows[0]], self.c[rows[0]]
+        else:
+            self.h.take(rows, axis=0, out=batch.h[: len(rows)], mode="wrap")
+            self.c.take(rows, axis=0, out=batch.c[: len(rows)], mode="wrap")
+
+    def store(self, rows: Sequence[int], decided: StepOutputs, at: Sequence[int]) -> None:
         """Keeps the batch's rows `at` as the states and last answers of the sessions in `rows`."""
-        to, of = np.array(rows, dtype=np.intp), np.array(at, dtype=np.intp)
+        to, of = _index(rows), _index(at)
         self.h[to], self.c[to] = decided.h[of], decided.c[of]
         self.action[to], self.log_prob[to] = decided.action[of], decided.log_prob[of]
         self.value[to] = decided.value[of]
@@ -219,6 +227,11 @@ class SessionTable:
         self._lost[session_id] = None
         if len(self._lost) > self._capacity:
             self._lost.popitem(last=False)
+
+
+def _index(rows: Sequence[int]) -> Any:
+    """For NumPy: a lone row by its number, which is several times faster than as an array."""
+    return rows[0] if len(rows) == 1 else np.array(rows, dtype=np.intp)
 
 
 def _is_running(session: Session | None, episode: str | None, step: int | None) -> bool:

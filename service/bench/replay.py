@@ -11,7 +11,7 @@ import numpy as np
 from model.spec import PolicySpec
 from service.bench.load import Pool, Session
 from service.noise import gumbel_noise
-from service.runtime.protocol import Runtime
+from service.runtime.protocol import Runtime, StepInputs, StepOutputs
 
 
 class Differences(NamedTuple):
@@ -30,23 +30,21 @@ def replay(sessions: list[Session], pool: Pool, runtime: Runtime, spec: PolicySp
     """Compares every answer with the runtime's own, stepping each session by itself."""
     answers = differing = other_actions = 0
     largest = 0.0
+    inputs, decided = StepInputs.allocate(spec, 1), StepOutputs.allocate(spec, 1)
+    step_once = runtime.bind(inputs, decided)
     for session in sessions:
-        state = (1, spec.num_layers, spec.hidden_dim)
-        h, c = np.zeros(state, dtype=np.float32), np.zeros(state, dtype=np.float32)
+        inputs.h[:] = inputs.c[:] = 0.0
         seeds = np.full(len(session.answers), session.seed, dtype=np.uint64)
         steps = np.arange(len(session.answers), dtype=np.uint64)
         noise = gumbel_noise(seeds, steps, spec.num_choices)
         for step, (index, answer) in enumerate(
             zip(session.pool_index, session.answers, strict=True)
         ):
-            decided = runtime(
-                pool.observations[index : index + 1],
-                pool.action_masks[index : index + 1],
-                noise[step : step + 1],
-                h,
-                c,
-            )
-            h, c = decided.h, decided.c
+            inputs.observation[0] = pool.observations[index]
+            inputs.action_mask[0] = pool.action_masks[index]
+            inputs.noise[0] = noise[step]
+            step_once()
+            inputs.h[:], inputs.c[:] = decided.h, decided.c
             expected = np.array([*decided.log_prob[0], decided.value[0]], dtype=np.float64)
             got = np.array([*answer["log_prob"].values(), answer["value"]])
             is_other = list(answer["action"].values()) != decided.action[0].tolist()

@@ -1,10 +1,14 @@
 """Runs an ONNX artifact in onnxruntime. Torch is not imported, nor needed."""
 
-import numpy as np
-import onnxruntime
-from numpy.typing import NDArray
+from collections.abc import Callable
+from functools import partial
 
-from service.runtime.protocol import StepArrays
+import onnxruntime
+
+from service.runtime.protocol import StepInputs, StepOutputs
+
+INPUTS = ("observation", "action_mask", "noise", "state_h_in", "state_c_in")
+OUTPUTS = ("action", "log_prob", "value", "state_h_out", "state_c_out")
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -29,22 +33,26 @@ class OnnxRuntime:
             content, options, providers=[PROVIDERS[device]]
         )
 
-    def __call__(
-        self,
-        observation: NDArray[np.float32],
-        action_mask: NDArray[np.bool_],
-        noise: NDArray[np.float32],
-        h: NDArray[np.float32],
-        c: NDArray[np.float32],
-    ) -> StepArrays:
-        feed = {
-            "observation": observation,
-            "action_mask": action_mask,
-            "noise": noise,
-            "state_h_in": h,
-            "state_c_in": c,
-        }
-        return StepArrays(*self._session.run(None, feed))
+    def bind(self, inputs: StepInputs, outputs: StepOutputs) -> Callable[[], None]:
+        if self.device != "cpu":  # a binding would copy to the device once, when it is made
+            return partial(self._run_on_device, inputs, outputs)
+        binding = self._session.io_binding()
+        for name, array in zip(INPUTS, inputs, strict=True):
+            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        for name, array in zip(OUTPUTS, outputs.arrays(), strict=True):
+            binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        # The binding knows addresses; the call keeps the arrays at them alive.
+        return partial(self._run_bound, binding, inputs, outputs)
+
+    def _run_bound(
+        self, binding: onnxruntime.IOBinding, inputs: StepInputs, outputs: StepOutputs
+    ) -> None:
+        self._session.run_with_iobinding(binding)
+
+    def _run_on_device(self, inputs: StepInputs, outputs: StepOutputs) -> None:
+        given = self._session.run(OUTPUTS, dict(zip(INPUTS, inputs, strict=True)))
+        for array, result in zip(outputs.arrays(), given, strict=True):
+            array[...] = result
 
 
 def cuda_is_available() -> bool:

@@ -12,12 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch._inductor
-from numpy.typing import NDArray
 
-from service.runtime.protocol import StepArrays
+from service.runtime.protocol import StepInputs, StepOutputs
 
 Step = Callable[..., Any]
 
@@ -37,18 +35,17 @@ class TorchRuntime:
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
             self._step = LOADERS[name](content, device)
 
-    def __call__(
-        self,
-        observation: NDArray[np.float32],
-        action_mask: NDArray[np.bool_],
-        noise: NDArray[np.float32],
-        h: NDArray[np.float32],
-        c: NDArray[np.float32],
-    ) -> StepArrays:
-        arrays = (observation, action_mask, noise, h, c)
-        with torch.inference_mode():
-            outputs = self._step(*(torch.from_numpy(array).to(self.device) for array in arrays))
-            return StepArrays(*(output.cpu().numpy() for output in outputs))
+    def bind(self, inputs: StepInputs, outputs: StepOutputs) -> Callable[[], None]:
+        given = [torch.from_numpy(array) for array in inputs]
+        wanted = [torch.from_numpy(array) for array in outputs.arrays()]
+
+        def run() -> None:
+            with torch.inference_mode():
+                results = self._step(*(tensor.to(self.device) for tensor in given))
+                for tensor, result in zip(wanted, results, strict=True):
+                    tensor.copy_(result)
+
+        return run
 
 
 def _load_torchscript(content: bytes, device: str) -> Step:

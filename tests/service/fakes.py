@@ -13,7 +13,6 @@ from typing import Any, Self, TypeVar
 
 import httpx
 import numpy as np
-from numpy.typing import NDArray
 
 from model.spec import PolicySpec
 from service.app import create_app
@@ -21,7 +20,7 @@ from service.batcher import Batcher
 from service.engine import Engine, StepAnswer, StepRequest, derived_seed
 from service.errors import ServiceError
 from service.policy_service import PolicyService
-from service.runtime.protocol import StepArrays
+from service.runtime.protocol import StepInputs, StepOutputs
 from service.sessions import SessionTable
 
 Item = TypeVar("Item")
@@ -87,34 +86,29 @@ class SummingRuntime:
         self.batch_sizes: list[int] = []
         self.failure: Exception | None = None
         self.gate: threading.Event | None = None
-        self.spoil: Callable[[StepArrays], None] = lambda decided: None
+        self.spoil: Callable[[StepOutputs], None] = lambda decided: None
 
-    def __call__(
-        self,
-        observation: NDArray[np.float32],
-        action_mask: NDArray[np.bool_],
-        noise: NDArray[np.float32],
-        h: NDArray[np.float32],
-        c: NDArray[np.float32],
-    ) -> StepArrays:
-        self.batch_sizes.append(len(observation))
-        if self.gate is not None:
-            assert self.gate.wait(TIMEOUT_S)
-        if self.failure is not None:
-            raise self.failure
-        new_h, new_c = h + observation[:, :1, None], c + np.float32(1)
-        value = np.where(observation[:, -1] == np.float32(POISON), np.nan, new_h[:, 0, 0])
-        masked = np.where(action_mask, noise, -np.inf)
+    def bind(self, inputs: StepInputs, outputs: StepOutputs) -> Callable[[], None]:
+        def run() -> None:
+            self.batch_sizes.append(len(inputs.observation))
+            if self.gate is not None:
+                assert self.gate.wait(TIMEOUT_S)
+            if self.failure is not None:
+                raise self.failure
+            self._step(inputs, outputs)
+            self.spoil(outputs)
+
+        return run
+
+    def _step(self, inputs: StepInputs, outputs: StepOutputs) -> None:
+        observation = inputs.observation
+        outputs.h[:], outputs.c[:] = inputs.h + observation[:, :1, None], inputs.c + np.float32(1)
+        is_poison = observation[:, -1] == np.float32(POISON)
+        outputs.value[:] = np.where(is_poison, np.nan, outputs.h[:, 0, 0])
+        masked = np.where(inputs.action_mask, inputs.noise, -np.inf)
         heads = np.split(masked, np.cumsum(self.spec.head_sizes)[:-1], axis=1)
-        decided = StepArrays(
-            np.stack([head.argmax(1) for head in heads], axis=1),
-            np.stack([head.max(1) for head in heads], axis=1).astype(np.float32),
-            value.astype(np.float32),
-            new_h,
-            new_c,
-        )
-        self.spoil(decided)
-        return decided
+        outputs.action[:] = np.stack([head.argmax(1) for head in heads], axis=1)
+        outputs.log_prob[:] = np.stack([head.max(1) for head in heads], axis=1)
 
 
 def step_request(

@@ -20,7 +20,7 @@ from service.bench.load import POOL_SIZE, Pool, Session
 from service.bench.replay import replay
 from service.noise import gumbel_noise
 from service.runtime.load import load_runtime
-from service.runtime.protocol import Runtime
+from service.runtime.protocol import Runtime, StepInputs, StepOutputs
 from tests.random_inputs import random_policy
 from tests.running_server import ROOT, RunningServer, clean_environment, running_server
 
@@ -115,16 +115,16 @@ def runtime(onnx_artifact: Path) -> Runtime:
 def trajectory(pool: Pool, runtime: Runtime, spec: PolicySpec, seed: int) -> Session:
     """What a right server answers to five steps."""
     session = Session(f"env-{seed}", seed)
-    h = c = np.zeros((1, spec.num_layers, spec.hidden_dim), np.float32)
+    inputs, decided = StepInputs.allocate(spec, 1), StepOutputs.allocate(spec, 1)
+    step_once = runtime.bind(inputs, decided)
     for step in range(5):
         at = (seed + step) % POOL_SIZE
-        noise = gumbel_noise(
+        inputs.observation[0], inputs.action_mask[0] = pool.observations[at], pool.action_masks[at]
+        inputs.noise[:] = gumbel_noise(
             np.array([seed], np.uint64), np.array([step], np.uint64), spec.num_choices
         )
-        decided = runtime(
-            pool.observations[at : at + 1], pool.action_masks[at : at + 1], noise, h, c
-        )
-        h, c = decided.h, decided.c
+        step_once()
+        inputs.h[:], inputs.c[:] = decided.h, decided.c
         session.pool_index.append(at)
         session.answers.append(
             {

@@ -17,7 +17,7 @@ from service.errors import (
     UnknownSession,
 )
 from service.noise import gumbel_noise
-from service.runtime.protocol import StepArrays
+from service.runtime.protocol import StepOutputs
 from tests.service.fakes import Bench, step_request
 
 FULL_BATCH = 8
@@ -311,7 +311,7 @@ def test_a_restart_whose_output_is_not_finite_keeps_the_running_episode(bench: B
 
 @pytest.mark.parametrize("where", ["log_prob", "value", "h", "c"])
 def test_no_output_that_is_not_finite_is_let_through(spec: PolicySpec, where: str) -> None:
-    def spoil(decided: StepArrays) -> None:
+    def spoil(decided: StepOutputs) -> None:
         getattr(decided, where)[1:2].flat[-1] = np.inf
 
     bench = Bench(spec)

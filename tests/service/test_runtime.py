@@ -18,7 +18,7 @@ from model.spec import PolicySpec
 from service.engine import Engine, StepAnswer, StepRequest
 from service.noise import gumbel_noise
 from service.runtime.load import FORMAT_OF, load_runtime
-from service.runtime.protocol import Runtime
+from service.runtime.protocol import Runtime, StepInputs, StepOutputs
 from service.sessions import SessionTable
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL, NaivePolicy
 from tests.random_inputs import packed, random_masks, random_observations, weights_of
@@ -145,19 +145,31 @@ def test_a_session_decides_the_same_alone_and_in_company(
             assert other.value == pytest.approx(one.value, abs=FLOAT_ATOL)
 
 
-def test_outputs_share_no_memory_with_the_inputs(runtime: Runtime, spec: PolicySpec) -> None:
-    state = np.ones((2, spec.num_layers, spec.hidden_dim), np.float32)
-    inputs = (
-        np.ones((2, spec.observation_dim), np.float32),
-        np.ones((2, spec.num_choices), np.bool_),
-        np.zeros((2, spec.num_choices), np.float32),
-        state,
-        state.copy(),
-    )
-    for output in runtime(*inputs):
-        assert not any(np.shares_memory(output, given) for given in inputs)
-    assert (inputs[0] == 1).all()
-    assert (state == 1).all()
+def test_a_bound_step_reads_what_its_inputs_hold_by_then_and_leaves_them_alone(
+    runtime: Runtime, spec: PolicySpec, rng: np.random.Generator
+) -> None:
+    inputs, outputs = StepInputs.allocate(spec, 2), StepOutputs.allocate(spec, 2)
+    step = runtime.bind(inputs, outputs)
+    step()
+    of_zeros = outputs.floats.copy()
+    inputs.observation[:] = rng.normal(size=inputs.observation.shape)
+    inputs.h[:] = 1.0
+    given = [array.copy() for array in inputs]
+    step()
+    assert not np.array_equal(outputs.floats, of_zeros)
+    for array, before in zip(inputs, given, strict=True):
+        np.testing.assert_array_equal(array, before)
+    other = StepOutputs.allocate(spec, 2)
+    runtime.bind(inputs, other)()
+    np.testing.assert_array_equal(other.floats, outputs.floats)
+
+
+def test_the_outputs_floats_are_all_its_floats(spec: PolicySpec) -> None:
+    outputs = StepOutputs.allocate(spec, 3)
+    for array in (outputs.log_prob, outputs.value, outputs.h, outputs.c):
+        assert not array.any()
+        array += 1
+    assert (outputs.floats == 1).all()
 
 
 def test_auto_takes_a_format_the_artifact_has_on_the_device_it_was_exported_for(

@@ -8,7 +8,7 @@ import pytest
 
 from model.spec import PolicySpec
 from service.errors import Overloaded, SessionLost, StepConflict, UnknownSession
-from service.runtime.protocol import StepArrays
+from service.runtime.protocol import StepOutputs
 from service.sessions import START, Session, SessionTable, Turn
 from tests.service.fakes import FakeClock
 
@@ -347,16 +347,18 @@ def test_store_keeps_exactly_one_row_of_a_batch(table: Table, spec: PolicySpec) 
     session = table.sessions.find("a")
     assert session is not None
     size = spec.num_layers * spec.hidden_dim
-    state = np.arange(2 * size, dtype=np.float32).reshape(2, spec.num_layers, spec.hidden_dim)
-    heads = np.arange(2 * len(spec.heads)).reshape(2, -1)
-    decided = StepArrays(
-        heads, heads.astype(np.float32), np.array([1, 2], np.float32), state, -state
-    )
+    decided = StepOutputs.allocate(spec, 2)
+    decided.h[:] = np.arange(2 * size).reshape(decided.h.shape)
+    decided.c[:] = -decided.h
+    decided.action[:] = np.arange(2 * len(spec.heads)).reshape(decided.action.shape)
+    decided.value[:] = [1, 2]
+    stored_action = decided.action[1].tolist()
     table.sessions.store([session.row], decided, [1])
-    state[:] = 0
+    for array in decided:
+        array[:] = 0
     assert table.sessions.h[session.row].ravel()[0] == size
     assert table.sessions.c[session.row].ravel()[0] == -size
-    assert table.sessions.action[session.row].tolist() == heads[1].tolist()
+    assert table.sessions.action[session.row].tolist() == stored_action
     assert table.sessions.value[session.row] == 2
     untouched = [row for row in range(CAPACITY) if row != session.row]
     assert not table.sessions.h[untouched].any()
