@@ -19,6 +19,7 @@ from export.manifest import ArtifactError, Manifest
 from service.app import create_app
 from service.http_protocol import ActProtocol
 from service.policy_service import PolicyService
+from service.runtime.auto import choose_runtime
 from service.runtime.load import load_runtime
 from service.settings import Settings
 
@@ -71,10 +72,19 @@ def main() -> int:
     )
     try:
         manifest = Manifest.read(settings.artifact)
+        name: str = settings.runtime
+        if name == "auto":
+            name = choose_runtime(
+                settings.artifact,
+                manifest,
+                device=settings.device,
+                num_threads=settings.num_threads,
+                max_batch_size=min(settings.max_batch_size, manifest.max_batch_size),
+            )
         runtime = load_runtime(
             settings.artifact,
             manifest,
-            name=settings.runtime,
+            name=name,
             device=settings.device,
             num_threads=settings.num_threads,
         )

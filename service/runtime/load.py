@@ -13,7 +13,7 @@ FORMAT_OF = {
     "eager": "pt2",
     "compile": "pt2",
 }
-"""Each runtime, and the artifact's format it runs; `auto` takes the first that there is."""
+"""Each runtime, and the artifact's format it runs."""
 
 
 def load_runtime(
@@ -21,13 +21,9 @@ def load_runtime(
 ) -> Runtime:
     """The named runtime on the artifact's file of its format, after its SHA-256 was checked.
 
-    `auto` is onnx where the artifact has it: rows are bit-equal whatever batch they ride in, it is
-    the fastest at the batches a service makes, and torch is not even imported. Raises ArtifactError
-    where the artifact has no such format, a file is not what was exported or not for this machine,
-    or torch or the device is missing.
+    Raises ArtifactError where the artifact has no such format, a file is not what was exported or
+    not for this machine, or torch or the device is missing.
     """
-    if name == "auto":
-        name = next(runtime for runtime, of in FORMAT_OF.items() if of in manifest.formats)
     format_name = FORMAT_OF[name]
     file = manifest.formats.get(format_name)
     if file is None:

@@ -1,0 +1,157 @@
+"""Which of an artifact's formats `--runtime auto` serves here: measured at start, not assumed.
+
+Each candidate runs in a process of its own, `python -m service.runtime.auto`: so the server does
+not import torch to find out that it does not need it, and machine code that this CPU cannot run
+takes nobody down.
+"""
+
+import argparse
+import importlib.util
+import json
+import logging
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from export.manifest import Manifest, bucket_sizes
+from model.spec import PolicySpec
+from service.noise import gumbel_noise
+from service.runtime.load import FORMAT_OF, load_runtime
+from service.runtime.protocol import Runtime, StepInputs, StepOutputs
+
+logger = logging.getLogger(__name__)
+
+CANDIDATES = ("onnx", "torchscript", "aoti")
+"""`eager` is slower than each of these, and `compile` takes a compiler and a minute."""
+SECONDS_PER_BATCH_SIZE = 0.05
+TIMEOUT_S = 120.0
+
+
+class Measurement(NamedTuple):
+    """The shortest step in seconds by batch size; do rows come out alike at each, bit for bit?"""
+
+    seconds: dict[int, float]
+    rows_are_alike: bool
+
+
+def choose_runtime(
+    directory: Path, manifest: Manifest, *, device: str, num_threads: int, max_batch_size: int
+) -> str:
+    """The runtime that serves the artifact best on this machine; the log says why.
+
+    One whose rows are the same whatever batch they ride in comes before any other, then the
+    fastest over all batch sizes. It is one for all of them: two would answer differently.
+    """
+    names = _candidates(manifest)
+    if len(names) == 1:
+        return names[0]
+    measured: dict[str, Measurement] = {}
+    for name in names:
+        command = [sys.executable, "-m", __name__, str(directory), name, device]
+        command += [str(num_threads), str(max_batch_size)]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=TIMEOUT_S, check=True
+            )
+            seconds, rows_are_alike = json.loads(done.stdout)
+        except (subprocess.SubprocessError, ValueError) as error:
+            reason = getattr(error, "stderr", None) or str(error)
+            logger.warning("auto: %s does not run here: %s", name, reason.strip().split("\n")[-1])
+            continue
+        measured[name] = Measurement({int(k): s for k, s in seconds.items()}, rows_are_alike)
+    if not measured:
+        return names[0]  # loading it says what is wrong
+    chosen = best(measured)
+    for batch_size in bucket_sizes(max_batch_size):
+        times = (
+            f"{name} {measurement.seconds[batch_size] * 1e6:.0f} us"
+            for name, measurement in measured.items()
+        )
+        logger.info("auto: batch of %d: %s; %s", batch_size, ", ".join(times), chosen)
+    alike = measured[chosen].rows_are_alike
+    logger.info(
+        "auto: %s; a row's answer %s on its batch here",
+        chosen,
+        "does not depend" if alike else "depends in its last bits",
+    )
+    return chosen
+
+
+def best(measured: Mapping[str, Measurement]) -> str:
+    """Of those with rows alike, or of all where there is none, the fastest in geometric mean."""
+    alike = [name for name, measurement in measured.items() if measurement.rows_are_alike]
+    return min(
+        alike or measured,
+        key=lambda name: sum(math.log(s) for s in measured[name].seconds.values()),
+    )
+
+
+def measure(runtime: Runtime, spec: PolicySpec, batch_sizes: Sequence[int]) -> Measurement:
+    """Times the runtime at each batch size, and compares the rows of each with the largest's."""
+    largest = max(batch_sizes)
+    inputs = StepInputs.allocate(spec, largest)
+    rng = np.random.default_rng(0)
+    inputs.observation[:] = rng.normal(size=inputs.observation.shape)
+    inputs.h[:] = rng.uniform(-0.9, 0.9, size=inputs.h.shape)
+    inputs.c[:] = rng.normal(size=inputs.c.shape)
+    rows = np.arange(largest, dtype=np.uint64)
+    inputs.noise[:] = gumbel_noise(rows, rows, spec.num_choices)
+    seconds = {}
+    by_size = {}
+    for batch_size in batch_sizes:
+        by_size[batch_size] = StepOutputs.allocate(spec, batch_size)
+        step = runtime.bind(inputs.first(batch_size), by_size[batch_size])
+        for _ in range(3):
+            step()
+        times: list[float] = []
+        end_s = time.perf_counter() + SECONDS_PER_BATCH_SIZE
+        while not times or time.perf_counter() < end_s:
+            started_s = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - started_s)
+        seconds[batch_size] = min(times)
+    rows_are_alike = all(
+        np.array_equal(array, whole[:batch_size])
+        for batch_size, outputs in by_size.items()
+        for array, whole in zip(outputs.arrays(), by_size[largest].arrays(), strict=True)
+    )
+    return Measurement(seconds, rows_are_alike)
+
+
+def _candidates(manifest: Manifest) -> list[str]:
+    """Runtimes of formats the artifact has; without torch only what does without, if there is."""
+    names = [name for name in CANDIDATES if FORMAT_OF[name] in manifest.formats]
+    if "onnx" in names and importlib.util.find_spec("torch") is None:
+        return ["onnx"]
+    return names or [name for name, of in FORMAT_OF.items() if of in manifest.formats][:1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Measures one runtime for auto, as JSON.")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("name", choices=CANDIDATES)
+    parser.add_argument("device")
+    parser.add_argument("num_threads", type=int)
+    parser.add_argument("max_batch_size", type=int)
+    given = parser.parse_args()
+    manifest = Manifest.read(given.directory)
+    runtime = load_runtime(
+        given.directory,
+        manifest,
+        name=given.name,
+        device=given.device,
+        num_threads=given.num_threads,
+    )
+    measured = measure(runtime, manifest.spec, bucket_sizes(given.max_batch_size))
+    sys.stdout.write(json.dumps(measured))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

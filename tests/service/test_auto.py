@@ -1,0 +1,122 @@
+"""What `--runtime auto` takes."""
+
+import importlib.util
+import json
+import logging
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from export.exporter import export_policy
+from export.manifest import Manifest
+from model.policy import FactoredRecurrentActorCritic
+from model.spec import PolicySpec
+from service.runtime.auto import Measurement, best, choose_runtime, measure
+from service.runtime.load import load_runtime
+from service.runtime.protocol import StepInputs, StepOutputs
+from tests.service.fakes import SummingRuntime
+
+BATCH_SIZES = (1, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def two_formats(
+    policy: FactoredRecurrentActorCritic, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    output = tmp_path_factory.mktemp("formats") / "tiny"
+    formats = ("torchscript", "onnx")
+    export_policy(policy, None, output, name="tiny", formats=formats, max_batch_size=4)
+    return output
+
+
+def choose(directory: Path) -> str:
+    manifest = Manifest.read(directory)
+    return choose_runtime(directory, manifest, device="auto", num_threads=1, max_batch_size=4)
+
+
+def test_the_fastest_over_all_batch_sizes_is_taken() -> None:
+    fast_alone = Measurement({1: 1e-5, 64: 9e-3}, True)
+    fast_together = Measurement({1: 2e-5, 64: 1e-3}, True)
+    assert best({"a": fast_alone, "b": fast_together}) == "b"
+
+
+def test_one_whose_rows_are_alike_comes_before_a_faster_one() -> None:
+    fast, alike = Measurement({1: 1e-5}, False), Measurement({1: 9e-5}, True)
+    assert best({"a": fast, "b": alike}) == "b"
+    assert best({"a": fast}) == "a"
+
+
+class DependsOnItsBatch(SummingRuntime):
+    """A policy whose rows are a little more worth in larger batches."""
+
+    def bind(self, inputs: StepInputs, outputs: StepOutputs) -> Callable[[], None]:
+        step = super().bind(inputs, outputs)
+
+        def run() -> None:
+            step()
+            outputs.value[:] += len(outputs.value) * 1e-3
+
+        return run
+
+
+def test_measuring_sees_whether_rows_depend_on_their_batch(spec: PolicySpec) -> None:
+    alike = measure(SummingRuntime(spec), spec, BATCH_SIZES)
+    assert alike.rows_are_alike
+    assert alike.seconds.keys() == set(BATCH_SIZES)
+    assert min(alike.seconds.values()) > 0
+    assert not measure(DependsOnItsBatch(spec), spec, BATCH_SIZES).rows_are_alike
+
+
+def test_the_choice_is_logged_for_each_batch_size(
+    two_formats: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        chosen = choose(two_formats)
+    assert chosen in {"onnx", "torchscript"}
+    *lines, last = caplog.messages
+    assert [line.partition(": onnx ")[0] for line in lines] == [
+        f"auto: batch of {size}" for size in BATCH_SIZES
+    ]
+    assert all("torchscript" in line and line.endswith(f"; {chosen}") for line in lines)
+    assert last.startswith(f"auto: {chosen}; ")
+
+
+def test_one_that_does_not_run_here_is_left_out(
+    two_formats: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoiled = Path(shutil.copytree(two_formats, tmp_path / "spoiled"))
+    (spoiled / Manifest.read(spoiled).formats["onnx"].file).write_bytes(b"not a policy")
+    assert choose(spoiled) == "torchscript"
+    assert "onnx does not run here" in caplog.text
+    assert "SHA-256" in caplog.text
+
+
+def test_where_none_runs_loading_one_says_why(two_formats: Path, tmp_path: Path) -> None:
+    spoiled = Path(shutil.copytree(two_formats, tmp_path / "spoiled"))
+    for file in Manifest.read(spoiled).formats.values():
+        (spoiled / file.file).write_bytes(b"not a policy")
+    assert choose(spoiled) == "onnx"
+
+
+def test_a_lone_candidate_is_not_measured(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", None)
+    assert choose(artifact) == "torchscript"
+
+
+def test_without_torch_only_onnx_is_a_candidate(
+    two_formats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(subprocess, "run", None)
+    assert choose(two_formats) == "onnx"
+
+
+def test_a_measurement_survives_its_way_as_json(two_formats: Path, spec: PolicySpec) -> None:
+    manifest = Manifest.read(two_formats)
+    runtime = load_runtime(two_formats, manifest, name="onnx", device="cpu", num_threads=1)
+    seconds, alike = json.loads(json.dumps(measure(runtime, spec, BATCH_SIZES)))
+    assert {int(size) for size in seconds} == set(BATCH_SIZES)
+    assert alike is True
