@@ -6,6 +6,7 @@ runs the next one gathers by itself. There is no timer. Knows nothing of HTTP or
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, NamedTuple, TypeVar
@@ -16,6 +17,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
+
+PACE_WEIGHT = 0.1
+"""Of the latest batch, in the pace that a `Retry-After` is told from."""
 
 
 class _Waiting(NamedTuple, Generic[Item, Result]):
@@ -46,6 +50,8 @@ class Batcher(Generic[Item, Result]):
         self._waiting: deque[_Waiting[Item, Result]] = deque()  # of each key, only the first
         self._behind: dict[Hashable, deque[_Waiting[Item, Result]]] = {}  # the others, by key
         self._num_waiting = 0
+        self._seconds_per_item = 0.0  # of late, while there was always more to do
+        self._busy_since_s: float | None = None
         self._is_scheduled = False
         self._is_closed = False
         self._drained: asyncio.Event = asyncio.Event()
@@ -64,12 +70,16 @@ class Batcher(Generic[Item, Result]):
 
         That is DeadlineExceeded where `timeout_s` passes before the item's batch forms, and
         Disconnected where `is_wanted` says no by then: such items do not run. Raises Overloaded
-        where `max_waiting` items wait already, and Draining after `drain`; then nothing is called.
+        where `max_waiting` items wait already, with the time it takes to work them off, and
+        Draining after `drain`; then nothing is called.
         """
         if self._is_closed:
             raise Draining("the server is shutting down")
         if self._num_waiting >= self._max_waiting:
-            raise Overloaded(f"{self._num_waiting} requests wait already; back off and retry")
+            raise Overloaded(
+                f"{self._num_waiting} requests wait already; back off and retry",
+                retry_after_s=self._num_waiting * self._seconds_per_item,
+            )
         loop = asyncio.get_running_loop()
         waiting = _Waiting[Item, Result](item, key, loop.time() + timeout_s, is_wanted, settle)
         if key is None or key not in self._behind:
@@ -80,6 +90,10 @@ class Batcher(Generic[Item, Result]):
             self._behind[key].append(waiting)
         self._num_waiting += 1
         self._schedule(loop)
+
+    def __len__(self) -> int:
+        """How many items wait."""
+        return self._num_waiting
 
     async def drain(self) -> None:
         """Takes no new items and returns once every waiting one has its result."""
@@ -102,10 +116,20 @@ class Batcher(Generic[Item, Result]):
                 self._release(waiting.key)
             for waiting, result in zip(batch, results, strict=True):
                 _settle(waiting, result)
+            self._measure(len(batch))
         if self._waiting:
             self._schedule(loop)
         else:
             self._drained.set()
+
+    def _measure(self, num_items: int) -> None:
+        """Keeps the pace of full work: from one batch to the next, whatever else takes time."""
+        now_s = time.monotonic()
+        if self._busy_since_s is not None:
+            seconds = (now_s - self._busy_since_s) / num_items
+            known = self._seconds_per_item or seconds
+            self._seconds_per_item = known + PACE_WEIGHT * (seconds - known)
+        self._busy_since_s = now_s if self._waiting else None
 
     def _take(self, now_s: float) -> list[_Waiting[Item, Result]]:
         batch: list[_Waiting[Item, Result]] = []

@@ -110,7 +110,7 @@ class Engine:
                 if isinstance(admitted, Turn):
                     rows.append((request, admitted))
                 else:
-                    answer = self._replay(admitted)
+                    answer = self._replay(request, admitted)
             answers.append(answer)
         advanced = iter(self._advance(rows) if rows else ())
         return [next(advanced) if answer is None else answer for answer in answers]
@@ -131,8 +131,10 @@ class Engine:
             seed = derived_seed(self._seed, "", None, self._num_stateless)
         return Turn(START, request.step or 0, seed)
 
-    def _replay(self, session: Session) -> StepAnswer:
+    def _replay(self, request: StepRequest, session: Session) -> StepAnswer:
         table, row = self._sessions, session.row
+        assert request.session_id is not None
+        table.touch(request.session_id)
         return StepAnswer(
             table.action[row].tolist(),
             table.log_prob[row].tolist(),

@@ -18,6 +18,8 @@ The message is for the client: what, which one, what to do. Anything else that i
 ours: the client gets a fixed sentence, the log gets the rest.
 """
 
+from math import ceil
+
 
 class ServiceError(Exception):
     """The server failed; the log says how."""
@@ -76,7 +78,10 @@ class Overloaded(ServiceError):
     """As many requests wait, or sessions live, as the server takes; back off and retry."""
 
     status_code, error_type = 429, "overloaded"
-    headers = {"Retry-After": "1"}  # noqa: RUF012
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.headers = {"Retry-After": str(max(1, ceil(retry_after_s)))}
 
 
 class NotReady(ServiceError):

@@ -1,9 +1,13 @@
-"""What `/metrics` counts, recorded per batch and per answer."""
+"""What `/metrics` says: counted per batch and per answer, or read off the sessions when asked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
+
+from service.sessions import SessionTable
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -11,8 +15,9 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 class Metrics:
     """Prometheus metrics of one server, in a registry of their own."""
 
-    def __init__(self, num_sessions: Callable[[], int]) -> None:
+    def __init__(self, sessions: SessionTable, num_waiting: Callable[[], int]) -> None:
         self._registry = CollectorRegistry()
+        self._registry.register(_SessionCollector(sessions))
         self._by_result: dict[str, Counter] = {}
         self.requests = Counter(
             "tamiyo_act_requests_total",
@@ -32,8 +37,10 @@ class Metrics:
             buckets=(1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2, 0.1, 1.0),
             registry=self._registry,
         )
-        sessions = Gauge("tamiyo_sessions", "Live sessions.", registry=self._registry)
-        sessions.set_function(num_sessions)
+        waiting = Gauge(
+            "tamiyo_waiting", "Requests that wait for the policy.", registry=self._registry
+        )
+        waiting.set_function(num_waiting)
 
     def count(self, result: str) -> None:
         """One more answer with this result."""
@@ -44,3 +51,22 @@ class Metrics:
 
     def render(self) -> bytes:
         return generate_latest(self._registry)
+
+
+class _SessionCollector(Collector):
+    """The live sessions, and what became of the others: live = started - all the rest."""
+
+    def __init__(self, sessions: SessionTable) -> None:
+        self._sessions = sessions
+
+    def collect(self) -> Iterator[Metric]:
+        self._sessions.expire_idle()
+        yield GaugeMetricFamily("tamiyo_sessions", "Live sessions.", value=len(self._sessions))
+        events = CounterMetricFamily(
+            "tamiyo_session_events",
+            "Sessions started; ended by a client; expired for want of requests; evicted for room.",
+            labels=["event"],
+        )
+        for event, count in self._sessions.events.items():
+            events.add_metric([event], count)
+        yield events

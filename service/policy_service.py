@@ -45,7 +45,7 @@ class PolicyService:
             max_batch_size=self.max_batch_size,
             max_waiting=settings.max_waiting,
         )
-        self.metrics = Metrics(lambda: len(self.sessions))
+        self.metrics = Metrics(self.sessions, lambda: len(self.batcher))
         self.warming: asyncio.Future[None] | None = None
 
     def start(self) -> None:

@@ -72,14 +72,24 @@ class SessionTable:
         self._idle_timeout_s = idle_timeout_s
         self._default_seed = default_seed
         self._clock = clock
+        self.events = dict.fromkeys(("started", "ended", "expired", "evicted"), 0)
 
     def __len__(self) -> int:
         return len(self._live)
 
     def find(self, session_id: str) -> Session | None:
         """The live session of that id."""
-        self._expire_idle()
+        self.expire_idle()
         return self._live.get(session_id)
+
+    def expire_idle(self) -> None:
+        """Gives up the sessions that were idle for too long; every look at a session does."""
+        oldest = self._clock() - self._idle_timeout_s
+        while self._live:
+            session_id, session = next(iter(self._live.items()))
+            if session.last_used_s > oldest or session_id in self._num_waiting:
+                break
+            self._lose(session_id, "expired")
 
     def hold(self, session_id: str) -> None:
         """Keeps a session from eviction until `release`: a request of it waits.
@@ -162,15 +172,20 @@ class SessionTable:
             row = self._take_row()
             session = Session(row, turn.seed, episode, 0, 0, fingerprint, 0.0)
             self._live[session_id] = session
+            self.events["started"] += 1
             self._lost.pop(session_id, None)
         if turn.row == START:
             session.seed, session.episode = turn.seed, episode
             session.starts += 1
         session.next_step = turn.step + 1
         session.last_request = fingerprint
-        session.last_used_s = self._clock()
-        self._live.move_to_end(session_id)
+        self.touch(session_id)
         return session
+
+    def touch(self, session_id: str) -> None:
+        """A live session was used: of all, it is given up last."""
+        self._live[session_id].last_used_s = self._clock()
+        self._live.move_to_end(session_id)
 
     def load(self, rows: Sequence[int], batch: StepInputs) -> None:
         """Copies the states in `rows` into the batch's first rows; for START, any state."""
@@ -192,6 +207,7 @@ class SessionTable:
         if self.find(session_id) is None:
             raise self._absent(session_id, None)
         self._free_rows.append(self._live.pop(session_id).row)
+        self.events["ended"] += 1
 
     def _absent(self, session_id: str, step: int | None) -> UnknownSession | SessionLost:
         if session_id in self._lost or (step is not None and step > 0):
@@ -208,21 +224,14 @@ class SessionTable:
         if not self._free_rows:
             for session_id in self._live:
                 if session_id not in self._num_waiting:
-                    self._lose(session_id)
+                    self._lose(session_id, "evicted")
                     break
             else:
                 raise Overloaded(f"all {self._capacity} sessions have a request waiting; retry")
         return self._free_rows.pop()
 
-    def _expire_idle(self) -> None:
-        oldest = self._clock() - self._idle_timeout_s
-        while self._live:
-            session_id, session = next(iter(self._live.items()))
-            if session.last_used_s > oldest or session_id in self._num_waiting:
-                break
-            self._lose(session_id)
-
-    def _lose(self, session_id: str) -> None:
+    def _lose(self, session_id: str, event: str) -> None:
+        self.events[event] += 1
         self._free_rows.append(self._live.pop(session_id).row)
         self._lost[session_id] = None
         if len(self._lost) > self._capacity:

@@ -212,7 +212,30 @@ def test_metrics_count_answers_by_result(client: AppClient, spec: PolicySpec) ->
     results = {"ok": 2, "replayed": 1, "malformed": 1, "unknown_session": 1}
     for result, count in results.items():
         assert got[f"tamiyo_act_requests_total result={result}"] == count
+    assert got["tamiyo_sessions"] == got["tamiyo_session_events_total event=started"] == 1
+    assert got["tamiyo_waiting"] == 0
+
+
+def test_metrics_say_of_each_session_that_is_gone_how_it_went(
+    make_client: MakeClient, spec: PolicySpec
+) -> None:
+    client = make_client(max_sessions=2)
+    for session_id in "abc":
+        client.act(body(spec, session_id=session_id, episode_start=True))
+    client.request("DELETE", "/sessions/b")
+    got = samples(client)
+    counts = {"started": 3, "evicted": 1, "ended": 1, "expired": 0}
+    for event, count in counts.items():
+        assert got[f"tamiyo_session_events_total event={event}"] == count
     assert got["tamiyo_sessions"] == 1
+
+
+def test_asking_for_metrics_expires_what_is_idle(make_client: MakeClient, spec: PolicySpec) -> None:
+    client = make_client(session_idle_s=1e-6)
+    client.act(body(spec, session_id="a", episode_start=True))
+    got = samples(client)
+    assert got["tamiyo_sessions"] == 0
+    assert got["tamiyo_session_events_total event=expired"] == 1
 
 
 def test_metrics_count_batches_by_size(

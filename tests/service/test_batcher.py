@@ -1,6 +1,7 @@
 import asyncio
 import logging
 from collections.abc import Hashable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from service.errors import (
     Overloaded,
     ServiceError,
 )
-from tests.service.fakes import run, submitted
+from tests.service.fakes import FakeClock, run, submitted
 
 
 class Doubling:
@@ -358,3 +359,29 @@ def test_an_answer_that_cannot_be_given_costs_the_others_nothing(
 
     run(scenario())
     assert "secret" in caplog.text
+
+
+@pytest.mark.parametrize(("seconds_per_item", "retry_after"), [(0.001, "1"), (0.4, "3")])
+def test_a_full_queue_says_when_it_will_have_been_worked_off(
+    monkeypatch: pytest.MonkeyPatch, seconds_per_item: float, retry_after: str
+) -> None:
+    clock = FakeClock()
+    monkeypatch.setattr("service.batcher.time", SimpleNamespace(monotonic=clock))
+
+    async def scenario() -> None:
+        def step(items: list[int]) -> list[int | ServiceError]:
+            clock.now_s += seconds_per_item * len(items)
+            return list(items)
+
+        batcher = Batcher(step, max_batch_size=2, max_waiting=6)
+        await outcomes([submitted(batcher, item) for item in range(6)])
+        clock.now_s += 1000  # with nothing to do, which says nothing about its pace
+        for item in range(6):
+            submitted(batcher, item)
+        assert len(batcher) == 6
+        with pytest.raises(Overloaded) as caught:
+            batcher.submit(6, print, is_wanted=lambda: True)
+        assert caught.value.headers["Retry-After"] == retry_after
+        await batcher.drain()
+
+    run(scenario())

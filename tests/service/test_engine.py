@@ -77,6 +77,14 @@ def test_a_retry_gives_the_stored_answer_without_running_the_policy(bench: Bench
     assert bench.step(100, step=2).value == 111
 
 
+def test_a_retry_keeps_its_session_from_going_idle(bench: Bench) -> None:
+    bench.start(step=0)
+    for _ in range(3):
+        bench.clock.now_s += 40
+        assert bench.step(step=0, episode_start=True).is_replay
+    assert bench.step(step=1).step == 1
+
+
 def test_a_retry_of_a_start_gives_its_answer_and_starts_nothing(bench: Bench) -> None:
     first = bench.start(1, episode="7")
     again = bench.start(1, episode="7")

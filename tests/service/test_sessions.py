@@ -342,6 +342,21 @@ def test_rows_are_never_shared_and_never_run_out(table: Table) -> None:
             table.sessions.end("f")
 
 
+def test_every_session_that_is_not_live_has_ended_expired_or_been_evicted(table: Table) -> None:
+    for round_ in range(5):
+        for session_id in "abcdef":
+            table.start(session_id)
+            table.start(session_id)  # anew: the same session still
+        table.sessions.end("f")
+        table.clock.now_s += IDLE_S * (round_ % 2) * 2
+    table.sessions.expire_idle()
+    events = table.sessions.events
+    assert all(events.values()), events
+    others = events["ended"] + events["expired"] + events["evicted"]
+    assert events["started"] - others == len(table.sessions)
+    assert events["ended"] == 5
+
+
 def test_store_keeps_exactly_one_row_of_a_batch(table: Table, spec: PolicySpec) -> None:
     table.start("a")
     session = table.sessions.find("a")
