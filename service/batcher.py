@@ -73,13 +73,7 @@ class Batcher(Generic[Item, Result]):
         where `max_waiting` items wait already, with the time it takes to work them off, and
         Draining after `drain`; then nothing is called.
         """
-        if self._is_closed:
-            raise Draining("the server is shutting down")
-        if self._num_waiting >= self._max_waiting:
-            raise Overloaded(
-                f"{self._num_waiting} requests wait already; back off and retry",
-                retry_after_s=self._num_waiting * self._seconds_per_item,
-            )
+        self.check_room()
         loop = asyncio.get_running_loop()
         waiting = _Waiting[Item, Result](item, key, loop.time() + timeout_s, is_wanted, settle)
         if key is None or key not in self._behind:
@@ -90,6 +84,16 @@ class Batcher(Generic[Item, Result]):
             self._behind[key].append(waiting)
         self._num_waiting += 1
         self._schedule(loop)
+
+    def check_room(self) -> None:
+        """Raises what `submit` would, before there is an item to submit."""
+        if self._is_closed:
+            raise Draining("the server is shutting down")
+        if self._num_waiting >= self._max_waiting:
+            raise Overloaded(
+                f"{self._num_waiting} requests wait already; back off and retry",
+                retry_after_s=self._num_waiting * self._seconds_per_item,
+            )
 
     def __len__(self) -> int:
         """How many items wait."""

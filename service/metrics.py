@@ -1,8 +1,16 @@
 """What `/metrics` says: counted per batch and per answer, or read off the sessions when asked."""
 
+import asyncio
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
@@ -41,6 +49,9 @@ class Metrics:
             "tamiyo_waiting", "Requests that wait for the policy.", registry=self._registry
         )
         waiting.set_function(num_waiting)
+        tasks = Gauge("tamiyo_tasks", "Tasks on the event loop.", registry=self._registry)
+        tasks.set_function(lambda: len(asyncio.all_tasks()))
+        ProcessCollector(registry=self._registry)
 
     def count(self, result: str) -> None:
         """One more answer with this result."""

@@ -66,6 +66,7 @@ class PolicyService:
         """Has `exchange` answered or refused: at once, or when its batch has run."""
         try:
             self.check_ready()
+            self.batcher.check_room()  # before a body that would be read in vain
             request, timeout_ms = self.codec.parse(body)
             self._submit(request, (timeout_ms or self.settings.timeout_ms) / 1000, exchange)
         except ServiceError as error:

@@ -5,7 +5,6 @@ bad arguments.
 """
 
 import argparse
-import asyncio
 import json
 import math
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 import aiohttp
 import numpy as np
+import uvloop
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from rich.table import Table
@@ -22,7 +22,7 @@ from rich.table import Table
 from export.manifest import ArtifactError, Manifest
 from model.spec import PolicySpec
 from service.batch_sizes import batch_sizes, ranges
-from service.bench.load import Load, LoadGenerator, Pool
+from service.bench.load import Load, LoadGenerator, Pool, new_sessions
 from service.bench.replay import Differences, replay
 from service.runtime.load import load_runtime
 
@@ -38,7 +38,7 @@ EPILOG = """examples:
 def main() -> int:
     options = _parser().parse_args()
     try:
-        load, sizes, served = asyncio.run(_drive(options))
+        load, sizes, served = uvloop.run(_drive(options))
         differences = None
         if options.artifact is not None:
             differences = _replay(options.artifact, load, served, options.seed)
@@ -69,6 +69,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--envs", type=_positive, default=64, help="environments, a session each (%(default)s)"
     )
+    parser.add_argument(
+        "--sessions",
+        type=_positive,
+        help="live sessions where there are to be more than environments, which take them in turn",
+    )
     parser.add_argument("--seconds", type=float, default=10.0, help="of load (%(default)s)")
     parser.add_argument(
         "--rate",
@@ -97,7 +102,6 @@ async def _drive(
     options: argparse.Namespace,
 ) -> tuple[Load, Mapping[str, float], Mapping[str, Any]]:
     """The load, the batches the server made of it by size, and what it says it serves."""
-    connections = aiohttp.TCPConnector(limit=options.envs)
     progress = Progress(
         SpinnerColumn(),
         "{task.completed:.0f} answers",
@@ -106,13 +110,17 @@ async def _drive(
         transient=True,
         disable=not sys.stderr.isatty(),
     )
-    async with aiohttp.ClientSession(options.url, connector=connections) as http:
+    async with aiohttp.ClientSession(options.url) as http:
         async with http.get("/policy", raise_for_status=True) as response:
             served = await response.json()
         spec = PolicySpec.model_validate(served["spec"])
         generator = LoadGenerator(
-            http, spec, Pool.random(spec, options.seed), seconds=options.seconds
+            options.url,
+            spec,
+            Pool.random(spec, options.seed),
+            num_envs=options.envs,
         )
+        sessions = new_sessions(max(options.envs, options.sessions or 0), options.seed)
         before = await batch_sizes(http)
         with progress:
             task = progress.add_task("", total=None)
@@ -121,9 +129,9 @@ async def _drive(
                 progress.advance(task)
 
             if options.rate is None:
-                load = await generator.closed(options.envs, options.seed, on_answer)
+                load = await generator.closed(sessions, options.seconds, on_answer)
             else:
-                load = await generator.open(options.envs, options.rate, options.seed, on_answer)
+                load = await generator.open(sessions, options.seconds, options.rate, on_answer)
         after = await batch_sizes(http)
         for session in load.sessions:
             (await http.delete(f"/sessions/{session.session_id}")).release()

@@ -10,16 +10,18 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import cycle
 
-import aiohttp
 import numpy as np
 from numpy.typing import NDArray
+from pydantic_core import from_json, to_json
 
 from model.spec import PolicySpec
+from service.bench.connection import Connection, Response
 
 POOL_SIZE = 64
 RETRY_S = 0.05
+TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -38,28 +40,38 @@ class Pool:
         masks[:, np.cumsum([0, *spec.head_sizes[:-1]])] = True
         return cls(observations, masks)
 
-    def bodies(self, spec: PolicySpec) -> list[dict[str, Any]]:
+    def bodies(self, spec: PolicySpec) -> list[bytes]:
+        """Each as the fields of a JSON object, without its braces."""
         ends = np.cumsum(spec.head_sizes)[:-1]
-        return [
-            {
+        bodies = []
+        for observation, mask in zip(self.observations, self.action_masks, strict=True):
+            by_head = zip(spec.head_names, np.split(mask, ends), strict=True)
+            fields = {
                 "observation": observation.tolist(),
-                "action_mask": {
-                    name: columns.tolist()
-                    for name, columns in zip(spec.head_names, np.split(mask, ends), strict=True)
-                },
+                "action_mask": {name: columns.tolist() for name, columns in by_head},
             }
-            for observation, mask in zip(self.observations, self.action_masks, strict=True)
-        ]
+            bodies.append(to_json(fields)[1:-1])
+        return bodies
 
 
 @dataclass
 class Session:
-    """One environment's trajectory: `pool_index` and the answer of every step it has taken."""
+    """A trajectory: `pool_index` and the answer, as it came, of every step it has taken."""
 
     session_id: str
     seed: int
     pool_index: list[int] = field(default_factory=list)
-    answers: list[dict[str, Any]] = field(default_factory=list)
+    answers: list[bytes] = field(default_factory=list)
+
+
+def new_sessions(number: int, seed: int) -> list[Session]:
+    """Sessions that no server has seen yet, with seeds from `seed` on."""
+    run = f"bench-{time.time_ns():x}"
+    return [Session(f"{run}-{index}", seed + index) for index in range(number)]
+
+
+def nothing() -> None:
+    """What there is to do on an answer, as a rule."""
 
 
 @dataclass
@@ -73,74 +85,96 @@ class Load:
 
     @property
     def num_answers(self) -> int:
-        return sum(len(session.answers) for session in self.sessions)
+        return len(self.latencies_ms)
 
 
 class LoadGenerator:
-    """Drives `num_envs` sessions against one server for `seconds`."""
+    """Drives sessions of one server from `num_envs` connections.
 
-    def __init__(
-        self, http: aiohttp.ClientSession, spec: PolicySpec, pool: Pool, *, seconds: float
-    ) -> None:
-        self._http = http
+    Each connection waits for its answer and takes its sessions in turn: one, as an environment
+    does, or its share of more, to see how a server bears many. Sessions go on where they stand.
+    """
+
+    def __init__(self, url: str, spec: PolicySpec, pool: Pool, *, num_envs: int) -> None:
+        self._url = f"{url.rstrip('/')}/act"
         self._bodies = pool.bodies(spec)
-        self._seconds = seconds
+        self._num_envs = num_envs
 
-    async def closed(self, num_envs: int, seed: int, on_answer: Callable[[], None]) -> Load:
-        """Every environment always waits for its answer."""
-        load = self._sessions(num_envs, seed)
-        start_s = time.perf_counter()
-
-        async def run(session: Session) -> None:
-            while (now_s := time.perf_counter()) < start_s + self._seconds:
-                await self._step(session, load, now_s)
-                on_answer()
-
-        await asyncio.gather(*(run(session) for session in load.sessions))
-        load.elapsed_s = time.perf_counter() - start_s
-        return load
+    async def closed(
+        self, sessions: list[Session], seconds: float, on_answer: Callable[[], None] = nothing
+    ) -> Load:
+        """Every environment sends its next step once it has its answer."""
+        return await self._drive(sessions, seconds, None, on_answer)
 
     async def open(
-        self, num_envs: int, rate: float, seed: int, on_answer: Callable[[], None]
+        self,
+        sessions: list[Session],
+        seconds: float,
+        rate: float,
+        on_answer: Callable[[], None] = nothing,
     ) -> Load:
         """`rate` steps a second in all fall due, evenly, the environments taking turns."""
-        load = self._sessions(num_envs, seed)
+        return await self._drive(sessions, seconds, rate, on_answer)
+
+    async def _drive(
+        self,
+        sessions: list[Session],
+        seconds: float,
+        rate: float | None,
+        on_answer: Callable[[], None],
+    ) -> Load:
+        load = Load(sessions)
         start_s = time.perf_counter()
 
-        async def run(index: int, session: Session) -> None:
-            due_s = start_s + index / rate
-            while due_s < start_s + self._seconds:
-                await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
-                await self._step(session, load, due_s)
-                on_answer()
-                due_s += num_envs / rate
+        async def drive(index: int) -> None:
+            connection = Connection(self._url)
+            turns = cycle(sessions[index :: self._num_envs])
+            due_s = start_s + (index / rate if rate else 0.0)
+            try:
+                while due_s < start_s + seconds:
+                    if rate:
+                        await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+                    await self._step(connection, next(turns), load, due_s)
+                    on_answer()
+                    due_s = due_s + self._num_envs / rate if rate else time.perf_counter()
+            finally:
+                connection.close()
 
-        await asyncio.gather(*(run(*numbered) for numbered in enumerate(load.sessions)))
+        await asyncio.gather(*(drive(index) for index in range(self._num_envs)))
         load.elapsed_s = time.perf_counter() - start_s
         return load
 
-    def _sessions(self, num_envs: int, seed: int) -> Load:
-        run = f"bench-{time.time_ns():x}"
-        return Load([Session(f"{run}-{index}", seed + index) for index in range(num_envs)])
-
-    async def _step(self, session: Session, load: Load, since_s: float) -> None:
+    async def _step(
+        self, connection: Connection, session: Session, load: Load, since_s: float
+    ) -> None:
         step = len(session.answers)
         pool_index = (session.seed + step) % POOL_SIZE
-        body = self._bodies[pool_index] | {"session_id": session.session_id, "step": step}
-        if step == 0:
-            body |= {"episode_start": True, "episode": "0", "seed": session.seed}
+        start = b'"episode_start":true,"episode":"0","seed":%d,' % session.seed if not step else b""
+        body = b'{"session_id":"%b","step":%d,%b%b}' % (
+            session.session_id.encode(),
+            step,
+            start,
+            self._bodies[pool_index],
+        )
         try:
-            async with self._http.post("/act", json=body) as response:
-                answer = await response.json()
-                status = response.status
-        except (aiohttp.ClientError, TimeoutError) as error:
+            async with asyncio.timeout(TIMEOUT_S):
+                response = await connection.post(body)
+        except (OSError, TimeoutError) as error:
+            connection.close()
             load.errors[type(error).__name__] += 1
             await asyncio.sleep(RETRY_S)
             return
-        if status != 200:
-            load.errors[f"{status} {answer['error_type']}"] += 1
+        if response.status != 200:
+            load.errors[_kind(response)] += 1
             await asyncio.sleep(RETRY_S)
             return
         load.latencies_ms.append((time.perf_counter() - since_s) * 1000)
         session.pool_index.append(pool_index)
-        session.answers.append(answer)
+        session.answers.append(response.content)
+
+
+def _kind(response: Response) -> str:
+    try:
+        return f"{response.status} {from_json(response.content)['error_type']}"
+    except (ValueError, LookupError, TypeError):  # of a proxy, say
+        return str(response.status)

@@ -7,6 +7,7 @@ and steps alone. The same seed and observations must give the same answers.
 from typing import NamedTuple
 
 import numpy as np
+from pydantic_core import from_json
 
 from model.spec import PolicySpec
 from service.bench.load import Pool, Session
@@ -37,9 +38,10 @@ def replay(sessions: list[Session], pool: Pool, runtime: Runtime, spec: PolicySp
         seeds = np.full(len(session.answers), session.seed, dtype=np.uint64)
         steps = np.arange(len(session.answers), dtype=np.uint64)
         noise = gumbel_noise(seeds, steps, spec.num_choices)
-        for step, (index, answer) in enumerate(
+        for step, (index, content) in enumerate(
             zip(session.pool_index, session.answers, strict=True)
         ):
+            answer = from_json(content)
             inputs.observation[0] = pool.observations[index]
             inputs.action_mask[0] = pool.action_masks[index]
             inputs.noise[0] = noise[step]

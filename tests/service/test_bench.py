@@ -126,13 +126,12 @@ def trajectory(pool: Pool, runtime: Runtime, spec: PolicySpec, seed: int) -> Ses
         step_once()
         inputs.h[:], inputs.c[:] = decided.h, decided.c
         session.pool_index.append(at)
-        session.answers.append(
-            {
-                "action": dict(zip(spec.head_names, decided.action[0].tolist(), strict=True)),
-                "log_prob": dict(zip(spec.head_names, decided.log_prob[0].tolist(), strict=True)),
-                "value": float(decided.value[0]),
-            }
-        )
+        answer = {
+            "action": dict(zip(spec.head_names, decided.action[0].tolist(), strict=True)),
+            "log_prob": dict(zip(spec.head_names, decided.log_prob[0].tolist(), strict=True)),
+            "value": float(decided.value[0]),
+        }
+        session.answers.append(json.dumps(answer).encode())
     return session
 
 
@@ -161,7 +160,9 @@ def test_replay_counts_an_answer_that_differs_in_one_bit(
     sessions = [trajectory(pool, runtime, spec, seed) for seed in (1, 2)]
     assert replay(sessions, pool, runtime, spec) == (10, 0, 0, 0.0)
     spoilt = copy.deepcopy(sessions)
-    spoil(spoilt[1].answers[3])
+    answer = json.loads(spoilt[1].answers[3])
+    spoil(answer)
+    spoilt[1].answers[3] = json.dumps(answer).encode()
     found = replay(spoilt, pool, runtime, spec)
     assert (found.answers, found.differing, found.other_actions) == (10, 1, other_actions)
     if spoil is spoil_log_prob:
