@@ -44,6 +44,7 @@ class ActProtocol(HttpToolsProtocol):
         self.cycle = exchange  # type: ignore[assignment]  # in what the base class asks of one
         try:
             self.endpoint.check_headers(self.headers)
+            self.endpoint.service.check_open()
         except ServiceError as error:
             exchange.refuse(error)
 

@@ -62,11 +62,15 @@ class PolicyService:
         if warming is None or not warming.done() or warming.exception() is not None:
             raise NotReady("the policy is still warming up")
 
+    def check_open(self) -> None:
+        """Raises what a request would meet now, whatever is in it: then it need not be read."""
+        self.check_ready()
+        self.batcher.check_room()
+
     def act(self, body: bytes, exchange: Exchange) -> None:
         """Has `exchange` answered or refused: at once, or when its batch has run."""
         try:
-            self.check_ready()
-            self.batcher.check_room()  # before a body that would be read in vain
+            self.check_open()
             request, timeout_ms = self.codec.parse(body)
             self._submit(request, (timeout_ms or self.settings.timeout_ms) / 1000, exchange)
         except ServiceError as error:

@@ -13,8 +13,11 @@ import httptools
 
 
 class Response(NamedTuple):
+    """`retry_after_s` is 0 where the server names none."""
+
     status: int
     content: bytes
+    retry_after_s: float
 
 
 class Connection(asyncio.Protocol):
@@ -41,6 +44,7 @@ class Connection(asyncio.Protocol):
         assert self._transport is not None
         self._parser = httptools.HttpResponseParser(self)
         self._content = b""
+        self._retry_after_s = 0.0
         self._response = loop.create_future()
         self._transport.write(b"%b%d\r\n\r\n%b" % (self._head, len(body), body))
         return await self._response
@@ -63,12 +67,18 @@ class Connection(asyncio.Protocol):
         self._transport = None
         self._fail(error or ConnectionResetError("the connection was closed before the answer"))
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"retry-after" and value.isdigit():
+            self._retry_after_s = float(value)
+
     def on_body(self, body: bytes) -> None:
         self._content += body
 
     def on_message_complete(self) -> None:
         if self._response is not None and not self._response.done():
-            self._response.set_result(Response(self._parser.get_status_code(), self._content))
+            self._response.set_result(
+                Response(self._parser.get_status_code(), self._content, self._retry_after_s)
+            )
         if not self._parser.should_keep_alive():
             self.close()
             self._transport = None

@@ -92,13 +92,23 @@ class LoadGenerator:
     """Drives sessions of one server from `num_envs` connections.
 
     Each connection waits for its answer and takes its sessions in turn: one, as an environment
-    does, or its share of more, to see how a server bears many. Sessions go on where they stand.
+    does, or its share of more, to see how a server bears many. Sessions go on where they stand. A
+    refused step is sent again after the server's `Retry-After`, or `patience_s` if that is less.
     """
 
-    def __init__(self, url: str, spec: PolicySpec, pool: Pool, *, num_envs: int) -> None:
+    def __init__(
+        self,
+        url: str,
+        spec: PolicySpec,
+        pool: Pool,
+        *,
+        num_envs: int,
+        patience_s: float = float("inf"),
+    ) -> None:
         self._url = f"{url.rstrip('/')}/act"
         self._bodies = pool.bodies(spec)
         self._num_envs = num_envs
+        self._patience_s = patience_s
 
     async def closed(
         self, sessions: list[Session], seconds: float, on_answer: Callable[[], None] = nothing
@@ -166,7 +176,7 @@ class LoadGenerator:
             return
         if response.status != 200:
             load.errors[_kind(response)] += 1
-            await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(min(response.retry_after_s or RETRY_S, self._patience_s))
             return
         load.latencies_ms.append((time.perf_counter() - since_s) * 1000)
         session.pool_index.append(pool_index)
