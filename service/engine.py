@@ -80,7 +80,7 @@ class Engine:
         self._num_stateless = 0
         self._inputs = StepInputs.allocate(spec, self._buckets[-1])
         self._steps = {bucket: self._bind(bucket) for bucket in self._buckets}
-        self._noise_ahead = NoiseAhead(spec.num_choices)
+        self._noise_ahead = NoiseAhead(spec.num_choices, sessions.capacity)
 
     def _bind(self, bucket: int) -> tuple[Callable[[], None], StepOutputs]:
         outputs = StepOutputs.allocate(self._spec, bucket)

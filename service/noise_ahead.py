@@ -5,7 +5,6 @@ made. This only decides when.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,42 +15,41 @@ from service.sessions import START, Turn
 STEPS_AHEAD = 8
 
 
-class _Ahead(NamedTuple):
-    """What was made for a session's row: its seed's noise from `first_step` on."""
-
-    seed: int
-    first_step: int
-    noise: NDArray[np.float32]
-
-
 class NoiseAhead:
-    """Gumbel noise of `num_columns` for turns, kept by session row for the steps to come."""
+    """Gumbel noise of `num_columns` for turns, kept by session row for the steps to come.
 
-    def __init__(self, num_columns: int) -> None:
+    It lies in one array of `capacity` rows, of which only those in use take memory.
+    """
+
+    def __init__(self, num_columns: int, capacity: int) -> None:
         self._num_columns = num_columns
-        self._of_row: dict[int, _Ahead] = {}
+        self._noise = np.zeros((capacity, STEPS_AHEAD, num_columns), dtype=np.float32)
+        self._of_row: dict[int, tuple[int, int]] = {}  # whose: its seed and first step
 
     def take(self, turns: Sequence[Turn], out: NDArray[np.float32]) -> None:
-        """Writes each turn's noise into `out`, `[turns, num_columns]`."""
-        without_row, missing = [], []
+        """Writes each turn's noise into `out`, `[turns, num_columns]`; no row is there twice."""
+        without_row, missing, known = [], [], []
         for at, turn in enumerate(turns):
             if turn.row == START:  # stateless, or a session that has no row to keep more in yet
                 without_row.append(at)
                 continue
-            ahead = self._of_row.get(turn.row)
-            if ahead is not None and ahead.seed == turn.seed:
-                index = turn.step - ahead.first_step
-                if 0 <= index < STEPS_AHEAD:
-                    out[at] = ahead.noise[index]
-                    continue
-            missing.append(at)
+            seed, first_step = self._of_row.get(turn.row, (None, 0))
+            if seed != turn.seed or not 0 <= turn.step - first_step < STEPS_AHEAD:
+                missing.append(at)
+                first_step = turn.step
+            known.append((at, turn.row, turn.step - first_step))
         if without_row:
             out[without_row] = self._make(turns, without_row, 1)[:, 0]
         if missing:
-            for at, noise in zip(missing, self._make(turns, missing, STEPS_AHEAD), strict=True):
-                turn = turns[at]
-                out[at] = noise[0]
-                self._of_row[turn.row] = _Ahead(turn.seed, turn.step, noise.copy())
+            rows = [turns[at].row for at in missing]
+            self._noise[rows] = self._make(turns, missing, STEPS_AHEAD)
+            self._of_row |= {turns[at].row: (turns[at].seed, turns[at].step) for at in missing}
+        if len(known) == 1:
+            at, row, ahead = known[0]
+            out[at] = self._noise[row, ahead]
+        elif known:
+            at_all, of_rows, aheads = zip(*known, strict=True)
+            out[list(at_all)] = self._noise[of_rows, aheads]
 
     def _make(
         self, turns: Sequence[Turn], which: Sequence[int], num_steps: int

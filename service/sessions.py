@@ -68,7 +68,7 @@ class SessionTable:
         self._num_waiting: dict[str, int] = {}
         self._lost: OrderedDict[str, None] = OrderedDict()
         self._free_rows = list(range(capacity - 1, -1, -1))
-        self._capacity = capacity
+        self.capacity = capacity
         self._idle_timeout_s = idle_timeout_s
         self._default_seed = default_seed
         self._clock = clock
@@ -227,14 +227,14 @@ class SessionTable:
                     self._lose(session_id, "evicted")
                     break
             else:
-                raise Overloaded(f"all {self._capacity} sessions have a request waiting; retry")
+                raise Overloaded(f"all {self.capacity} sessions have a request waiting; retry")
         return self._free_rows.pop()
 
     def _lose(self, session_id: str, event: str) -> None:
         self.events[event] += 1
         self._free_rows.append(self._live.pop(session_id).row)
         self._lost[session_id] = None
-        if len(self._lost) > self._capacity:
+        if len(self._lost) > self.capacity:
             self._lost.popitem(last=False)
 
 
