@@ -79,6 +79,12 @@ class ActProtocol(HttpToolsProtocol):
             exchange.more_body = False
             self.endpoint.service.act(exchange.body, exchange)
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if isinstance(self.cycle, DirectExchange):
+            # They hold each other; without this a closed connection waits for a collection.
+            self.cycle = None
+
     def shutdown(self) -> None:
         super().shutdown()
         if isinstance(self.cycle, DirectExchange):

@@ -1,8 +1,10 @@
 """`POST /act` on real sockets, by both its ways: each request must be answered alike on both."""
 
 import asyncio
+import gc
 import json
 import socket
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
@@ -300,6 +302,30 @@ def test_a_client_that_reads_nothing_is_not_written_to_without_end(
             assert served.transport.get_write_buffer_size() < 1_000_000
 
     scenario(client, play)
+
+
+def test_a_closed_connection_is_freed_without_a_garbage_collection(
+    client: AppClient, spec: PolicySpec
+) -> None:
+    async def play(server: Server) -> list[object]:
+        seen = []
+        for _ in range(3):
+            async with server.connect() as connection:
+                connection.send(post(body_of(spec)))
+                await connection.answer()
+                seen += [weakref.ref(served) for served in server.connections]
+            while server.connections:
+                await asyncio.sleep(0)
+        for _ in range(3):  # what the loop itself still holds
+            await asyncio.sleep(0)
+        return [served() for served in seen]
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert scenario(client, play) == [None, None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_body_that_arrives_after_the_shutdown_began_is_answered(
