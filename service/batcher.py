@@ -75,7 +75,8 @@ class Batcher(Generic[Item, Result]):
         """
         self.check_room()
         loop = asyncio.get_running_loop()
-        waiting = _Waiting[Item, Result](item, key, loop.time() + timeout_s, is_wanted, settle)
+        deadline_s = loop.time() + timeout_s
+        waiting: _Waiting[Item, Result] = _Waiting(item, key, deadline_s, is_wanted, settle)
         if key is None or key not in self._behind:
             self._waiting.append(waiting)
             if key is not None:
