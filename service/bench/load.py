@@ -89,7 +89,7 @@ class Load:
 
 
 class LoadGenerator:
-    """Drives sessions of one server from `num_envs` connections.
+    """Drives sessions of one server from `num_envs` connections, or fewer for fewer sessions.
 
     Each connection waits for its answer and takes its sessions in turn: one, as an environment
     does, or its share of more, to see how a server bears many. Sessions go on where they stand. A
@@ -134,11 +134,12 @@ class LoadGenerator:
         on_answer: Callable[[], None],
     ) -> Load:
         load = Load(sessions)
+        num_envs = min(self._num_envs, len(sessions))
         start_s = time.perf_counter()
 
         async def drive(index: int) -> None:
             connection = Connection(self._url)
-            turns = cycle(sessions[index :: self._num_envs])
+            turns = cycle(sessions[index::num_envs])
             due_s = start_s + (index / rate if rate else 0.0)
             try:
                 while due_s < start_s + seconds:
@@ -146,11 +147,11 @@ class LoadGenerator:
                         await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
                     await self._step(connection, next(turns), load, due_s)
                     on_answer()
-                    due_s = due_s + self._num_envs / rate if rate else time.perf_counter()
+                    due_s = due_s + num_envs / rate if rate else time.perf_counter()
             finally:
                 connection.close()
 
-        await asyncio.gather(*(drive(index) for index in range(self._num_envs)))
+        await asyncio.gather(*(drive(index) for index in range(num_envs)))
         load.elapsed_s = time.perf_counter() - start_s
         return load
 
