@@ -34,5 +34,6 @@ def _plot(rows: list[dict[str, Any]], by: str, path: Path) -> None:
     for axes in (throughput, latency):
         axes.set_xscale("log", base=2 if by == "clients" else 10)
         axes.set_xlabel({"clients": "clients", "sessions": "live sessions (64 clients)"}[by])
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.grid(alpha=0.3)
     figure.savefig(path, metadata={"Date": None})
