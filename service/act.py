@@ -38,7 +38,7 @@ class ActCodec:
         self._everything = np.ones(spec.num_choices, dtype=np.bool_)
         self._everything.flags.writeable = False
 
-    def parse(self, body: bytes) -> tuple[StepRequest, float | None]:
+    def parse(self, body: bytes | bytearray) -> tuple[StepRequest, float | None]:
         """The request and its `timeout_ms`, complete and consistent with the policy.
 
         Raises Malformed where the body is not of the documented form, and Invalid where it is but

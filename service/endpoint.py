@@ -76,8 +76,8 @@ class ActEndpoint:
     def _too_large(self) -> TooLarge:
         return TooLarge(f"the body is larger than {self._max_body_bytes} bytes")
 
-    async def _read_body(self, receive: Receive) -> bytes:
-        body: bytes = b""
+    async def _read_body(self, receive: Receive) -> bytearray:
+        body = bytearray()
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":

@@ -83,7 +83,7 @@ class ActProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         if isinstance(self.cycle, DirectExchange):
             # They hold each other; without this a closed connection waits for a collection.
-            self.cycle = None
+            self.cycle = None  # type: ignore[assignment]
 
     def shutdown(self) -> None:
         super().shutdown()
@@ -112,7 +112,7 @@ class DirectExchange(Exchange):
         super().__init__(protocol.endpoint.service.metrics)
         self._protocol = protocol
         self._transport = protocol.transport
-        self.body = b""
+        self.body = bytearray()  # a body in a thousand pieces is not copied a thousand times
         self.more_body = True
         self.keep_alive = protocol.parser.should_keep_alive()
         self.response_complete = False

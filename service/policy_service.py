@@ -67,7 +67,7 @@ class PolicyService:
         self.check_ready()
         self.batcher.check_room()
 
-    def act(self, body: bytes, exchange: Exchange) -> None:
+    def act(self, body: bytes | bytearray, exchange: Exchange) -> None:
         """Has `exchange` answered or refused: at once, or when its batch has run."""
         try:
             self.check_open()
