@@ -376,6 +376,7 @@ def test_a_full_queue_says_when_it_will_have_been_worked_off(
         batcher = Batcher(step, max_batch_size=2, max_waiting=6)
         await outcomes([submitted(batcher, item) for item in range(6)])
         clock.now_s += 1000  # with nothing to do, which says nothing about its pace
+        await submitted(batcher, 0)
         for item in range(6):
             submitted(batcher, item)
         assert len(batcher) == 6

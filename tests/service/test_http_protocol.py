@@ -245,6 +245,18 @@ def test_pipelined_requests_are_answered_in_order(
     assert [answer["value"] for answer in (first, *rest)] == [1, 11, 111, 1111, 11111]
 
 
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_pipelined_request_refused_at_once_waits_for_the_one_before(
+    client: AppClient, spec: PolicySpec, direct: bool
+) -> None:
+    async def play(server: Server) -> list[int]:
+        async with server.connect() as connection:
+            connection.send(post(body_of(spec)), post(b"{"), post(body_of(spec)))
+            return [(await connection.answer()).status for _ in range(3)]
+
+    assert scenario(client, play, direct=direct) == [200, 400, 200]
+
+
 def test_a_client_that_hangs_up_before_its_turn_costs_no_model_time(
     client: AppClient, runtime: SummingRuntime, spec: PolicySpec
 ) -> None:
@@ -253,11 +265,10 @@ def test_a_client_that_hangs_up_before_its_turn_costs_no_model_time(
     async def play(server: Server) -> None:
         async with server.connect() as connection:
             connection.send(post(body_of(spec, session_id="a", episode_start=True)))
-            while not server.connections:
-                await asyncio.sleep(0)
+            await until_it_is_read(server)
             (served,) = server.connections
             served.transport.abort()  # before the loop's next turn, where its batch would run
-            await asyncio.sleep(0.01)
+            await client.service.stop()  # once everything that waits has been answered
 
     scenario(client, play)
     assert client.service.sessions.find("a") is None
