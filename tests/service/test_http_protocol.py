@@ -346,9 +346,7 @@ def test_a_body_that_arrives_after_the_shutdown_began_is_answered(
 
     async def play(server: Server) -> tuple[Answer, bool]:
         async with server.connect() as connection:
-            connection.send(request[:-10])
-            await until_it_is_read(server)
-            server.begin_shutdown()
+            await shut_down_in_the_middle_of(request, connection, server)
             connection.send(request[-10:])
             return await connection.answer(), await connection.is_closed()
 
@@ -365,14 +363,20 @@ def test_a_body_that_never_arrives_is_refused_before_the_drain_ends(
 
     async def play(server: Server) -> tuple[Answer, bool]:
         async with server.connect() as connection:
-            connection.send(request[:-10])
-            await until_it_is_read(server)
-            server.begin_shutdown()
+            await shut_down_in_the_middle_of(request, connection, server)
             return await connection.answer(), await connection.is_closed()
 
     answer, is_closed = scenario(client, play, drain_s=0)
     assert (answer.status, json.loads(answer.content)["error_type"]) == (503, "draining")
     assert is_closed
+
+
+async def shut_down_in_the_middle_of(
+    request: bytes, connection: Connection, server: Server
+) -> None:
+    connection.send(request[:-10])
+    await until_it_is_read(server)
+    server.begin_shutdown()
 
 
 async def until_it_is_read(server: Server) -> None:
