@@ -1,7 +1,7 @@
-"""`POST /act` as bare ASGI, ahead of FastAPI's routing: the one path that runs all the time.
+"""`POST /act` as bare ASGI, ahead of FastAPI's routing: for any server and any test client.
 
 The route of the same name in `service.app` is its documentation; `service.schemas` is what both
-validate and show. Under uvicorn most requests do not even come here: see `service.http_protocol`.
+validate and show. `python -m service` has a shorter way for most requests: `service.http_protocol`.
 """
 
 import asyncio
@@ -40,6 +40,8 @@ class ActEndpoint:
             body = await self._read_body(receive)
         except ServiceError as error:
             exchange.refuse(error)
+        except Exception:
+            exchange.fail()
         else:
             self.service.act(body, exchange)
         status, headers, content = await response

@@ -88,3 +88,17 @@ def test_a_length_that_is_none_is_refused_before_the_body_is_read(
     headers = [*HEADERS, (b"content-length", length.encode())]
     client.run(ActEndpoint(client.service)({"headers": headers}, receive, send))
     assert sent[0]["status"] == (413 if length.isdigit() else 400)
+
+
+def test_an_exception_nobody_foresaw_is_500_with_a_fixed_text(client: AppClient) -> None:
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        raise ZeroDivisionError("secret")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    client.run(ActEndpoint(client.service)({"headers": HEADERS}, receive, send))
+    assert sent[0]["status"] == 500
+    assert json.loads(sent[1]["body"]) == {"error": "internal error", "error_type": "internal"}
