@@ -33,11 +33,14 @@ class Connection(asyncio.Protocol):
             "Content-Type: application/json\r\nContent-Length: "
         ).encode()
         self._transport: asyncio.Transport | None = None
+        self._is_lost = asyncio.Event()
         self._response: asyncio.Future[Response] | None = None
 
     async def post(self, body: bytes) -> Response:
         """The answer. Raises OSError where there is none: no connection, cut off, not HTTP."""
         loop = asyncio.get_running_loop()
+        if self._transport is not None and self._transport.is_closing():
+            await self._is_lost.wait()  # or its end would be taken for the next one's
         if self._transport is None:
             context = ssl.create_default_context() if self._is_tls else None
             await loop.create_connection(lambda: self, self._host, self._port, ssl=context)
@@ -55,6 +58,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+        self._is_lost.clear()
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -65,6 +69,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
+        self._is_lost.set()
         self._fail(error or ConnectionResetError("the connection was closed before the answer"))
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -81,7 +86,6 @@ class Connection(asyncio.Protocol):
             )
         if not self._parser.should_keep_alive():
             self.close()
-            self._transport = None
 
     def _fail(self, error: Exception) -> None:
         if self._response is not None and not self._response.done():
