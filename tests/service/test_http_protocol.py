@@ -342,41 +342,37 @@ def test_a_closed_connection_is_freed_without_a_garbage_collection(
 def test_a_body_that_arrives_after_the_shutdown_began_is_answered(
     client: AppClient, spec: PolicySpec
 ) -> None:
-    request = post(body_of(spec))
-
-    async def play(server: Server) -> tuple[Answer, bool]:
-        async with server.connect() as connection:
-            await shut_down_in_the_middle_of(request, connection, server)
-            connection.send(request[-10:])
-            return await connection.answer(), await connection.is_closed()
-
-    answer, is_closed = scenario(client, play)
+    answer = answer_to_a_request_in_two_parts(client, spec, drain_s=DRAIN_S, sends_the_rest=True)
     assert answer.status == 200
-    assert answer.headers["connection"] == "close"
-    assert is_closed
 
 
 def test_a_body_that_never_arrives_is_refused_before_the_drain_ends(
     client: AppClient, spec: PolicySpec
 ) -> None:
+    answer = answer_to_a_request_in_two_parts(client, spec, drain_s=0, sends_the_rest=False)
+    assert (answer.status, json.loads(answer.content)["error_type"]) == (503, "draining")
+
+
+def answer_to_a_request_in_two_parts(
+    client: AppClient, spec: PolicySpec, *, drain_s: int, sends_the_rest: bool
+) -> Answer:
+    """Between the two the server begins to shut down; after the answer it hangs up."""
     request = post(body_of(spec))
 
     async def play(server: Server) -> tuple[Answer, bool]:
         async with server.connect() as connection:
-            await shut_down_in_the_middle_of(request, connection, server)
+            connection.send(request[:-10])
+            await until_it_is_read(server)
+            server.begin_shutdown()
+            if sends_the_rest:
+                connection.send(request[-10:])
             return await connection.answer(), await connection.is_closed()
 
-    answer, is_closed = scenario(client, play, drain_s=0)
-    assert (answer.status, json.loads(answer.content)["error_type"]) == (503, "draining")
+    answer: Answer
+    answer, is_closed = scenario(client, play, drain_s=drain_s)
+    assert answer.headers["connection"] == "close"
     assert is_closed
-
-
-async def shut_down_in_the_middle_of(
-    request: bytes, connection: Connection, server: Server
-) -> None:
-    connection.send(request[:-10])
-    await until_it_is_read(server)
-    server.begin_shutdown()
+    return answer
 
 
 async def until_it_is_read(server: Server) -> None:
