@@ -77,8 +77,9 @@ async def serving(artifact: Path, *options: str) -> AsyncIterator[Server]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            ready = process.stdout.readline()
-            if not ready:
+            lines = iter(process.stdout.readline, "")
+            ready = next((line for line in lines if line.startswith("ready: ")), None)
+            if ready is None:
                 raise SystemExit("the server did not start")
             yield Server(ready.split()[3].removesuffix("/act"), Manifest.read(artifact))
         finally:

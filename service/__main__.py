@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 import sys
+from types import FrameType
 from typing import NoReturn
 
 import uvicorn
@@ -17,9 +18,11 @@ from pydantic_settings import CliApp
 
 from export.manifest import ArtifactError, Manifest
 from service.app import create_app
+from service.artifact import find_artifact
 from service.http_protocol import ActProtocol
 from service.policy_service import PolicyService
 from service.runtime.auto import choose_runtime
+from service.runtime.device import choose_device
 from service.runtime.load import load_runtime
 from service.settings import Settings
 
@@ -68,25 +71,25 @@ def main() -> int:
     logging.basicConfig(
         level=settings.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
+        stream=sys.stdout,
     )
+    # As a container's first process this one has no default for SIGTERM: it would be lost.
+    signal.signal(signal.SIGTERM, _stop_at_once)
     try:
-        manifest = Manifest.read(settings.artifact)
+        directory = find_artifact(settings.artifact)
+        manifest = Manifest.read(directory)
+        device = choose_device(settings.device, manifest, settings.runtime)
         name: str = settings.runtime
         if name == "auto":
             name = choose_runtime(
-                settings.artifact,
+                directory,
                 manifest,
-                device=settings.device,
+                device=device,
                 num_threads=settings.num_threads,
                 max_batch_size=min(settings.max_batch_size, manifest.max_batch_size),
             )
         runtime = load_runtime(
-            settings.artifact,
-            manifest,
-            name=name,
-            device=settings.device,
-            num_threads=settings.num_threads,
+            directory, manifest, name=name, device=device, num_threads=settings.num_threads
         )
     except ArtifactError as error:
         _fail(str(error))
@@ -132,6 +135,10 @@ def _settle_garbage() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
+
+
+def _stop_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(0)
 
 
 def _settings() -> Settings:

@@ -21,7 +21,10 @@ class Settings(BaseSettings):
 
     artifact: Annotated[
         Path,
-        Field(description="The directory `python -m export` wrote; another one, another policy."),
+        Field(
+            description="The directory `python -m export` wrote, or one that holds a single such "
+            "directory; another one, another policy."
+        ),
     ]
     host: Annotated[
         str, Field(description="Address to listen on; 0.0.0.0 opens the service to the network.")
@@ -39,7 +42,10 @@ class Settings(BaseSettings):
     ] = "auto"
     device: Annotated[
         Literal["auto", "cpu", "cuda"],
-        Field(description="Where the policy runs; auto is the device it was exported for."),
+        Field(
+            description="Where the policy runs; auto is the GPU where one is visible and the "
+            "artifact has a format for it, else the CPU. Small policies may be faster on the CPU."
+        ),
     ] = "auto"
     num_threads: Annotated[
         int,

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 60.0
@@ -27,8 +27,8 @@ class RunningServer:
     """A server that has said it is ready. `ready_line` is what it said, `address` its base URL."""
 
     process: "subprocess.Popen[str]"
+    output: "_Output"
     ready_line: str
-    log_file: Path
 
     @property
     def address(self) -> str:
@@ -42,15 +42,17 @@ class RunningServer:
         return host, int(port)
 
     def log(self) -> str:
-        """Everything it has written to stderr."""
-        return self.log_file.read_text()
+        """Everything it has written so far."""
+        return "".join(self.output.lines)
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 
     def wait(self) -> int:
-        """Its exit code, once it has ended."""
-        return self.process.wait(STOP_TIMEOUT_S)
+        """Its exit code, once it has ended and its log is whole."""
+        code = self.process.wait(STOP_TIMEOUT_S)
+        self.output.join(STOP_TIMEOUT_S)
+        return code
 
     def stop(self) -> int:
         if self.process.poll() is None:
@@ -58,29 +60,55 @@ class RunningServer:
         return self.wait()
 
 
+class _Output(threading.Thread):
+    """Reads what a process writes until its end, so that it never waits for a reader."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        super().__init__(daemon=True)
+        self.stream = stream
+        self.lines: list[str] = []
+        self._ready: queue.Queue[str] = queue.Queue()
+        self.start()
+
+    def run(self) -> None:
+        with self.stream:
+            for line in self.stream:
+                self.lines.append(line)
+                if line.startswith("ready: "):
+                    self._ready.put(line)
+        self._ready.put("")
+
+    def wait_until_ready(self) -> str:
+        try:
+            line = self._ready.get(timeout=START_TIMEOUT_S)
+        except queue.Empty:
+            line = ""
+        if not line:
+            raise RuntimeError(f"the server did not start, it said: {''.join(self.lines)}")
+        return line
+
+
 @contextmanager
 def running_server(artifact: Path, *flags: str) -> Iterator[RunningServer]:
     """Serves `artifact`; leaving the context ends the process, by force if it has to."""
-    with TemporaryDirectory() as directory:
-        log_file = Path(directory) / "stderr"
-        with log_file.open("w") as log:
-            process = subprocess.Popen(
-                service_command("--artifact", str(artifact), "--port", "0", *flags),
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                cwd=ROOT,
-                env=clean_environment(),
-            )
-        try:
-            server = RunningServer(process, _ready_line(process, log_file), log_file)
-            yield server
-            server.stop()
-        finally:
-            process.kill()
-            process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
+    process = subprocess.Popen(
+        service_command("--artifact", str(artifact), "--port", "0", *flags),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=clean_environment(),
+    )
+    assert process.stdout is not None
+    output = _Output(process.stdout)
+    try:
+        server = RunningServer(process, output, output.wait_until_ready())
+        yield server
+        server.stop()
+    finally:
+        process.kill()
+        process.wait()
+        output.join(STOP_TIMEOUT_S)
 
 
 def service_command(*arguments: str) -> list[str]:
@@ -90,20 +118,3 @@ def service_command(*arguments: str) -> list[str]:
 def clean_environment() -> dict[str, str]:
     """This process's environment without the server's settings."""
     return {name: value for name, value in os.environ.items() if not name.startswith("TAMIYO_")}
-
-
-def _ready_line(process: "subprocess.Popen[str]", log_file: Path) -> str:
-    lines: queue.Queue[str] = queue.Queue()
-
-    def read() -> None:
-        assert process.stdout is not None
-        lines.put(process.stdout.readline())
-
-    threading.Thread(target=read, daemon=True).start()
-    try:
-        line = lines.get(timeout=START_TIMEOUT_S)
-    except queue.Empty:
-        line = ""
-    if not line.startswith("ready: "):
-        raise RuntimeError(f"the server did not start, it said {line!r}; {log_file.read_text()}")
-    return line

@@ -329,6 +329,29 @@ def test_a_request_under_way_at_sigterm_is_answered(exported: Exported, spec: Po
         assert "Traceback" not in server.log()
 
 
+def test_a_server_asked_to_stop_while_it_starts_does_not_start(exported: Exported) -> None:
+    command = service_command("--artifact", str(exported.directory), "--port", "0")
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            first = process.stdout.readline()
+            process.terminate()
+            rest, _ = process.communicate(timeout=TIMEOUT_S)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert "INFO" in first
+    assert "ready: " not in rest
+    assert "Traceback" not in rest
+
+
 def wait_until_it_drains(server: RunningServer) -> None:
     end_s = time.monotonic() + TIMEOUT_S
     while "Waiting for connections to close" not in server.log():
@@ -346,8 +369,8 @@ def refused_start(*arguments: str) -> str:
         timeout=TIMEOUT_S,
     )
     assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+    assert "Traceback" not in done.stderr + done.stdout
+    assert "ready: " not in done.stdout
     return done.stderr.splitlines()[-1]
 
 

@@ -146,7 +146,7 @@ def _replay(directory: Path, load: Load, served: Mapping[str, Any], seed: int) -
             f"{served['policy_version'][:19]}"
         )
     runtime = load_runtime(
-        directory, manifest, name=served["runtime"], device="auto", num_threads=1
+        directory, manifest, name=served["runtime"], device=served["device"], num_threads=1
     )
     return replay(load.sessions, Pool.random(manifest.spec, seed), runtime, manifest.spec)
 

@@ -6,7 +6,6 @@ takes nobody down.
 """
 
 import argparse
-import importlib.util
 import json
 import logging
 import math
@@ -15,14 +14,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 
-from export.manifest import Manifest, bucket_sizes
+from export.manifest import Device, Manifest, bucket_sizes
 from model.spec import PolicySpec
 from service.noise import gumbel_noise
-from service.runtime.load import FORMAT_OF, load_runtime
+from service.runtime.load import FORMAT_OF, load_runtime, runs_on
 from service.runtime.protocol import Runtime, StepInputs, StepOutputs
 
 logger = logging.getLogger(__name__)
@@ -41,14 +40,14 @@ class Measurement(NamedTuple):
 
 
 def choose_runtime(
-    directory: Path, manifest: Manifest, *, device: str, num_threads: int, max_batch_size: int
+    directory: Path, manifest: Manifest, *, device: Device, num_threads: int, max_batch_size: int
 ) -> str:
     """The runtime that serves the artifact best on this machine; the log says why.
 
     One whose rows are the same whatever batch they ride in comes before any other, then the
     fastest over all batch sizes. It is one for all of them: two would answer differently.
     """
-    names = _candidates(manifest)
+    names = _candidates(manifest, device)
     if len(names) == 1:
         return names[0]
     measured: dict[str, Measurement] = {}
@@ -124,11 +123,9 @@ def measure(runtime: Runtime, spec: PolicySpec, batch_sizes: Sequence[int]) -> M
     return Measurement(seconds, rows_are_alike)
 
 
-def _candidates(manifest: Manifest) -> list[str]:
-    """Runtimes of formats the artifact has; without torch only what does without, if there is."""
-    names = [name for name in CANDIDATES if FORMAT_OF[name] in manifest.formats]
-    if "onnx" in names and importlib.util.find_spec("torch") is None:
-        return ["onnx"]
+def _candidates(manifest: Manifest, device: Device) -> list[str]:
+    """Runtimes that can run here; where none can, one that says why when it is loaded."""
+    names = [name for name in CANDIDATES if runs_on(name, manifest, device)]
     return names or [name for name, of in FORMAT_OF.items() if of in manifest.formats][:1]
 
 
@@ -136,7 +133,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Measures one runtime for auto, as JSON.")
     parser.add_argument("directory", type=Path)
     parser.add_argument("name", choices=CANDIDATES)
-    parser.add_argument("device")
+    parser.add_argument("device", choices=get_args(Device))
     parser.add_argument("num_threads", type=int)
     parser.add_argument("max_batch_size", type=int)
     given = parser.parse_args()

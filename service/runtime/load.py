@@ -3,7 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-from export.manifest import ArtifactError, FormatFile, Manifest
+from export.manifest import ArtifactError, Device, FormatFile, Manifest
 from service.runtime.protocol import Runtime
 
 FORMAT_OF = {
@@ -16,8 +16,20 @@ FORMAT_OF = {
 """Each runtime, and the artifact's format it runs."""
 
 
+def runs_on(name: str, manifest: Manifest, device: Device) -> bool:
+    """Whether the artifact has the runtime's format, and what is installed here runs it there."""
+    if FORMAT_OF[name] not in manifest.formats:
+        return False
+    if name == "onnx":
+        from service.runtime.onnx import cuda_is_available
+
+        return device == "cpu" or cuda_is_available()
+    # Machine code is for the device it was made for; the others move.
+    return has_torch() and (name != "aoti" or manifest.device == device)
+
+
 def load_runtime(
-    directory: Path, manifest: Manifest, *, name: str, device: str, num_threads: int
+    directory: Path, manifest: Manifest, *, name: str, device: Device, num_threads: int
 ) -> Runtime:
     """The named runtime on the artifact's file of its format, after its SHA-256 was checked.
 
@@ -31,8 +43,6 @@ def load_runtime(
             f"{directory}: has no format {format_name!r}, only {', '.join(manifest.formats)}; "
             f"export it again with `--formats {format_name}`"
         )
-    if device == "auto":
-        device = manifest.device
     content = file.read(directory)
     try:
         if name == "onnx":
@@ -45,7 +55,7 @@ def load_runtime(
         raise ArtifactError(f"{directory / file.file}: cannot be loaded: {sentence}") from error
 
 
-def _onnx_runtime(directory: Path, content: bytes, device: str, num_threads: int) -> Runtime:
+def _onnx_runtime(directory: Path, content: bytes, device: Device, num_threads: int) -> Runtime:
     from service.runtime.onnx import OnnxRuntime, cuda_is_available
 
     if device == "cuda" and not cuda_is_available():
@@ -54,9 +64,9 @@ def _onnx_runtime(directory: Path, content: bytes, device: str, num_threads: int
 
 
 def _torch_runtime(
-    name: str, directory: Path, file: FormatFile, content: bytes, device: str, num_threads: int
+    name: str, directory: Path, file: FormatFile, content: bytes, device: Device, num_threads: int
 ) -> Runtime:
-    if importlib.util.find_spec("torch") is None:
+    if not has_torch():
         raise ArtifactError(
             f"{directory}: {name} needs torch, which is not installed; "
             "`pip install 'tamiyo-serve[torch]'` brings it"
@@ -74,7 +84,11 @@ def _torch_runtime(
     return TorchRuntime(name, content, device=device, num_threads=num_threads)
 
 
+def has_torch() -> bool:
+    return importlib.util.find_spec("torch") is not None
+
+
 def _no_cuda(directory: Path) -> ArtifactError:
     return ArtifactError(
-        f"{directory}: no CUDA device is visible on this machine; it was asked for"
+        f"{directory}: the runtime installed here finds no CUDA device, and cuda was asked for"
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch._inductor
+from torch.export.passes import move_to_device_pass
 
 from service.runtime.protocol import StepInputs, StepOutputs
 
@@ -65,7 +66,8 @@ def _load_aoti(content: bytes, device: str) -> Step:
 
 
 def _load_eager(content: bytes, device: str) -> Step:
-    step: Step = torch.export.load(io.BytesIO(content)).module()
+    program = torch.export.load(io.BytesIO(content))
+    step: Step = move_to_device_pass(program, device).module()
     return step
 
 

@@ -34,7 +34,7 @@ def two_formats(
 
 def choose(directory: Path) -> str:
     manifest = Manifest.read(directory)
-    return choose_runtime(directory, manifest, device="auto", num_threads=1, max_batch_size=4)
+    return choose_runtime(directory, manifest, device="cpu", num_threads=1, max_batch_size=4)
 
 
 def test_the_fastest_over_all_batch_sizes_is_taken() -> None:

@@ -9,16 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from export.exporter import export_policy
-from export.manifest import ArtifactError, File, Manifest
+from export.formats import load_torchscript
+from export.manifest import ArtifactError, Device, File, Manifest
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from service.engine import Engine, StepAnswer, StepRequest
 from service.noise import gumbel_noise
 from service.runtime.load import FORMAT_OF, load_runtime
 from service.runtime.protocol import Runtime, StepInputs, StepOutputs
+from service.runtime.torch_formats import LOADERS
 from service.sessions import SessionTable
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL, NaivePolicy
 from tests.random_inputs import packed, random_masks, random_observations, weights_of
@@ -44,7 +47,7 @@ def runtime(request: pytest.FixtureRequest, all_formats: Path) -> Runtime:
 
 
 def load(
-    artifact: Path, manifest: Manifest, *, name: str = "torchscript", device: str = "auto"
+    artifact: Path, manifest: Manifest, *, name: str = "torchscript", device: Device = "cpu"
 ) -> Runtime:
     return load_runtime(artifact, manifest, name=name, device=device, num_threads=1)
 
@@ -172,12 +175,6 @@ def test_the_outputs_floats_are_all_its_floats(spec: PolicySpec) -> None:
     assert (outputs.floats == 1).all()
 
 
-def test_auto_s_device_is_the_one_the_artifact_was_exported_for(
-    artifact: Path, manifest: Manifest
-) -> None:
-    assert load(artifact, manifest).device == manifest.device
-
-
 def test_machine_code_for_another_machine_is_an_error(all_formats: Path) -> None:
     manifest = Manifest.read(all_formats)
     foreign = manifest.formats["aoti"].model_copy(update={"requires": "vsx"})
@@ -210,7 +207,7 @@ def test_onnx_is_measured_and_runs_where_torch_is_not_even_imported(all_formats:
         "from service.runtime.load import load_runtime\n"
         "directory = Path(sys.argv[1])\n"
         "manifest = Manifest.read(directory)\n"
-        "options = {'device': 'auto', 'num_threads': 1}\n"
+        "options = {'device': 'cpu', 'num_threads': 1}\n"
         "choose_runtime(directory, manifest, **options, max_batch_size=8)\n"
         "load_runtime(directory, manifest, name='onnx', **options)\n"
         "sys.exit('torch' in sys.modules)\n"
@@ -229,8 +226,27 @@ def test_a_device_this_machine_lacks_is_an_error(
     artifact: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ArtifactError, match="no CUDA device"):
+    with pytest.raises(ArtifactError, match="finds no CUDA device"):
         load(artifact, manifest, device="cuda")
+
+
+def test_the_graph_of_the_pt2_file_moves_to_another_device_whole(
+    all_formats: Path, spec: PolicySpec
+) -> None:
+    """Torch's meta device computes shapes only, and refuses what is left on the CPU."""
+    content = Manifest.read(all_formats).formats["pt2"].read(all_formats)
+    step = LOADERS["eager"](content, "meta")
+    given = [torch.from_numpy(array).to("meta") for array in StepInputs.allocate(spec, 3)]
+    assert [output.device.type for output in step(*given)] == ["meta"] * 5
+
+
+def test_the_torchscript_file_names_no_device(all_formats: Path) -> None:
+    """So it runs where its weights are loaded, whichever device traced it."""
+    content = Manifest.read(all_formats).formats["torchscript"].read(all_formats)
+    graph = str(load_torchscript(content, torch.device("cpu")).inlined_graph)  # type: ignore[attr-defined]
+    assert "aten::" in graph
+    assert "Device" not in graph
+    assert "cpu" not in graph
 
 
 def test_a_machine_without_torch_is_told_how_to_get_it(
