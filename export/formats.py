@@ -5,6 +5,7 @@ A new format is one pair of functions and one row in FORMATS.
 
 import io
 import logging
+import os
 import platform
 import tempfile
 import warnings
@@ -134,6 +135,7 @@ def write_onnx(source: StepSource, path: Path) -> None:
 
 
 def load_onnx(content: bytes, device: torch.device) -> LoadedStep:
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it has no say in a user's network
     import onnxruntime
 
     # TF32, which the CUDA provider has on by default, keeps 10 bits of a float32's 23.

@@ -1,8 +1,13 @@
 """Runs an ONNX artifact in onnxruntime. Torch is not imported, nor needed."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 
+# From 1.29 on it reports each process, session and model to its maker over the network, and leaves
+# an identifier in the user's cache, unless this stands in the environment before the import
+# (microsoft/onnxruntime#27379, #29843).
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
 
 from service.runtime.protocol import StepInputs, StepOutputs
