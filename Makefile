@@ -1,4 +1,5 @@
 # Everything a newcomer needs: `make serve` and `make test`. CI calls the same targets.
+# `make image` takes docker, nothing else does.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,13 +7,18 @@ INSTALLED := $(VENV)/.installed
 ARTIFACT := artifacts/tamiyo-v1
 HOST ?= 127.0.0.1
 PORT ?= 8000
+TARGET ?= cuda
+IMAGE ?= tamiyo-serve:$(TARGET)
+DOCKER ?= docker
 
-.PHONY: help install serve test check format lock clean
+.PHONY: help install serve test check image test-image format lock clean
 
 help:
 	@echo "make serve    install, export a default policy if there is none, serve it on $(HOST):$(PORT)"
 	@echo "make test     install, run every check and test"
 	@echo "make check    formatting, lint and types only"
+	@echo "make image    build the image for GPU hosts with docker; TARGET=cpu: the small one without torch"
+	@echo "make test-image   run the tests of tests/image against the image TARGET=cpu with docker"
 	@echo "make format   rewrite the sources as the formatter wants them"
 	@echo "make lock     re-pin constraints.txt from pyproject.toml, in a fresh environment"
 	@echo "make clean    remove the environment, the default artifact and all caches"
@@ -35,9 +41,20 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/hadolint --failure-threshold warning Dockerfile
+	$(BIN)/shellcheck .ci/run .ci/image deploy/verify.sh
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml compose.gpu.yaml
 
 test: check
 	$(BIN)/python -m pytest
+
+image:
+	$(DOCKER) build --target $(TARGET) --tag $(IMAGE) \
+	  --build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null)" \
+	  --build-arg SOURCE="$$(git config --get remote.origin.url 2>/dev/null | sed 's#//[^/@]*@#//#')" .
+
+test-image: $(INSTALLED)
+	IMAGE=tamiyo-serve:cpu ENGINE=$(DOCKER) $(BIN)/python -m pytest -m image tests/image
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

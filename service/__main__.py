@@ -45,7 +45,8 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
-            self._announcing = asyncio.create_task(self._announce(host, port))
+            reached_at = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+            self._announcing = asyncio.create_task(self._announce(reached_at, port))
 
     async def _announce(self, host: str, port: int) -> None:
         assert self.service.warming is not None

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,8 +91,15 @@ class _Output(threading.Thread):
 @contextmanager
 def running_server(artifact: Path, *flags: str) -> Iterator[RunningServer]:
     """Serves `artifact`; leaving the context ends the process, by force if it has to."""
+    with running(service_command("--artifact", str(artifact), "--port", "0", *flags)) as server:
+        yield server
+
+
+@contextmanager
+def running(command: Sequence[str]) -> Iterator[RunningServer]:
+    """The server that `command` runs, in a process of its own or in a container's."""
     process = subprocess.Popen(
-        service_command("--artifact", str(artifact), "--port", "0", *flags),
+        command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -8,22 +8,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import httpx
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
-from service.noise import gumbel_noise
 from tests.golden import GOLDEN, golden_tensors, needs_golden
-from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL, NaivePolicy
-from tests.random_inputs import random_masks, random_observations, weights_of
+from tests.naive import NaivePolicy
+from tests.random_inputs import weights_of
 from tests.running_server import (
     ROOT,
     RunningServer,
@@ -31,13 +29,19 @@ from tests.running_server import (
     running_server,
     service_command,
 )
-
-Json = dict[str, Any]
-Result = TypeVar("Result")
-
-TIMEOUT_S = 60.0
-NUM_ENVIRONMENTS = 8
-NUM_STEPS = 15
+from tests.traffic import (
+    NUM_ENVIRONMENTS,
+    NUM_STEPS,
+    TIMEOUT_S,
+    Episodes,
+    Json,
+    act,
+    check_answers,
+    client_of,
+    play,
+    run,
+    stop_under_load,
+)
 
 
 class Exported(NamedTuple):
@@ -45,10 +49,6 @@ class Exported(NamedTuple):
 
     directory: Path
     naive: NaivePolicy
-
-
-def run(coroutine: Coroutine[Any, Any, Result]) -> Result:
-    return asyncio.run(asyncio.wait_for(coroutine, TIMEOUT_S))
 
 
 def export(checkpoint: Path, directory: Path) -> None:
@@ -88,82 +88,6 @@ def server(exported: Exported) -> Iterator[RunningServer]:
         yield server
         assert server.stop() == 0
         assert "Traceback" not in server.log()
-
-
-def client_of(server: RunningServer) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=server.address, timeout=TIMEOUT_S)
-
-
-async def act(client: httpx.AsyncClient, request: Json) -> Json:
-    response = await client.post("/act", json=request)
-    assert response.status_code == 200, response.text
-    answer: Json = response.json()
-    return answer
-
-
-class Episodes(NamedTuple):
-    """What some environments observe: `[environments, steps, ...]`, and a seed for each."""
-
-    observations: NDArray[np.float32]
-    masks: dict[str, NDArray[np.bool_]]
-    seeds: NDArray[np.uint64]
-
-    @classmethod
-    def random(cls, spec: PolicySpec, seed: int) -> "Episodes":
-        rng = np.random.default_rng(seed)
-        shape = (NUM_ENVIRONMENTS, NUM_STEPS)
-        seeds = rng.integers(2**64, size=NUM_ENVIRONMENTS, dtype=np.uint64)
-        return cls(random_observations(spec, rng, *shape), random_masks(spec, rng, *shape), seeds)
-
-    def request(self, env: int, step: int) -> Json:
-        mask = {name: mask[env, step].tolist() for name, mask in self.masks.items()}
-        return {
-            "observation": self.observations[env, step].tolist(),
-            "action_mask": mask,
-            "step": step,
-            "seed": int(self.seeds[env]),
-        }
-
-    def session_request(self, env: int, step: int, prefix: str) -> Json:
-        which = {"session_id": f"{prefix}-{env}", "episode": "0", "episode_start": step == 0}
-        return self.request(env, step) | which
-
-    def check(self, naive: NaivePolicy, answers: Sequence[Sequence[Json]]) -> None:
-        """Every answer, `[environments][steps]`, is the naive policy's."""
-        h, c = naive.zero_state(NUM_ENVIRONMENTS)
-        for step in range(NUM_STEPS):
-            steps = np.full(NUM_ENVIRONMENTS, step, np.uint64)
-            expected = naive.step(
-                self.observations[:, step],
-                {name: mask[:, step] for name, mask in self.masks.items()},
-                gumbel_noise(self.seeds, steps, naive.spec.num_choices),
-                h,
-                c,
-            )
-            h, c = expected.h, expected.c
-            of_step = [of_env[step] for of_env in answers]
-            check_answers(of_step, expected.action, expected.log_prob, expected.value)
-            assert [answer["step"] for answer in of_step] == [step] * NUM_ENVIRONMENTS
-
-
-def check_answers(
-    answers: Sequence[Json],
-    action: NDArray[np.int64],
-    log_prob: NDArray[Any],
-    value: NDArray[Any],
-) -> None:
-    """The answers are these arrays' rows; heads are in spec order in both."""
-    assert [list(answer["action"].values()) for answer in answers] == action.tolist()
-    got = [list(answer["log_prob"].values()) for answer in answers]
-    np.testing.assert_allclose(got, log_prob, atol=LOG_PROB_ATOL, rtol=0)
-    got_value = [answer["value"] for answer in answers]
-    np.testing.assert_allclose(got_value, value, atol=FLOAT_ATOL, rtol=0)
-
-
-async def play(client: httpx.AsyncClient, episodes: Episodes, env: int, prefix: str) -> list[Json]:
-    return [
-        await act(client, episodes.session_request(env, step, prefix)) for step in range(NUM_STEPS)
-    ]
 
 
 def test_concurrent_sessions_follow_the_naive_policy(
@@ -275,36 +199,8 @@ def test_the_curl_line_it_prints_works_as_it_stands(server: RunningServer) -> No
 def test_sigterm_under_load_answers_or_refuses_everything_and_exits_with_0(
     exported: Exported, spec: PolicySpec
 ) -> None:
-    episodes = Episodes.random(spec, 5)
-    answers: list[httpx.Response] = []
-    errors: list[httpx.TransportError] = []
-
-    async def load(client: httpx.AsyncClient, server: RunningServer, env: int) -> None:
-        for number in range(100_000):
-            request = episodes.session_request(env, 0, "load") | {"episode": str(number)}
-            try:
-                answers.append(await client.post("/act", json=request))
-            except httpx.TransportError as error:
-                errors.append(error)
-                return
-            if answers[-1].status_code != 200:
-                return
-            if len(answers) == 100:
-                server.terminate()
-
-    async def all_at_once(server: RunningServer) -> None:
-        async with client_of(server) as client:
-            await asyncio.gather(*(load(client, server, env) for env in range(NUM_ENVIRONMENTS)))
-
     with running_server(exported.directory) as server:
-        run(all_at_once(server))
-        assert server.wait() == 0
-        assert "Traceback" not in server.log()
-    assert len(answers) >= 100
-    assert {answer.status_code for answer in answers} <= {200, 503}
-    for error in errors:
-        assert not isinstance(error, httpx.TimeoutException)
-        assert "incomplete" not in str(error), "an answer was cut off"
+        stop_under_load(server, Episodes.random(spec, 5))
 
 
 def test_a_request_under_way_at_sigterm_is_answered(exported: Exported, spec: PolicySpec) -> None:
