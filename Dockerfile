@@ -73,6 +73,9 @@ COPY --from=project /opt/tamiyo /opt/tamiyo
 COPY --from=artifact /artifacts /artifacts
 
 FROM runtime AS cuda
+# What the NVIDIA Container Toolkit brings in where it is not told.
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=venv-cuda /opt/venv /opt/venv
 COPY --from=project /opt/tamiyo /opt/tamiyo
 COPY --from=artifact /artifacts /artifacts

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor
 from torch.export.passes import move_to_device_pass
 
 from service.runtime.protocol import StepInputs, StepOutputs
@@ -57,6 +56,9 @@ def _load_torchscript(content: bytes, device: str) -> Step:
 
 
 def _load_aoti(content: bytes, device: str) -> Step:
+    # Takes a second to import, and a writable temporary directory, which no other format needs.
+    import torch._inductor
+
     # The loader unpacks from a path; what it opens is what was hashed, in a directory of our own.
     with tempfile.TemporaryDirectory(prefix="tamiyo-aoti-") as directory:
         package = Path(directory) / "policy.pt2"

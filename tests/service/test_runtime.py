@@ -25,6 +25,7 @@ from service.runtime.torch_formats import LOADERS
 from service.sessions import SessionTable
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL, NaivePolicy
 from tests.random_inputs import packed, random_masks, random_observations, weights_of
+from tests.running_server import ROOT, clean_environment
 from tests.service.fakes import FakeClock
 
 NUM_SESSIONS = 7
@@ -213,6 +214,29 @@ def test_onnx_is_measured_and_runs_where_torch_is_not_even_imported(all_formats:
         "sys.exit('torch' in sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code, str(all_formats)], check=True, timeout=60)
+
+
+def test_torchscript_runs_where_nothing_can_be_written(all_formats: Path) -> None:
+    """Torch's compiler looks for a temporary directory as it is imported: not for this."""
+    code = (
+        "import sys, tempfile\n"
+        "from pathlib import Path\n"
+        "from export.manifest import Manifest\n"
+        "from service.runtime.load import load_runtime\n"
+        "from service.runtime.protocol import StepInputs, StepOutputs\n"
+        "def no_directory(): raise FileNotFoundError('no temporary directory')\n"
+        "tempfile._get_default_tempdir = no_directory\n"
+        "directory = Path(sys.argv[1])\n"
+        "manifest = Manifest.read(directory)\n"
+        "options = {'name': 'torchscript', 'device': 'cpu', 'num_threads': 1}\n"
+        "runtime = load_runtime(directory, manifest, **options)\n"
+        "arrays = [of.allocate(manifest.spec, 2) for of in (StepInputs, StepOutputs)]\n"
+        "runtime.bind(*arrays)()\n"
+    )
+    environment = clean_environment()
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # compilers in this process may have set it
+    command = [sys.executable, "-c", code, str(all_formats)]
+    subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=60)
 
 
 def test_a_format_the_artifact_lacks_is_an_error_that_names_those_it_has(
