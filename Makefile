@@ -66,7 +66,7 @@ lock:
 	rm -rf .lock && $(PYTHON) -m venv .lock
 	.lock/bin/pip install --quiet 'torch==2.13.0' && .lock/bin/pip install --quiet --editable '.[torch,dev]'
 	{ echo "# Every package of the environment, pinned. Made by 'make lock'."; \
-	  .lock/bin/pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//'; } > constraints.txt
+	  .lock/bin/pip freeze --all --exclude-editable --exclude pip | sed 's/+[a-z0-9.]*$$//'; } > constraints.txt
 	rm -rf .lock
 
 clean:

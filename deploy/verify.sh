@@ -15,7 +15,7 @@ target=cuda
 case ${1:-} in
 "") ;;
 --) shift ;;
-*) sed -n 's/^# \?//; 2,9p' "$0" >&2; exit 2 ;;
+*) sed -n 's/^# \?//; 2,8p' "$0" >&2; exit 2 ;;
 esac
 image=tamiyo-serve:$target
 port=${PORT:-8000}
@@ -36,7 +36,9 @@ trap 'exit 130' INT TERM
 
 failed=0
 verdict() { # verdict STATUS WHAT [FIGURE]
-  if [ "$1" = 0 ]; then printf '  ok    %s%s\n' "$2" "${3:+: $3}"; else printf '  FAIL  %s%s\n' "$2" "${3:+: $3}"; failed=1; fi
+  local word=ok
+  [ "$1" = 0 ] || word=FAIL failed=1
+  printf '  %-4s  %s%s\n' "$word" "$2" "${3:+: $3}"
 }
 fatal() { verdict 1 "$@"; printf '\nVERDICT: this host does not serve tamiyo.\n'; exit 1; }
 
@@ -146,6 +148,6 @@ fi
 if [ "$failed" = 0 ]; then
   printf '\nVERDICT: this host serves tamiyo on %s.\n' "$device"
 else
-  printf '\nVERDICT: something above failed; the container'"'"'s words are in docker logs.\n'
+  printf '\nVERDICT: this host does not serve tamiyo as it should.\n'
 fi
 exit "$failed"

@@ -1,0 +1,152 @@
+"""What a host is given (image, compose files, dashboard) agrees with what the service is."""
+
+import asyncio
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from model.spec import PolicySpec
+from service.metrics import Metrics
+from service.sessions import SessionTable
+from service.settings import Settings
+from tests.running_server import ROOT
+from tests.service.fakes import FakeClock
+
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+GRAFANA = ROOT / "deploy" / "grafana"
+COMPOSE_FILES = ("compose.yaml", "compose.gpu.yaml")
+
+Yaml = dict[str, Any]
+
+
+def load(path: str | Path) -> Yaml:
+    content: Yaml = yaml.safe_load((ROOT / path).read_text())
+    return content
+
+
+@pytest.fixture(scope="module")
+def compose() -> Yaml:
+    return load("compose.yaml")
+
+
+@pytest.fixture(scope="module")
+def dashboard() -> Yaml:
+    content: Yaml = json.loads((GRAFANA / "dashboards" / "tamiyo.json").read_text())
+    return content
+
+
+def test_the_image_s_version_is_the_project_s() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f'org.opencontainers.image.version="{project["version"]}"' in DOCKERFILE
+
+
+def test_the_build_is_given_what_the_dockerfile_copies_and_no_more() -> None:
+    copies = re.findall(r"^COPY (?!--from)(.*) \S+$", DOCKERFILE, re.MULTILINE)
+    copied = {name for names in copies for name in names.split()}
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    assert lines[1] == "*"
+    assert {line[1:] for line in lines if line.startswith("!")} == copied
+    assert all((ROOT / name).exists() for name in copied)
+
+
+def test_every_variable_the_image_and_the_compose_files_set_is_a_setting() -> None:
+    texts = [DOCKERFILE, *((ROOT / name).read_text() for name in COMPOSE_FILES)]
+    names = {name for text in texts for name in re.findall(r"\bTAMIYO_([A-Z_]+)", text)}
+    assert names >= {"ARTIFACT", "HOST", "PORT", "DEVICE"}
+    assert {name.lower() for name in names} <= Settings.model_fields.keys()
+
+
+def test_every_file_that_is_mounted_exists_and_every_volume_is_declared(compose: Yaml) -> None:
+    sources = [
+        volume.partition(":")[0]
+        for service in compose["services"].values()
+        for volume in service.get("volumes", [])
+    ]
+    files = {source for source in sources if source.startswith(".")}
+    assert len(files) == 3
+    assert all((ROOT / source).exists() for source in files)
+    assert set(sources) - files == compose["volumes"].keys()
+
+
+def test_every_service_has_a_health_check(compose: Yaml) -> None:
+    without = {name for name, of in compose["services"].items() if "healthcheck" not in of}
+    assert without == {"tamiyo"}, "whose image has one"
+    assert DOCKERFILE.count("\nHEALTHCHECK ") == 1
+
+
+def test_only_the_service_is_open_to_the_network(compose: Yaml) -> None:
+    ports = {name: of["ports"] for name, of in compose["services"].items()}
+    assert ports.pop("tamiyo") == ["8000:8000"]
+    assert all(port.startswith("127.0.0.1:") for of in ports.values() for port in of)
+
+
+def test_compose_waits_longer_than_the_service_drains(compose: Yaml) -> None:
+    wait_s = int(compose["services"]["tamiyo"]["stop_grace_period"].removesuffix("s"))
+    assert wait_s > Settings.model_fields["drain_s"].default
+
+
+def test_the_gpu_file_changes_the_service_and_builds_another_target(compose: Yaml) -> None:
+    (changed,) = load("compose.gpu.yaml")["services"].items()
+    name, service = changed
+    assert name in compose["services"]
+    targets = set(re.findall(r"^FROM \S+ AS (\w+)$", DOCKERFILE, re.MULTILINE))
+    assert {service["build"]["target"], compose["services"][name]["build"]["target"]} <= targets
+
+
+def test_prometheus_scrapes_the_service_at_the_port_it_listens_on(compose: Yaml) -> None:
+    (job,) = load("deploy/prometheus.yml")["scrape_configs"]
+    (target,) = job["static_configs"][0]["targets"]
+    host, _, port = target.partition(":")
+    assert host in compose["services"]
+    assert f"\nEXPOSE {port}\n" in DOCKERFILE
+    assert f"TAMIYO_PORT={port}\n" in DOCKERFILE
+
+
+def test_the_dashboard_asks_only_for_metrics_that_there_are(
+    dashboard: Yaml, spec: PolicySpec
+) -> None:
+    sessions = SessionTable(
+        spec, capacity=1, idle_timeout_s=1.0, default_seed=lambda *_: 0, clock=FakeClock()
+    )
+    metrics = Metrics(sessions, lambda: 0)
+    metrics.count("ok")
+
+    async def rendered() -> str:  # the tasks of a loop are among the metrics
+        return metrics.render().decode()
+
+    families = text_string_to_metric_families(asyncio.run(rendered()))
+    there_are = {sample.name for family in families for sample in family.samples}
+    queries = " ".join(
+        target["expr"] for panel in dashboard["panels"] for target in panel["targets"]
+    )
+    asked = set(re.findall(r"\b(?:tamiyo|process)_\w+", queries))
+    assert len(asked) > 8
+    assert asked <= there_are
+    ours = {family for family in there_are if family.startswith("tamiyo_")}
+    unseen = {name for name in ours - asked if not name.endswith(("_created", "_sum", "_count"))}
+    assert unseen == {"tamiyo_tasks"}
+
+
+def test_the_dashboard_s_source_is_the_one_that_is_provisioned(
+    dashboard: Yaml, compose: Yaml
+) -> None:
+    provisioning = GRAFANA / "provisioning"
+    (source,) = load(provisioning / "datasources" / "prometheus.yml")["datasources"]
+    assert {panel["datasource"]["uid"] for panel in dashboard["panels"]} == {source["uid"]}
+    assert source["url"] == "http://prometheus:9090"
+    assert "prometheus" in compose["services"]
+    (provider,) = load(provisioning / "dashboards" / "tamiyo.yml")["providers"]
+    mounts = compose["services"]["grafana"]["volumes"]
+    assert f"./deploy/grafana/dashboards:{provider['options']['path']}:ro" in mounts
+
+
+def test_the_dashboard_s_panels_are_told_apart(dashboard: Yaml) -> None:
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(set(ids)) == len(ids)
+    assert all(panel["title"] and panel["description"] for panel in dashboard["panels"])
