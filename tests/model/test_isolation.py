@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,9 @@ SAMPLE_SHAPES = ((6, 5), (4, 3, 3), ())  # [T, C], [C, H, W], [] behind the batc
 
 # The vector kernels of every x86 CPU since 2013 agree with the recording to the last bit.
 SAME_KERNELS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+# But for tanh, which is MKL's and rounds by the CPU's maker: on an AMD EPYC, one ulp from it.
+CPU_INFO = Path("/proc/cpuinfo")
+SAME_TANH = SAME_KERNELS and CPU_INFO.exists() and "GenuineIntel" in CPU_INFO.read_text()
 
 
 def detached_multiply(host: Tensor, seed: Tensor, alpha: Tensor) -> Tensor:
@@ -113,7 +117,8 @@ def test_recorded_outputs_and_gradients_are_reproduced(name: str) -> None:
         assert {key: str(value.dtype) for key, value in found.items()} == {
             key: f"torch.{case['dtypes'][key]}" for key in expected
         }
-        assert_same(found, expected, atol=0.0 if SAME_KERNELS or name == "ste" else ATOL)
+        is_same = SAME_TANH if name.startswith("multiply") else SAME_KERNELS or name == "ste"
+        assert_same(found, expected, atol=0.0 if is_same else ATOL)
 
 
 @needs_golden
