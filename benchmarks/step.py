@@ -51,7 +51,7 @@ class NaivePolicy(nn.Module):
         self.heads = nn.ModuleDict(
             dict(zip(self.spec.head_names, policy.head_mlps(), strict=True))
         )  # fmt: skip
-        self.value_head = policy.value_head
+        self.value_head = policy.value_network
 
     def forward(
         self, observation: Tensor, action_mask: Tensor, noise: Tensor, h: Tensor, c: Tensor

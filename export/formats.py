@@ -21,9 +21,8 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from export.manifest import ArtifactError, FormatFile, Precision, step_inputs, step_outputs
-from export.step import PolicyStep, StepOutput
+from export.step import PolicyStep, StepInput, StepOutput
 
-StepInput = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 LoadedStep = Callable[..., StepOutput]
 
 
@@ -39,7 +38,7 @@ class StepSource:
 
     def __init__(self, step: PolicyStep, max_batch_size: int) -> None:
         self.step = step
-        self.example: StepInput = step.example(batch_size=2)
+        self.example = step.example(batch_size=2)
         self._max_batch_size = max_batch_size
 
     @cached_property
@@ -160,7 +159,7 @@ class OnnxStep:
         return {name: array.cpu().numpy() for name, array in zip(self.names, inputs, strict=True)}
 
     def __call__(self, *inputs: Tensor) -> StepOutput:
-        arrays = self.session.run(None, self.feed(inputs))  # type: ignore[arg-type]
+        arrays = self.session.run(None, self.feed(inputs))
         action, log_prob, value, h, c = (torch.from_numpy(a).to(self.device) for a in arrays)
         return action, log_prob, value, h, c
 

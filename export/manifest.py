@@ -186,13 +186,20 @@ def bucket_sizes(max_batch_size: int) -> tuple[int, ...]:
 def step_inputs(spec: PolicySpec) -> tuple[Array, ...]:
     """The step's inputs, in the order every format takes them."""
     state = ("batch", spec.num_layers, spec.hidden_dim)
-    return (
+    arrays = [
         Array(name="observation", dtype="float32", shape=("batch", spec.observation_dim)),
         Array(name="action_mask", dtype="bool", shape=("batch", spec.num_choices)),
         Array(name="noise", dtype="float32", shape=("batch", spec.num_choices)),
         Array(name="state_h_in", dtype="float32", shape=state),
         Array(name="state_c_in", dtype="float32", shape=state),
-    )
+    ]
+    if spec.blueprint_embedding_dim is not None:
+        shape: tuple[int | str, ...] = ("batch", spec.num_slots)
+        arrays.append(Array(name="blueprint_index", dtype="int64", shape=shape))
+    if spec.has_slot_by_op:
+        shape = ("batch", spec.num_ops, spec.num_slots)
+        arrays.append(Array(name="slot_by_op_mask", dtype="bool", shape=shape))
+    return tuple(arrays)
 
 
 def step_outputs(spec: PolicySpec) -> tuple[Array, ...]:

@@ -6,11 +6,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from export.formats import LoadedStep, StepInput, native_call
+from export.formats import LoadedStep, native_call
 from export.manifest import bucket_sizes
-from export.parity import Reference
+from export.parity import Reference, Step
 from export.report import Latency
 from export.timing import Call, latencies
+from model.recurrence import State
 
 EAGER = "eager"
 SECONDS_PER_BATCH_SIZE = 0.5
@@ -23,8 +24,9 @@ def measure_latency(
     tables: dict[str, list[Latency]] = {name: [] for name in (EAGER, *steps)}
     with torch.inference_mode():
         for batch_size in bucket_sizes(max(reference.batch_sizes)):
-            inputs = _second_step(reference, batch_size)
-            calls: dict[str, Call] = {EAGER: _eager_call(reference, inputs)}
+            step, state = _second_step(reference, batch_size)
+            inputs = step.inputs(state)
+            calls: dict[str, Call] = {EAGER: _eager_call(reference, step, state)}
             calls |= {name: native_call(loaded, inputs) for name, loaded in steps.items()}
             timed = latencies(
                 calls,
@@ -44,7 +46,8 @@ def row_difference(reference: Reference, step: LoadedStep) -> dict[int, float]:
     every bit is the same.
     """
     largest = max(reference.batch_sizes)
-    inputs = _second_step(reference, largest)
+    moment, state = _second_step(reference, largest)
+    inputs = moment.inputs(state)
     with torch.inference_mode():
         together = step(*inputs)
         return {
@@ -61,21 +64,24 @@ def row_difference(reference: Reference, step: LoadedStep) -> dict[int, float]:
         }
 
 
-def _second_step(reference: Reference, batch_size: int) -> StepInput:
-    """What the exported step takes at an episode's second step: with noise, a state carried."""
+def _second_step(reference: Reference, batch_size: int) -> tuple[Step, State]:
+    """An episode's second step, with noise, and the state that is carried into it."""
     first, second = reference.episodes[reference.batch_sizes.index(batch_size)][:2]
-    h, c = first.scores.state
-    return (second.observation, second.action_mask, second.noise, h, c)
+    return second, first.scores.state
 
 
-def _eager_call(reference: Reference, inputs: StepInput) -> Call:
-    policy, heads = reference.policy, reference.policy.heads
-    observation, action_mask, noise, h, c = inputs
-    masks = dict(zip(heads.names, torch.split(action_mask, heads.sizes, -1), strict=True))
+def _eager_call(reference: Reference, step: Step, state: State) -> Call:
+    act = partial(
+        reference.policy.get_action,
+        state=state,
+        masks=step.masks,
+        noise=step.noise,
+        blueprint_index=step.blueprint_index,
+    )
     normalizer = reference.normalizer
     if normalizer is None:
-        return partial(policy.get_action, observation, (h, c), masks, noise)
-    return lambda: policy.get_action(normalizer(observation), (h, c), masks, noise)
+        return partial(act, step.observation)
+    return lambda: act(normalizer(step.observation))
 
 
 def _distance(got: Tensor, expected: Tensor) -> float:

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from export.formats import LoadedStep, StepInput, first_line
+from export.formats import LoadedStep, first_line
 from export.manifest import FormatParity, Precision, bucket_sizes
-from export.step import StepOutput
+from export.step import StepInput, StepOutput
 from model.normalizer import ObservationNormalizer
-from model.policy import FactoredRecurrentActorCritic, Scores
+from model.policy import SLOT_BY_OP, FactoredRecurrentActorCritic, Masks, Scores
 from model.recurrence import State
 
 STEPS = 50
@@ -53,8 +53,8 @@ class ParityError(Exception):
 class Step:
     """One step of the reference run: what goes in, and what the policy makes of it.
 
-    `expected_in` is the state the policy itself went in with; `begins` the rows whose episode
-    starts here, and `begin_state` what they start from.
+    `action_mask` and `masks` are the same, as the step and as the policy takes them. `begins` are
+    the rows whose episode starts here, and `begin_state` what they start from.
     """
 
     batch_size: int
@@ -63,9 +63,17 @@ class Step:
     observation: Tensor
     action_mask: Tensor
     noise: Tensor
+    blueprint_index: Tensor | None
+    masks: Masks
     begins: Tensor
     begin_state: State
     scores: Scores
+
+    def inputs(self, state: State) -> StepInput:
+        """What goes in, from `state`: the arrays that the policy has, in the manifest's order."""
+        given = (self.observation, self.action_mask, self.noise, *state)
+        more = (self.blueprint_index, self.masks.get(SLOT_BY_OP))
+        return (*given, *(array for array in more if array is not None))
 
     @property
     def where(self) -> str:
@@ -175,10 +183,14 @@ class Reference:
                 noise = -torch.log(-torch.log(uniform)).to(device)
             begins = (torch.rand(batch_size, generator=generator) < RESTART_PROBABILITY).to(device)
             begin_state = self._begin_state(batch_size, generator)
+            blueprint_index = self._blueprints(batch_size, generator)
+            slot_by_op = self._slots_by_op(batch_size, generator)
             state = restarted(state, begins, begin_state)
             normal = observation if self.normalizer is None else self.normalizer(observation)
-            by_head = dict(zip(heads.names, torch.split(mask, heads.sizes, -1), strict=True))
-            scores = self.policy.step_scores(normal, state, by_head)
+            masks = dict(zip(heads.names, torch.split(mask, heads.sizes, -1), strict=True))
+            if slot_by_op is not None:
+                masks[SLOT_BY_OP] = slot_by_op
+            scores = self.policy.step_scores(normal, state, masks, blueprint_index=blueprint_index)
             yield Step(
                 batch_size=batch_size,
                 number=number,
@@ -186,6 +198,8 @@ class Reference:
                 observation=observation,
                 action_mask=mask,
                 noise=noise,
+                blueprint_index=blueprint_index,
+                masks=masks,
                 begins=begins,
                 begin_state=begin_state,
                 scores=scores,
@@ -207,10 +221,23 @@ class Reference:
         density = torch.rand(batch_size, 1, generator=generator) * 1.6 - 0.3
         allowed = torch.rand(batch_size, sum(heads.sizes), generator=generator) < density
         for columns in torch.split(allowed, heads.sizes, -1):
-            size = columns.shape[1]
-            choice = torch.randint(size, (batch_size,), generator=generator)
-            columns |= torch.nn.functional.one_hot(choice, size).bool()
+            _allow_one(columns, generator)
         return allowed
+
+    def _blueprints(self, batch_size: int, generator: torch.Generator) -> Tensor | None:
+        spec = self.policy.spec
+        if spec.blueprint_embedding_dim is None:
+            return None
+        shape = (batch_size, spec.num_slots)
+        return torch.randint(-1, spec.num_blueprints, shape, generator=generator).to(self.device)
+
+    def _slots_by_op(self, batch_size: int, generator: torch.Generator) -> Tensor | None:
+        spec = self.policy.spec
+        if not spec.has_slot_by_op:
+            return None
+        allowed = torch.rand(batch_size, spec.num_ops, spec.num_slots, generator=generator) < 0.5
+        _allow_one(allowed, generator)
+        return allowed.to(self.device)
 
     def _begin_state(self, batch_size: int, generator: torch.Generator) -> State:
         zeros = self.policy.initial_state(batch_size)[0]
@@ -218,6 +245,12 @@ class Reference:
         saturated = torch.rand(batch_size, 1, 1, generator=generator) < 0.5
         signs = signs * saturated.to(zeros.device)
         return signs, signs * SATURATION
+
+
+def _allow_one(allowed: Tensor, generator: torch.Generator) -> None:
+    """Allows one more choice of each row of `[..., n]`, so that there is one."""
+    choice = torch.randint(allowed.shape[-1], allowed.shape[:-1], generator=generator)
+    allowed |= torch.nn.functional.one_hot(choice, allowed.shape[-1]).bool()
 
 
 def check_parity(step: LoadedStep, reference: Reference) -> ParityRun:
@@ -232,8 +265,7 @@ def check_parity(step: LoadedStep, reference: Reference) -> ParityRun:
             state = reference.policy.initial_state(episode[0].batch_size)
             for moment in episode:
                 state = restarted(state, moment.begins, moment.begin_state)
-                inputs = (moment.observation, moment.action_mask, moment.noise, *state)
-                outputs = _run_step(step, inputs, moment)
+                outputs = _run_step(step, moment.inputs(state), moment)
                 _judge(reference, moment, outputs, run)
                 state = (outputs[3], outputs[4])
     least = reference.tolerance.min_greedy_agreement
@@ -256,10 +288,10 @@ def _judge(reference: Reference, step: Step, outputs: StepOutput, run: ParityRun
     action, log_prob, value, h, c = outputs
     heads, scores = reference.policy.heads, step.scores
     noise = heads.spread(step.noise)
-    best = heads.choose(scores.log_probs, noise).action
+    best = scores.choices.choose(noise).action
     run.compare("state_h_out", h, scores.state[0], step)
     run.compare("state_c_out", c, scores.state[1], step)
-    run.compare("value", value, scores.value, step)
+    run.compare("value", value, scores.value * reference.policy.spec.value_scale, step)
     if action.shape != best.shape or action.dtype != best.dtype:
         raise ParityError(
             f"action is {action.dtype} {tuple(action.shape)}, expected {best.dtype} "
@@ -267,19 +299,21 @@ def _judge(reference: Reference, step: Step, outputs: StepOutput, run: ParityRun
         )
     if ((action < 0) | (action >= torch.tensor(heads.sizes, device=action.device))).any():
         raise ParityError(f"action is outside its head ({step.where})")
-    _judge_actions(reference, action, best, scores.log_probs + noise, step)
-    run.compare("log_prob", log_prob, heads.log_prob_of(scores.log_probs, action), step)
+    _judge_actions(reference, action, best, noise, step)
+    run.compare("log_prob", log_prob, scores.choices.log_prob_of(action), step)
     run.count(action, best, step)
 
 
 def _judge_actions(
-    reference: Reference, action: Tensor, best: Tensor, perturbed: Tensor, step: Step
+    reference: Reference, action: Tensor, best: Tensor, noise: Tensor, step: Step
 ) -> None:
     heads = reference.policy.heads
-    taken = perturbed.gather(-1, action.unsqueeze(-1)).squeeze(-1)
     op = action[..., heads.op_index]
+    log_probs, allowed = step.scores.choices.given(op)
+    perturbed = log_probs + noise
+    taken = perturbed.gather(-1, action.unsqueeze(-1)).squeeze(-1)
     is_best = perturbed.amax(-1) - taken <= reference.tolerance.atol  # False for NaN
-    wrong = ~torch.where(heads.relevant(op), is_best, action == heads.forced_index)
+    wrong = ~torch.where(heads.relevant(op), is_best, action == heads.forced(allowed))
     if wrong.any():
         row, head = wrong.nonzero()[0].tolist()
         raise ParityError(

@@ -5,6 +5,7 @@ largest head. One layout means one log-softmax and one argmax for all heads, in 
 and in every exported format, and one place that knows which head matters for which op.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,10 @@ from model.spec import PolicySpec
 
 MASKED_LOGIT = -1e4
 """What a disallowed choice's logit becomes: finite, so that no NaN can come of it (esper-lite)."""
+
+LARGEST_FLOORED_SHARE = 0.99
+SMALLEST_PROBABILITY = 1e-8
+"""Of all probability, floors leave at least a hundredth to the logits; its logarithm is finite."""
 
 
 class Decision(NamedTuple):
@@ -30,6 +35,10 @@ class HeadTable(nn.Module):
     valid: Tensor
     relevance: Tensor
     forced_index: Tensor
+    floor: Tensor
+    takes_first_allowed: Tensor
+    countdown: Tensor
+    is_slot: Tensor
 
     def __init__(self, spec: PolicySpec) -> None:
         super().__init__()
@@ -42,6 +51,7 @@ class HeadTable(nn.Module):
         valid = torch.zeros(len(spec.heads), self.width, dtype=torch.bool)
         relevance = torch.ones(spec.heads[spec.op_index].size, len(spec.heads), dtype=torch.bool)
         forced_index = torch.zeros(len(spec.heads), dtype=torch.int64)
+        takes_first_allowed = torch.zeros(len(spec.heads), dtype=torch.bool)
         start = 0
         for row, head in enumerate(spec.heads):
             column[row, : head.size] = torch.arange(start, start + head.size)
@@ -50,11 +60,24 @@ class HeadTable(nn.Module):
             if head.relevant_ops is not None and head.forced_index is not None:
                 relevance[:, row] = False
                 relevance[list(head.relevant_ops), row] = True
-                forced_index[row] = head.forced_index
+                if head.forced_index == "first_allowed":
+                    takes_first_allowed[row] = True
+                else:
+                    forced_index[row] = head.forced_index
         self.register_buffer("column", column.flatten(), persistent=False)  # [heads * width]
         self.register_buffer("valid", valid, persistent=False)  # [heads, width]
         self.register_buffer("relevance", relevance, persistent=False)  # [ops, heads]
         self.register_buffer("forced_index", forced_index, persistent=False)  # [heads]
+        floor = torch.tensor([[head.probability_floor] for head in spec.heads])
+        self.has_floors = any(head.probability_floor > 0 for head in spec.heads)
+        self.register_buffer("floor", floor, persistent=False)  # [heads, 1]
+        self.has_first_allowed = any(head.forced_index == "first_allowed" for head in spec.heads)
+        self.register_buffer("takes_first_allowed", takes_first_allowed, persistent=False)
+        countdown = torch.arange(self.width, 0, -1)
+        self.register_buffer("countdown", countdown, persistent=False)  # [width]
+        self.slot_index = spec.head_names.index("slot") if spec.has_slot_by_op else None
+        is_slot = torch.tensor([[name == "slot"] for name in spec.head_names])
+        self.register_buffer("is_slot", is_slot, persistent=False)  # [heads, 1]
 
     def spread(self, packed: Tensor) -> Tensor:
         """Lays packed columns out as the table: `[..., num_choices]` to `[..., heads, width]`.
@@ -70,15 +93,46 @@ class HeadTable(nn.Module):
         `logits` and `allowed` are `[..., heads, width]`. Half-precision log-probs break the heads'
         gradients (esper-lite B11-PT-01), hence the cast before the softmax.
         """
-        masked = torch.where(allowed & self.valid, logits.float(), MASKED_LOGIT)
-        return torch.log_softmax(masked, dim=-1)
+        return _log_probs(logits, allowed & self.valid, self.floor if self.has_floors else None)
 
-    def choose(self, log_probs: Tensor, noise: Tensor) -> Decision:
+    def choices(self, logits: Tensor, allowed: Tensor, slot_by_op: Tensor | None) -> "Choices":
+        """What can be chosen, by logits and mask `[..., heads, width]`.
+
+        `slot_by_op` `[..., ops, slots]`, where there is one, is the slot head's mask for each op.
+        """
+        allowed = allowed & self.valid
+        log_probs = self.log_probs(logits, allowed)
+        if slot_by_op is None or self.slot_index is None:
+            return Choices(self, log_probs, allowed)
+        missing = self.width - slot_by_op.shape[-1]
+        slot_allowed = nn.functional.pad(slot_by_op, (0, missing))
+        slot_logits = logits[..., self.slot_index, :].unsqueeze(-2)
+        floor = self.floor[self.slot_index] if self.has_floors else None
+        slot_log_probs = _log_probs(slot_logits, slot_allowed, floor)
+        return Choices(self, log_probs, allowed, slot_log_probs, slot_allowed)
+
+    def with_slot_of(self, table: Tensor, by_op: Tensor, op: Tensor) -> Tensor:
+        """`table` with the slot head's row replaced by the row of `op` in `[..., ops, width]`."""
+        index = op[..., None, None].expand(*op.shape, 1, self.width)
+        row = by_op.gather(-2, index)
+        return torch.where(self.is_slot, row, table)
+
+    def choose(
+        self, log_probs: Tensor, noise: Tensor, forced_index: Tensor | None = None
+    ) -> Decision:
         """Gumbel-max per head: the largest `log_probs + noise`; zero noise is the most likely."""
         action = (log_probs + noise).argmax(dim=-1)
         relevant = self.relevant(action[..., self.op_index])
-        action = torch.where(relevant, action, self.forced_index)
+        forced_index = self.forced_index if forced_index is None else forced_index
+        action = torch.where(relevant, action, forced_index)
         return Decision(action, torch.where(relevant, _taken(log_probs, action), 0.0))
+
+    def forced(self, allowed: Tensor) -> Tensor:
+        """The index each head is forced to where it does not matter, given its mask."""
+        if not self.has_first_allowed:
+            return self.forced_index
+        first = (allowed * self.countdown).argmax(-1)
+        return torch.where(self.takes_first_allowed, first, self.forced_index)
 
     def log_prob_of(self, log_probs: Tensor, action: Tensor) -> Tensor:
         """Log-prob of each head's `action` `[..., heads]`; 0 where the head does not matter."""
@@ -104,6 +158,71 @@ class HeadTable(nn.Module):
         `torch.where`; no mask is cloned or written to (ticket B9-PT-01).
         """
         return self.relevance[op]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the heads may choose, and how likely each choice is, before an op is taken.
+
+    `log_probs` float32 and `allowed` bool `[..., heads, width]`; where slots are allowed by op, the
+    slot head's own are `slot_log_probs` and `slot_allowed`, `[..., ops, width]`.
+    """
+
+    heads: HeadTable
+    log_probs: Tensor
+    allowed: Tensor
+    slot_log_probs: Tensor | None = None
+    slot_allowed: Tensor | None = None
+
+    def given(self, op: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs and mask `[..., heads, width]` once `op` `[...]` is known."""
+        if self.slot_log_probs is None or self.slot_allowed is None:
+            return self.log_probs, self.allowed
+        return (
+            self.heads.with_slot_of(self.log_probs, self.slot_log_probs, op),
+            self.heads.with_slot_of(self.allowed, self.slot_allowed, op),
+        )
+
+    def choose(self, noise: Tensor) -> Decision:
+        """The op first, then every head given it; `noise` as `HeadTable.choose` has it."""
+        at = self.heads.op_index
+        op = (self.log_probs[..., at, :] + noise[..., at, :]).argmax(-1)
+        log_probs, allowed = self.given(op)
+        return self.heads.choose(log_probs, noise, self.heads.forced(allowed))
+
+    def log_prob_of(self, action: Tensor) -> Tensor:
+        """Log-prob of each head's `action` `[..., heads]`; 0 where the head does not matter."""
+        log_probs, _ = self.given(action[..., self.heads.op_index])
+        return self.heads.log_prob_of(log_probs, action)
+
+    def entropy(self, op: Tensor) -> Tensor:
+        """Each head's entropy given `op` `[...]`, as `HeadTable.entropy` has it."""
+        log_probs, allowed = self.given(op)
+        return self.heads.entropy(log_probs, allowed, op)
+
+
+def raised(log_probs: Tensor, allowed: Tensor, floor: Tensor) -> Tensor:
+    """Log-probs with no allowed choice less likely than `floor`, which broadcasts to `[..., 1]`.
+
+    Choices below it are raised to it, the others give way in proportion. Where floors for all
+    would take more than 0.99 of the probability, they share 0.99 (esper-lite V2).
+    """
+    prob = log_probs.exp()
+    num_allowed = allowed.sum(-1, keepdim=True).clamp(min=1)
+    floor = torch.minimum(floor, LARGEST_FLOORED_SHARE / num_allowed)
+    is_low = allowed & (prob < floor)
+    is_high = allowed & ~is_low
+    left = 1.0 - is_low.sum(-1, keepdim=True) * floor
+    high = torch.where(is_high, prob, 0.0).sum(-1, keepdim=True).clamp(min=SMALLEST_PROBABILITY)
+    prob = torch.where(is_low, floor, prob * (left / high))
+    logits = torch.where(allowed, prob.clamp(min=SMALLEST_PROBABILITY).log(), MASKED_LOGIT)
+    return torch.where(floor > 0, torch.log_softmax(logits, dim=-1), log_probs)
+
+
+def _log_probs(logits: Tensor, allowed: Tensor, floor: Tensor | None) -> Tensor:
+    masked = torch.where(allowed, logits.float(), MASKED_LOGIT)
+    log_probs = torch.log_softmax(masked, dim=-1)
+    return log_probs if floor is None else raised(log_probs, allowed, floor)
 
 
 def _taken(log_probs: Tensor, action: Tensor) -> Tensor:

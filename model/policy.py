@@ -6,33 +6,46 @@ its state_dict loads with `strict=True`.
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from model.heads import HeadTable
-from model.recurrence import LSTM, State
+from model.blueprint_embedding import NO_BLUEPRINT, BlueprintEmbedding
+from model.critic import critic_networks, reset_last_layers
+from model.heads import Choices, HeadTable
+from model.recurrence import LSTM, RECURRENCES, ResidualLSTM, State
 from model.spec import PolicySpec
 
 Masks = Mapping[str, Tensor]
-"""`{head: bool [..., n]}`, True = allowed. A head that is absent has nothing disallowed."""
+"""`{head: bool [..., n]}`, True = allowed. A head that is absent has nothing disallowed.
+
+Where the spec has it, `"slot_by_op"` `[..., ops, slots]` stands in for the slot head's, by op.
+"""
+
+SLOT_BY_OP = "slot_by_op"
 
 
 class Forward(NamedTuple):
-    """Raw outputs over a sequence: `{head: [B, T, n]}` unmasked logits, `[B, T]` values, state."""
+    """Raw outputs over a sequence: `{head: [B, T, n]}` unmasked logits, `[B, T]` values, state.
+
+    `output` `[B, T, hidden]` is what heads and critic read.
+    """
 
     logits: dict[str, Tensor]
     value: Tensor
     state: State
+    output: Tensor
 
 
 class Scores(NamedTuple):
-    """What one step's choice is made from: float32 `[B, heads, width]`, `[B]`, and the state."""
+    """What one step's choice is made from, V(s) float32 `[B]`, the state, and what heads read."""
 
-    log_probs: Tensor
+    choices: Choices
     value: Tensor
     state: State
+    output: Tensor
 
 
 class Act(NamedTuple):
@@ -45,19 +58,29 @@ class Act(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """A sequence's result, all float32 `[B, T]`; entropy is normalised to [0, 1] per head."""
+    """A sequence's result, all float32 `[B, T]`; entropy is normalised to [0, 1] per head.
+
+    Where the critic has them: Q(s, op) of the stored op `[B, T]`, and each slot's predicted
+    contribution `[B, T, slots]`. Their gradients end at the recurrence's output.
+    """
 
     log_prob: dict[str, Tensor]
     value: Tensor
     entropy: dict[str, Tensor]
     state: State
+    q_value: Tensor | None = None
+    contribution: Tensor | None = None
 
 
 class FactoredRecurrentActorCritic(nn.Module):
-    """observation -> Linear, LayerNorm, ReLU -> LSTM -> LayerNorm -> one MLP per head, and V(s).
+    """observation -> Linear, LayerNorm, ReLU -> recurrence -> one MLP per head, and the critic.
 
-    `get_action` takes one step without gradient; `evaluate_actions` takes sequences with it.
+    `get_action` takes one step without gradient; `evaluate_actions` takes sequences with it. What
+    recurrence, critic and heads there are is the spec's.
     """
+
+    lstm: LSTM | ResidualLSTM
+    lstm_ln: nn.LayerNorm | nn.Identity
 
     def __init__(self, spec: PolicySpec) -> None:
         super().__init__()
@@ -65,17 +88,32 @@ class FactoredRecurrentActorCritic(nn.Module):
         self.heads = HeadTable(spec)
         self.observation_dim = spec.observation_dim
         self.state_shape = (spec.num_layers, spec.hidden_dim)
+        self.blueprint_embedding: BlueprintEmbedding | None = None
+        input_dim = spec.observation_dim
+        if spec.blueprint_embedding_dim is not None:
+            self.blueprint_embedding = BlueprintEmbedding(
+                spec.num_blueprints, spec.blueprint_embedding_dim
+            )
+            input_dim += spec.num_slots * spec.blueprint_embedding_dim
         self.feature_net = nn.Sequential(
-            nn.Linear(spec.observation_dim, spec.feature_dim),
-            nn.LayerNorm(spec.feature_dim),
-            nn.ReLU(),
+            nn.Linear(input_dim, spec.feature_dim), nn.LayerNorm(spec.feature_dim), nn.ReLU()
         )
-        self.lstm = LSTM(spec.feature_dim, spec.hidden_dim, spec.num_layers)
-        self.lstm_ln = nn.LayerNorm(spec.hidden_dim)
+        self.lstm = RECURRENCES[spec.recurrence](spec.feature_dim, spec.hidden_dim, spec.num_layers)
+        has_norm = spec.recurrence == "lstm"  # the residual one has its own
+        self.lstm_ln = nn.LayerNorm(spec.hidden_dim) if has_norm else nn.Identity()
         for head in spec.heads:
-            self.add_module(f"{head.name}_head", _mlp(spec.hidden_dim, head.size))
-        self.value_head = _mlp(spec.hidden_dim, 1)
+            mlp = _mlp(spec.hidden_dim, head.size, head.hidden_layers)
+            self.add_module(f"{head.name}_head", mlp)
+        critic = critic_networks(spec)
+        self.critic_names = list(critic)
+        for name, network in critic.items():
+            self.add_module(name, network)
         self.reset_parameters()
+
+    @property
+    def value_network(self) -> nn.Sequential:
+        """V(s)."""
+        return cast(nn.Sequential, getattr(self, self.critic_names[0]))
 
     def head_mlps(self) -> list[nn.Sequential]:
         """The heads' networks in spec order."""
@@ -89,24 +127,59 @@ class FactoredRecurrentActorCritic(nn.Module):
                 nn.init.zeros_(module.bias)
         for mlp in self.head_mlps():
             nn.init.orthogonal_(cast(Tensor, mlp[-1].weight), 0.01)
-        nn.init.orthogonal_(cast(Tensor, self.value_head[-1].weight), 1.0)
+        reset_last_layers({name: getattr(self, name) for name in self.critic_names})
         self.lstm.reset_parameters()
+        if self.blueprint_embedding is not None:
+            self.blueprint_embedding.reset_parameters()
 
     def initial_state(self, batch_size: int) -> State:
         """Zeros in the module's own dtype and device: `(h, c)`, each `[B, layers, hidden]`."""
-        like = self.value_head[-1].get_parameter("bias")
+        like = self.value_network[-1].get_parameter("bias")
         shape = (batch_size, *self.state_shape)
         return like.new_zeros(shape), like.new_zeros(shape)
 
-    def forward(self, observations: Tensor, state: State | None = None) -> Forward:
-        """Logits and values over `observations` `[B, T, D]`, before any mask."""
-        logits, value, state = self._sequence(observations, state)
-        return Forward(self._by_head(logits, self.heads.sizes), value, state)
+    def forward(
+        self,
+        observations: Tensor,
+        state: State | None = None,
+        *,
+        blueprint_index: Tensor | None = None,
+    ) -> Forward:
+        """Logits and values over `observations` `[B, T, D]`, before any mask.
+
+        `blueprint_index` is int64 `[B, T, slots]`, as `get_action` has it.
+        """
+        logits, value, state, y = self._sequence(observations, state, blueprint_index)
+        return Forward(self._by_head(logits, self.heads.sizes), value, state, y)
+
+    def q_value(self, output: Tensor, op: Tensor) -> Tensor:
+        """Q(s, op) float32 `[...]`, of `output` `[..., hidden]` and `op` int64 `[...]`.
+
+        No gradient goes back into `output`. Only where the spec's critic has it.
+        """
+        one_hot = nn.functional.one_hot(op, self.spec.num_ops).to(output.dtype)
+        q_value: Tensor = self.get_submodule("q_head")(
+            torch.cat([output.detach(), one_hot], dim=-1)
+        )
+        return q_value.squeeze(-1).float()
+
+    def contribution(self, output: Tensor) -> Tensor:
+        """What each slot is predicted to contribute: float32 `[..., slots]` of `[..., hidden]`.
+
+        No gradient goes back into `output`. Only where the spec's critic has it.
+        """
+        predicted: Tensor = self.get_submodule("contribution_predictor")(output.detach())
+        return predicted.float()
 
     def step_scores(
-        self, observation: Tensor, state: State | None = None, masks: Masks | None = None
+        self,
+        observation: Tensor,
+        state: State | None = None,
+        masks: Masks | None = None,
+        *,
+        blueprint_index: Tensor | None = None,
     ) -> Scores:
-        """The masked log-probabilities of one step, from which an action is chosen.
+        """What one step's action is chosen from.
 
         `observation` is `[B, D]`. Raises ValueError for a wrong shape or dtype, and for a mask
         that allows nothing, naming head and row. The last is one read from the device; a compiled
@@ -118,13 +191,15 @@ class FactoredRecurrentActorCritic(nn.Module):
             state = self.initial_state(batch_size)
         else:
             self._check_state(state, batch_size)
-        allowed = self._allowed(masks, observation.shape[:-1])
+        lead = observation.shape[:-1]
+        allowed, slot_by_op = self._allowed(masks, lead)
+        features = self._features(observation, blueprint_index)
         if not torch.compiler.is_compiling():
-            self._check_allowed(allowed)
-        y, state = self.lstm.step(self.feature_net(observation), state)
-        logits, value = self._decode(y)
-        log_probs = self.heads.log_probs(self.heads.spread(logits), allowed)
-        return Scores(log_probs, value, state)
+            self._check_allowed(allowed, slot_by_op)
+        y, state = self.lstm.step(features, state)
+        logits, value, y = self._decode(y)
+        choices = self.heads.choices(self.heads.spread(logits), allowed, slot_by_op)
+        return Scores(choices, value, state, y)
 
     def get_action(
         self,
@@ -132,27 +207,32 @@ class FactoredRecurrentActorCritic(nn.Module):
         state: State | None = None,
         masks: Masks | None = None,
         noise: Tensor | None = None,
+        *,
+        blueprint_index: Tensor | None = None,
     ) -> Act:
         """Takes one step for each row; the results are inference tensors, for acting only.
 
         `observation` `[B, D]`; `state` `(h, c)` each `[B, layers, hidden]`, None is zeros; `masks`
         `{head: bool [B, n]}`; `noise` float32 `[B, num_choices]`, the heads' columns in spec order:
-        standard Gumbel noise samples, None gives the most likely action. Raises ValueError as
-        `step_scores` does, and for an input that requires a gradient: none would be recorded
-        (ticket B9-PT-02). Compiled, the results are ordinary tensors without gradient.
+        standard Gumbel noise samples, None gives the most likely action; `blueprint_index` int64
+        `[B, slots]`, where the spec has an embedding, -1 or None for no blueprint. Raises
+        ValueError as `step_scores` does, and for an input that requires a gradient: none would be
+        recorded (ticket B9-PT-02). Compiled, the results are ordinary tensors without gradient.
         """
         self._refuse_gradient(observation, state, noise)
         # Inductor fails on a graph that takes views of inference tensors (torch 2.13).
         is_compiling = torch.compiler.is_compiling()
         with torch.no_grad() if is_compiling else torch.inference_mode():
-            log_probs, value, state = self.step_scores(observation, state, masks)
+            choices, value, state, _ = self.step_scores(
+                observation, state, masks, blueprint_index=blueprint_index
+            )
             if noise is None:
-                padded = torch.zeros_like(log_probs)
+                padded = torch.zeros_like(choices.log_probs)
             else:
                 batch_size = observation.shape[0]
                 self._check("noise", noise, (batch_size, sum(self.heads.sizes)))
                 padded = self.heads.spread(noise)
-            decision = self.heads.choose(log_probs, padded)
+            decision = choices.choose(padded)
             return Act(
                 self._by_head(decision.action), self._by_head(decision.log_prob), value, state
             )
@@ -163,11 +243,14 @@ class FactoredRecurrentActorCritic(nn.Module):
         actions: Mapping[str, Tensor],
         masks: Masks | None = None,
         state: State | None = None,
+        *,
+        blueprint_index: Tensor | None = None,
     ) -> Evaluation:
         """Log-probs, values and entropies of stored actions, with gradient: the learner's half.
 
         `observations` `[B, T, D]`, `actions` `{head: int64 [B, T]}` for every head, `masks`
-        `{head: bool [B, T, n]}`, `state` at the first step. A head that does not matter for a
+        `{head: bool [B, T, n]}`, `state` at the first step, `blueprint_index` int64
+        `[B, T, slots]`. A head that does not matter for a
         step's op has log-prob 0 and entropy 0 whatever was stored for it. Raises ValueError for
         wrong shapes, an action out of range or a mask with nothing allowed, naming head and row;
         and, while gradients are on, for inference tensors (what `get_action` returns): store a
@@ -181,45 +264,70 @@ class FactoredRecurrentActorCritic(nn.Module):
         self._check("observations", observations, (None, None, self.observation_dim))
         lead = observations.shape[:-1]
         action = self._packed_actions(actions, lead)
-        allowed = self._allowed(masks, lead)
+        allowed, slot_by_op = self._allowed(masks, lead)
         if not torch.compiler.is_compiling():
-            self._check_allowed(allowed)
+            self._check_allowed(allowed, slot_by_op)
             self._check_in_range(action)
-        logits, value, state = self._sequence(observations, state)
-        log_probs = self.heads.log_probs(self.heads.spread(logits), allowed)
-        entropy = self.heads.entropy(log_probs, allowed, action[..., self.heads.op_index])
+        logits, value, state, y = self._sequence(observations, state, blueprint_index)
+        choices = self.heads.choices(self.heads.spread(logits), allowed, slot_by_op)
+        op = action[..., self.heads.op_index]
+        has_more = self.spec.critic == "value_q_contribution"
         return Evaluation(
-            self._by_head(self.heads.log_prob_of(log_probs, action)),
+            self._by_head(choices.log_prob_of(action)),
             value,
-            self._by_head(entropy),
+            self._by_head(choices.entropy(op)),
             state,
+            self.q_value(y, op) if has_more else None,
+            self.contribution(y) if has_more else None,
         )
 
     def _sequence(
-        self, observations: Tensor, state: State | None
-    ) -> tuple[Tensor, Tensor, State]:  # [B, T, num_choices], [B, T]
+        self, observations: Tensor, state: State | None, blueprint_index: Tensor | None
+    ) -> tuple[Tensor, Tensor, State, Tensor]:  # [B, T, num_choices], [B, T], ..., [B, T, hidden]
         self._check("observations", observations, (None, None, self.observation_dim))
         batch_size = observations.shape[0]
         if state is None:
             state = self.initial_state(batch_size)
         else:
             self._check_state(state, batch_size)
-        y, state = self.lstm(self.feature_net(observations), state)
-        logits, value = self._decode(y)
-        return logits, value, state
+        y, state = self.lstm(self._features(observations, blueprint_index), state)
+        logits, value, y = self._decode(y)
+        return logits, value, state, y
 
-    def _decode(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _features(self, observation: Tensor, blueprint_index: Tensor | None) -> Tensor:
+        x = observation
+        if self.blueprint_embedding is not None:
+            shape = (*observation.shape[:-1], self.spec.num_slots)
+            if blueprint_index is None:
+                like = self.heads.forced_index  # int64, on the module's device
+                blueprint_index = like.new_full(shape, NO_BLUEPRINT)
+            self._check_blueprints(blueprint_index, shape)
+            x = torch.cat([x, self.blueprint_embedding(blueprint_index).to(x.dtype)], dim=-1)
+        elif blueprint_index is not None:
+            raise ValueError("blueprint_index is given, and this policy reads none")
+        features: Tensor = self.feature_net(x)
+        return features
+
+    def _decode(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y = self.lstm_ln(y)
         logits = torch.cat([mlp(y) for mlp in self.head_mlps()], dim=-1)
-        return logits, self.value_head(y).squeeze(-1).float()
+        return logits, self.value_network(y).squeeze(-1).float(), y
 
     def _by_head(self, packed: Tensor, sizes: list[int] | None = None) -> dict[str, Tensor]:
         parts = packed.unbind(-1) if sizes is None else torch.split(packed, sizes, -1)
         return dict(zip(self.heads.names, parts, strict=True))
 
-    def _allowed(self, masks: Masks | None, lead: torch.Size) -> Tensor:
+    def _allowed(
+        self, masks: Masks | None, lead: torch.Size
+    ) -> tuple[Tensor, Tensor | None]:  # [..., heads, width], [..., ops, slots]
         if not masks:
-            return self.heads.valid.expand(*lead, *self.heads.valid.shape)
+            return self.heads.valid.expand(*lead, *self.heads.valid.shape), None
+        slot_by_op = masks.get(SLOT_BY_OP) if self.spec.has_slot_by_op else None
+        if slot_by_op is not None:
+            masks = {name: mask for name, mask in masks.items() if name != SLOT_BY_OP}
+            self._check_mask(
+                SLOT_BY_OP, slot_by_op, (*lead, self.spec.num_ops, self.spec.num_slots)
+            )
         self._check_names("masks", masks)
         everything = self.heads.valid.new_ones(())
         columns = []
@@ -227,12 +335,31 @@ class FactoredRecurrentActorCritic(nn.Module):
             mask = masks.get(name)
             if mask is None:
                 mask = everything.expand(*lead, size)
-            elif mask.dtype != torch.bool:
-                raise ValueError(f"mask {name!r} is {mask.dtype}, not torch.bool (True = allowed)")
             else:
-                self._check(f"mask {name!r}", mask, (*lead, size))
+                self._check_mask(name, mask, (*lead, size))
             columns.append(mask)
-        return self.heads.spread(torch.cat(columns, dim=-1)) & self.heads.valid
+        allowed = self.heads.spread(torch.cat(columns, dim=-1)) & self.heads.valid
+        return allowed, slot_by_op
+
+    def _check_mask(self, name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask {name!r} is {mask.dtype}, not torch.bool (True = allowed)")
+        self._check(f"mask {name!r}", mask, shape)
+
+    def _check_blueprints(self, blueprint_index: Tensor, shape: tuple[int, ...]) -> None:
+        if blueprint_index.dtype != torch.int64:
+            raise ValueError(f"blueprint_index is {blueprint_index.dtype}, not torch.int64")
+        self._check("blueprint_index", blueprint_index, shape)
+        if torch.compiler.is_compiling():
+            return
+        num = self.spec.num_blueprints
+        outside = (blueprint_index < NO_BLUEPRINT) | (blueprint_index >= num)
+        if outside.any():
+            *row, slot = outside.nonzero()[0].tolist()
+            raise ValueError(
+                f"blueprint_index of slot {slot} is {int(blueprint_index[(*row, slot)])} in row "
+                f"{_row(row)}; there are {num} blueprints, and -1 is none"
+            )
 
     def _packed_actions(self, actions: Mapping[str, Tensor], lead: torch.Size) -> Tensor:
         self._check_names("actions", actions)
@@ -250,11 +377,22 @@ class FactoredRecurrentActorCritic(nn.Module):
                 known = ", ".join(self.heads.names)
                 raise ValueError(f"{what} name an unknown head {name!r}; the heads are {known}")
 
-    def _check_allowed(self, allowed: Tensor) -> None:
+    def _check_allowed(self, allowed: Tensor, slot_by_op: Tensor | None) -> None:
         empty = ~allowed.any(-1)
         if empty.any():
             *row, head = empty.nonzero()[0].tolist()
             raise ValueError(f"mask {self.heads.names[head]!r} allows nothing in row {_row(row)}")
+        if slot_by_op is None or self.heads.slot_index is None:
+            return
+        needs_slot = self.heads.relevance[:, self.heads.slot_index]
+        allowed_ops = allowed[..., self.heads.op_index, : self.spec.num_ops]
+        empty = allowed_ops & needs_slot & ~slot_by_op.any(-1)
+        if empty.any():
+            *row, op = empty.nonzero()[0].tolist()
+            raise ValueError(
+                f"mask {SLOT_BY_OP!r} allows no slot for op {op}, which is allowed in row "
+                f"{_row(row)}"
+            )
 
     def _check_in_range(self, action: Tensor) -> None:
         sizes = torch.tensor(self.heads.sizes, device=action.device)
@@ -292,9 +430,12 @@ class FactoredRecurrentActorCritic(nn.Module):
                 )
 
 
-def _mlp(hidden_dim: int, size: int) -> nn.Sequential:
-    width = hidden_dim // 2
-    return nn.Sequential(nn.Linear(hidden_dim, width), nn.ReLU(), nn.Linear(width, size))
+def _mlp(hidden_dim: int, size: int, hidden_layers: int) -> nn.Sequential:
+    widths = [hidden_dim] * hidden_layers + [hidden_dim // 2]
+    layers: list[nn.Module] = []
+    for width, next_width in pairwise(widths):
+        layers += [nn.Linear(width, next_width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], size))
 
 
 def _refuse_inference(what: str, tensors: Iterable[Tensor]) -> None:

@@ -1,9 +1,13 @@
-"""A stacked LSTM whose single step every compiler and exporter takes whole.
+"""Stacked LSTMs whose single step every compiler and exporter takes whole.
 
 `nn.LSTM` neither compiles (Dynamo refuses the module) nor exports well (ONNX gets a Loop). One
 step of it is two matrix products and six pointwise operations, written out here. Sequences, which
 only training needs, go through torch's fused kernel on the same parameters.
 """
+
+import math
+from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +42,10 @@ class LSTM(nn.Module):
                 self.register_parameter(f"{name}_l{layer}", nn.Parameter(torch.empty(shape)))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, forget_bias: float = 1.0) -> None:
         """esper-lite's initialisation: orthogonal weights, forget gates open, other biases 0.
 
-        The forget quarter of both bias vectors is 1, so the effective forget bias is 2.
+        The forget quarter of both bias vectors is `forget_bias`, so twice that is in effect.
         """
         for name, parameter in self.named_parameters():
             if name.startswith("weight"):
@@ -49,7 +53,7 @@ class LSTM(nn.Module):
             else:
                 quarter = len(parameter) // 4
                 nn.init.zeros_(parameter)
-                nn.init.ones_(parameter.detach()[quarter : 2 * quarter])
+                nn.init.constant_(parameter.detach()[quarter : 2 * quarter], forget_bias)
 
     def layer_parameters(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Per layer: weight_ih, weight_hh, bias_ih, bias_hh; the gates in rows i, f, g, o."""
@@ -76,3 +80,60 @@ class LSTM(nn.Module):
             x, layer_first, parameters, True, self.num_layers, 0.0, self.training, False, True
         )
         return y, (h.transpose(0, 1), c.transpose(0, 1))
+
+
+class ResidualLSTM(nn.Module):
+    """One LSTM after the other, each one's output normalised and added to what went into it.
+
+    The input is projected first where its width is another. There is no norm after the last sum.
+    State and parameter names are esper-lite's V2 (commit 9b2926b1).
+    """
+
+    def __init__(self, input_dim: int, hidden_dim: int, num_layers: int) -> None:
+        super().__init__()
+        same = input_dim == hidden_dim
+        self.input_proj = nn.Identity() if same else nn.Linear(input_dim, hidden_dim)
+        self.layers = nn.ModuleList(LSTM(hidden_dim, hidden_dim, 1) for _ in range(num_layers))
+        self.layer_norms = nn.ModuleList(nn.LayerNorm(hidden_dim) for _ in range(num_layers))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As the LSTM's, with the forget gates opened further the more layers there are."""
+        for lstm in self._lstms():
+            lstm.reset_parameters(forget_bias=1.0 + math.log(len(self.layers)))
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """Advances by one step: `x` `[B, input]` to `[B, hidden]` and the state."""
+        return self._run(x, state, [lstm.step for lstm in self._lstms()])
+
+    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """Runs a sequence: `x` `[B, T, input]` to `[B, T, hidden]` and the state after it."""
+        return self._run(x, state, self._lstms())
+
+    def _run(
+        self,
+        x: Tensor,
+        state: State,
+        lstms: Iterable[Callable[[Tensor, State], tuple[Tensor, State]]],
+    ) -> tuple[Tensor, State]:
+        x = self.input_proj(x)
+        states: list[State] = []
+        for layer, (lstm, norm) in enumerate(zip(lstms, self.layer_norms, strict=True)):
+            own = (state[0][:, layer : layer + 1], state[1][:, layer : layer + 1])
+            y, own = lstm(x, own)
+            x = norm(y) + x
+            states.append(own)
+        return x, (
+            torch.cat([h for h, _ in states], dim=1),
+            torch.cat([c for _, c in states], dim=1),
+        )
+
+    def _lstms(self) -> list[LSTM]:
+        return [cast(LSTM, lstm) for lstm in self.layers]
+
+
+RECURRENCES: dict[str, Callable[[int, int, int], LSTM | ResidualLSTM]] = {
+    "lstm": LSTM,
+    "residual_lstm": ResidualLSTM,
+}
+"""`PolicySpec.recurrence` to what is built from (input_dim, hidden_dim, num_layers)."""

@@ -3,7 +3,8 @@
 Torch-free, so that a manifest can be read where torch is not installed.
 """
 
-from typing import Annotated, Self
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,7 +15,9 @@ class HeadSpec(BaseModel):
     """One factor of the action: `size` choices, of which exactly one is taken each step.
 
     `relevant_ops` are the op indices for which this head matters; None means all of them. For
-    every other op the head is forced to `forced_index`, with log-prob 0 and entropy 0.
+    every other op the head is forced to `forced_index` (or to the first choice its mask allows),
+    with log-prob 0 and entropy 0. `probability_floor` is what each allowed choice's probability is
+    raised to; 0 leaves them alone. `hidden_layers` is the depth of the head's network.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -22,7 +25,9 @@ class HeadSpec(BaseModel):
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     size: Size
     relevant_ops: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    forced_index: Annotated[int, Field(ge=0)] | None = None
+    forced_index: Annotated[int, Field(ge=0)] | Literal["first_allowed"] | None = None
+    probability_floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    hidden_layers: Annotated[int, Field(ge=1, le=2)] = 1
 
     @model_validator(mode="after")
     def _forced_where_irrelevant(self) -> Self:
@@ -30,7 +35,7 @@ class HeadSpec(BaseModel):
             raise ValueError(
                 f"head {self.name!r} needs both relevant_ops and forced_index, or none"
             )
-        if self.forced_index is not None and self.forced_index >= self.size:
+        if isinstance(self.forced_index, int) and self.forced_index >= self.size:
             raise ValueError(f"head {self.name!r} is forced to {self.forced_index} of {self.size}")
         return self
 
@@ -40,6 +45,12 @@ class PolicySpec(BaseModel):
 
     Frozen; `model_dump_json` and `model_validate_json` are a round trip. `heads` fixes the order
     of every packed array: masks and noise are the heads' columns side by side in this order.
+
+    `recurrence`: an LSTM with a LayerNorm after it, or one LayerNorm and residual for each layer.
+    `critic`: V(s) alone, or with it Q(s, op) and each slot's predicted contribution.
+    `blueprint_embedding_dim`: the network also reads which blueprint each slot holds, embedded.
+    `has_slot_by_op`: which slots are allowed may depend on the op, by a mask of its own.
+    `value_scale`: what one unit of the network's value is worth in returns.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,13 +62,21 @@ class PolicySpec(BaseModel):
     num_layers: Size
     heads: tuple[HeadSpec, ...]
     op_head: str = "op"
+    recurrence: Literal["lstm", "residual_lstm"] = "lstm"
+    critic: Literal["value", "value_q_contribution"] = "value"
+    blueprint_embedding_dim: Size | None = None
+    has_slot_by_op: bool = False
+    value_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
     @model_validator(mode="after")
     def _heads_are_consistent(self) -> Self:
         if len(set(self.head_names)) != len(self.heads):
             raise ValueError(f"two heads have the same name: {', '.join(self.head_names)}")
-        if "value" in self.head_names:
-            raise ValueError("no head can be called 'value': value_head is the network's own")
+        for name in ("value", "state_value", "q"):
+            if name in self.head_names:
+                raise ValueError(
+                    f"no head can be called {name!r}: {name}_head is the network's own"
+                )
         if self.op_head not in self.head_names:
             raise ValueError(f"there is no head {self.op_head!r} to decide which heads matter")
         op = self.heads[self.op_index]
@@ -67,6 +86,13 @@ class PolicySpec(BaseModel):
             beyond = [index for index in head.relevant_ops or () if index >= op.size]
             if beyond:
                 raise ValueError(f"head {head.name!r} names op {beyond[0]}, there are {op.size}")
+        for name, is_needed in (
+            ("slot", self.has_slot_by_op or self.critic == "value_q_contribution"),
+            ("slot", self.blueprint_embedding_dim is not None),
+            ("blueprint", self.blueprint_embedding_dim is not None),
+        ):
+            if is_needed and name not in self.head_names:
+                raise ValueError(f"there is no head {name!r}, and the network reads or predicts it")
         return self
 
     @property
@@ -86,6 +112,36 @@ class PolicySpec(BaseModel):
     def num_choices(self) -> int:
         """Columns of the packed mask and noise: the sum of all head sizes."""
         return sum(self.head_sizes)
+
+    @property
+    def num_ops(self) -> int:
+        return self.heads[self.op_index].size
+
+    @property
+    def num_slots(self) -> int:
+        return self._size_of("slot")
+
+    @property
+    def num_blueprints(self) -> int:
+        return self._size_of("blueprint")
+
+    def _size_of(self, head: str) -> int:
+        return self.heads[self.head_names.index(head)].size
+
+    def with_probability_floors(self, floors: Mapping[str, float]) -> Self:
+        """The same policy with these floors, `{head: probability}`, and none for other heads.
+
+        Raises ValueError for a head that there is not, and for a floor outside [0, 1).
+        """
+        unknown = floors.keys() - set(self.head_names)
+        if unknown:
+            raise ValueError(
+                f"there is no head {min(unknown)!r}; the heads are {', '.join(self.head_names)}"
+            )
+        dumped = self.model_dump()
+        for head in dumped["heads"]:
+            head["probability_floor"] = floors.get(head["name"], 0.0)
+        return self.model_validate(dumped)
 
     @classmethod
     def tamiyo_v1(
@@ -119,3 +175,88 @@ class PolicySpec(BaseModel):
                 HeadSpec(name="op", size=6),
             ),
         )
+
+    @classmethod
+    def tamiyo_v2(
+        cls,
+        *,
+        num_slots: int = 3,
+        observation_dim: int = 116,
+        feature_dim: int = 512,
+        hidden_dim: int = 512,
+        num_layers: int = 1,
+        value_scale: float = 1.0,
+    ) -> Self:
+        """The policy of tachyon-beep/esper-lite on 2026-06-21 (commit 2016337e).
+
+        Every head is forced where it does not matter for the op, the slot of WAIT (0) to the first
+        that is allowed. No probability floors: `with_probability_floors` sets the trainer's,
+        `PROBABILITY_FLOORS_V2`.
+        """
+        germinate, set_alpha_target, prune = 1, 2, 3
+        return cls(
+            name="tamiyo-v2",
+            observation_dim=observation_dim,
+            feature_dim=feature_dim,
+            hidden_dim=hidden_dim,
+            num_layers=num_layers,
+            recurrence="residual_lstm",
+            critic="value_q_contribution",
+            blueprint_embedding_dim=4,
+            has_slot_by_op=True,
+            value_scale=value_scale,
+            heads=(
+                HeadSpec(
+                    name="slot",
+                    size=num_slots,
+                    relevant_ops=(1, 2, 3, 4, 5),
+                    forced_index="first_allowed",
+                ),
+                HeadSpec(
+                    name="blueprint",
+                    size=13,
+                    relevant_ops=(germinate,),
+                    forced_index=0,
+                    hidden_layers=2,
+                ),
+                HeadSpec(
+                    name="style",
+                    size=4,
+                    relevant_ops=(germinate, set_alpha_target),
+                    forced_index=2,
+                ),
+                HeadSpec(name="tempo", size=3, relevant_ops=(germinate,), forced_index=1),
+                HeadSpec(
+                    name="alpha_target",
+                    size=3,
+                    relevant_ops=(germinate, set_alpha_target),
+                    forced_index=2,
+                ),
+                HeadSpec(
+                    name="alpha_speed",
+                    size=4,
+                    relevant_ops=(set_alpha_target, prune),
+                    forced_index=0,
+                ),
+                HeadSpec(
+                    name="alpha_curve",
+                    size=5,
+                    relevant_ops=(set_alpha_target, prune),
+                    forced_index=0,
+                ),
+                HeadSpec(name="op", size=6),
+            ),
+        )
+
+
+PROBABILITY_FLOORS_V2: Mapping[str, float] = {
+    "op": 0.15,
+    "slot": 0.05,
+    "blueprint": 0.12,
+    "style": 0.08,
+    "tempo": 0.12,
+    "alpha_target": 0.08,
+    "alpha_speed": 0.06,
+    "alpha_curve": 0.06,
+}
+"""The trainer's rollouts sample with these (esper-lite V2); no checkpoint says so."""

@@ -265,7 +265,7 @@ def test_forgotten_clip_of_the_normaliser_is_stopped(
 ) -> None:
     assert reference.normalizer is not None
     unclipped = PolicyStep(reference.policy, None).eval()
-    mean, scale = step.mean, step.scale
+    mean, scale = step.features.mean, step.features.scale
     assert mean is not None
     assert scale is not None
 
@@ -285,8 +285,8 @@ def test_wrong_epsilon_of_the_normaliser_is_stopped(
     var[0] = 0.0
     constant = ObservationNormalizer(normalizer.mean, var)
     step = PolicyStep(policy, constant).eval()
-    assert step.scale is not None
-    step.scale[0] = 1e4  # the epsilon is 1e-8
+    assert step.features.scale is not None
+    step.features.scale[0] = 1e4  # the epsilon is 1e-8
     with pytest.raises(ParityError, match="state_h_out"):
         check_parity(step, Reference(policy, constant, batch_sizes=BATCH_SIZES))
 

@@ -95,8 +95,8 @@ class Step(nn.Module):
     ) -> tuple[Tensor, ...]:
         heads = self.policy.heads
         masks = dict(zip(heads.names, torch.split(mask, heads.sizes, -1), strict=True))
-        log_probs, value, state = self.policy.step_scores(observation, (h, c), masks)
-        action, log_prob = heads.choose(log_probs, heads.spread(noise))
+        choices, value, state, _ = self.policy.step_scores(observation, (h, c), masks)
+        action, log_prob = choices.choose(heads.spread(noise))
         return action, log_prob, value, *state
 
 

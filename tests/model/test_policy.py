@@ -248,7 +248,7 @@ def test_samples_are_as_frequent_as_they_are_likely(
     masks["style"][:] = True
     with torch.no_grad():
         scores = policy.step_scores(torch.from_numpy(observation), masks=tensors(masks))
-    probabilities = scores.log_probs[0].double().exp().numpy()
+    probabilities = scores.choices.log_probs[0].double().exp().numpy()
 
     act = policy.get_action(
         torch.from_numpy(observation).expand(draws, -1),
@@ -469,7 +469,9 @@ def test_acting_results_cannot_be_trained_on_by_mistake(
 
     state = (act.state[0].clone(), act.state[1].clone())
     evaluation = policy.evaluate_actions(observations, own, {"op": frozen_mask.clone()}, state)
-    gradient = torch.autograd.grad(evaluation.log_prob["op"].sum(), policy.lstm_ln.weight)
+    gradient = torch.autograd.grad(
+        evaluation.log_prob["op"].sum(), policy.get_parameter("lstm_ln.weight")
+    )
     assert gradient[0].any()
 
 
