@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn, get_args
 
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -26,12 +27,16 @@ from export.parity import ParityError
 from export.report import REPORT_PAGE, Report
 from export.signature import load_private_key, load_public_key
 from export.verify import verify_artifact
-from model.checkpoint import CheckpointError, load_checkpoint
+from model.checkpoint import CheckpointError, load_checkpoint, load_normalizer
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
-from model.spec import PolicySpec
+from model.spec import PROBABILITY_FLOORS_V2, PolicySpec
 
-PRESETS: dict[str, Callable[[], PolicySpec]] = {"tamiyo-v1": PolicySpec.tamiyo_v1}
+PRESETS: dict[str, Callable[[], PolicySpec]] = {
+    "tamiyo-v1": PolicySpec.tamiyo_v1,
+    "tamiyo-v2": PolicySpec.tamiyo_v2,
+}
+IDENTITY = "identity"
 
 SHOWN = (1, 32, 256)
 """The batch sizes whose speed the closing table shows."""
@@ -176,6 +181,20 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=_seed, default=0, metavar="N", help="initialises a preset (default 0)"
     )
     parser.add_argument(
+        "--normaliser",
+        metavar=f"FILE|{IDENTITY}",
+        help="the observation statistics of a checkpoint that has none: a .json or .safetensors "
+        f"with mean and var, or another checkpoint; {IDENTITY} says that there are none to apply",
+    )
+    parser.add_argument(
+        "--probability-floors",
+        type=_floors,
+        default={},
+        metavar="default|HEAD=P,...",
+        help="raise each allowed choice's probability to this, as V2's trainer does to explore "
+        "(default: none; with the trainer's own, `default`, sampling is nearly uniform)",
+    )
+    parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="the artifact directory to write"
     )
     parser.add_argument("--name", help="the policy's name (default: that of its source)")
@@ -225,6 +244,19 @@ def _chosen(formats: tuple[str, ...] | None, precision: Precision) -> tuple[str,
     return formats
 
 
+def _floors(text: str) -> Mapping[str, float]:
+    if text == "default":
+        return PROBABILITY_FLOORS_V2
+    floors = {}
+    for part in text.split(","):
+        head, _, number = part.partition("=")
+        try:
+            floors[head.strip()] = float(number)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{part!r} is not HEAD=PROBABILITY") from None
+    return floors
+
+
 def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 2**63 - 1")
@@ -253,23 +285,16 @@ def _load(
             raise CheckpointError(
                 f"unknown preset {options.preset!r}; the presets are {', '.join(PRESETS)}"
             )
+        spec = _with_floors(PRESETS[options.preset](), options.probability_floors)
         with torch.random.fork_rng():
             torch.manual_seed(options.seed)
-            policy = FactoredRecurrentActorCritic(PRESETS[options.preset]())
-        return policy, None, Source(kind="preset", name=options.preset, seed=options.seed)
+            policy = FactoredRecurrentActorCritic(spec)
+        normalizer = _chosen_normalizer(options, spec, None)
+        return policy, normalizer, Source(kind="preset", name=options.preset, seed=options.seed)
 
     spec, state_dict, normalizer = load_checkpoint(options.checkpoint)
-    if normalizer is None:
-        Console(stderr=True, soft_wrap=True).print(
-            f"warning: {options.checkpoint} holds no observation statistics (esper-lite's V1 "
-            "trainer does not save them): the artifact takes observations as they come. If the "
-            "policy was trained on normalised ones, its actions are wrong unless the client "
-            "normalises them.",
-            style="bold yellow",
-            highlight=False,
-            markup=False,
-        )
-    policy = FactoredRecurrentActorCritic(spec)
+    normalizer = _chosen_normalizer(options, spec, normalizer)
+    policy = FactoredRecurrentActorCritic(_with_floors(spec, options.probability_floors))
     policy.load_state_dict(state_dict, strict=True)
     digest = hashlib.sha256(options.checkpoint.read_bytes()).hexdigest()
     return (
@@ -277,6 +302,44 @@ def _load(
         normalizer,
         Source(kind="checkpoint", name=options.checkpoint.stem, sha256=digest),
     )
+
+
+def _with_floors(spec: PolicySpec, floors: Mapping[str, float]) -> PolicySpec:
+    try:
+        return spec.with_probability_floors(floors) if floors else spec
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise CheckpointError(
+            f"--probability-floors: {first['msg']}, not {first['input']}"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"--probability-floors: {error}") from error
+
+
+def _chosen_normalizer(
+    options: argparse.Namespace, spec: PolicySpec, own: ObservationNormalizer | None
+) -> ObservationNormalizer | None:
+    """The checkpoint's statistics, or else what `--normaliser` says; without either, a warning."""
+    if options.normaliser is not None and own is not None:
+        raise CheckpointError(
+            f"{options.checkpoint}: holds observation statistics of its own; leave out --normaliser"
+        )
+    if own is not None or options.normaliser == IDENTITY:
+        return own
+    if options.normaliser is not None:
+        return load_normalizer(options.normaliser, spec.observation_dim)
+    if options.checkpoint is not None:
+        Console(stderr=True, soft_wrap=True).print(
+            f"warning: {options.checkpoint} holds no observation statistics (esper-lite's V1 "
+            "trainer does not save them): the artifact takes observations as they come. If the "
+            "policy was trained on normalised ones, its actions are wrong unless the client "
+            f"normalises them. --normaliser FILE brings the statistics, --normaliser {IDENTITY} "
+            "says that there are none.",
+            style="bold yellow",
+            highlight=False,
+            markup=False,
+        )
+    return None
 
 
 def _summarize(

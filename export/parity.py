@@ -15,6 +15,7 @@ from torch import Tensor
 from export.formats import LoadedStep, first_line
 from export.manifest import FormatParity, Precision, bucket_sizes
 from export.step import StepInput, StepOutput
+from model.heads import HeadTable, effective_floor
 from model.normalizer import ObservationNormalizer
 from model.policy import SLOT_BY_OP, FactoredRecurrentActorCritic, Masks, Scores
 from model.recurrence import State
@@ -162,6 +163,7 @@ class Reference:
         self.normalizer = normalizer
         self.batch_sizes = tuple(batch_sizes)
         self.device = policy.heads.valid.device
+        self.without_floors = HeadTable(policy.spec.with_probability_floors({})).to(self.device)
         self.precision = precision
         self.tolerance = TOLERANCES[precision]
         with torch.inference_mode():
@@ -299,13 +301,36 @@ def _judge(reference: Reference, step: Step, outputs: StepOutput, run: ParityRun
         )
     if ((action < 0) | (action >= torch.tensor(heads.sizes, device=action.device))).any():
         raise ParityError(f"action is outside its head ({step.where})")
-    _judge_actions(reference, action, best, noise, step)
-    run.compare("log_prob", log_prob, scores.choices.log_prob_of(action), step)
+    is_open = _depends_on_rounding(reference, action[..., heads.op_index], step)
+    _judge_actions(reference, action, best, noise, is_open, step)
+    expected = scores.choices.log_prob_of(action)
+    if heads.has_floors and log_prob.shape == expected.shape:
+        is_open &= log_prob.isfinite()
+        expected = torch.where(is_open, log_prob.to(expected.dtype), expected)
+    run.compare("log_prob", log_prob, expected, step)
     run.count(action, best, step)
 
 
+def _depends_on_rounding(reference: Reference, op: Tensor, step: Step) -> Tensor:
+    """Heads `[B, heads]` with a choice as likely as its floor, but for the tolerance.
+
+    Floors jump there: a choice just below is raised, one just above gives way to those that are.
+    On which side the artifact's own rounding falls is not for the gate to say.
+    """
+    heads, choices, tolerance = reference.policy.heads, step.scores.choices, reference.tolerance
+    if not heads.has_floors:
+        return torch.zeros(len(op), len(heads.names), dtype=torch.bool, device=op.device)
+    slot_by_op = step.masks.get(SLOT_BY_OP)
+    plain = reference.without_floors.choices(choices.logits, choices.allowed, slot_by_op)
+    log_probs, allowed = plain.given(op)
+    floor = effective_floor(heads.floor, allowed)
+    distance = (log_probs - floor.log()).abs()
+    is_near = distance <= tolerance.atol + tolerance.rtol * log_probs.abs()
+    return (allowed & (floor > 0) & is_near).any(-1)
+
+
 def _judge_actions(
-    reference: Reference, action: Tensor, best: Tensor, noise: Tensor, step: Step
+    reference: Reference, action: Tensor, best: Tensor, noise: Tensor, is_open: Tensor, step: Step
 ) -> None:
     heads = reference.policy.heads
     op = action[..., heads.op_index]
@@ -313,6 +338,7 @@ def _judge_actions(
     perturbed = log_probs + noise
     taken = perturbed.gather(-1, action.unsqueeze(-1)).squeeze(-1)
     is_best = perturbed.amax(-1) - taken <= reference.tolerance.atol  # False for NaN
+    is_best |= is_open & allowed.gather(-1, action.unsqueeze(-1)).squeeze(-1)
     wrong = ~torch.where(heads.relevant(op), is_best, action == heads.forced(allowed))
     if wrong.any():
         row, head = wrong.nonzero()[0].tolist()

@@ -4,6 +4,8 @@ The only place that knows esper-lite's checkpoint keys. Nothing in the file is e
 pickles load with `weights_only=True`, which refuses code.
 """
 
+import json
+import math
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -14,11 +16,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.normalizer import ObservationNormalizer
+from model.normalizer import VARIANCE_EPSILON, ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 
 COMPILED_PREFIX = "_orig_mod."
+
+LEAST_RETURNS = 32
+"""V2's trainer leaves values as they are until it has normalised this many returns."""
+
+LONGEST_VALUE = 60
+
+BASE_FEATURES, SLOT_FEATURES, UNKNOWN = 23, 31, -1.0
+"""Obs V3, what V2 reads: features of the run, of each slot, and what stands for "not known"."""
 
 
 class CheckpointError(ValueError):
@@ -28,22 +38,28 @@ class CheckpointError(ValueError):
 def load_checkpoint(
     path: Path | str,
 ) -> tuple[PolicySpec, dict[str, Tensor], ObservationNormalizer | None]:
-    """Reads a trainer's checkpoint, or a bare state_dict (`.pt`, or `.safetensors`).
+    """Reads a V1 or V2 trainer's checkpoint, or a bare state_dict (`.pt`, or `.safetensors`).
 
     Dimensions are read off the weights, since the trainer stores neither feature width nor layer
-    count (esper-lite's own loader assumes one layer). The normaliser is None where the file holds
-    no observation statistics: the V1 trainer loses them (esper-lite B5-PT-02).
-    Raises CheckpointError for a missing, damaged, foreign or non-finite file, and for a pickle
-    that holds anything but tensors and plain containers.
+    count (esper-lite's own loader assumes one layer). The spec's `value_scale` is V2's value
+    normaliser's. The normaliser is None where the file holds no observation statistics: the V1
+    trainer loses them (esper-lite B5-PT-02).
+    Raises CheckpointError for a missing, damaged, foreign or non-finite file, for one from between
+    V1 and V2 or of another version, and for a pickle that holds anything but tensors and plain
+    containers.
     """
     path = Path(path)
     content = _read(path)
     state_dict = {
         name.removeprefix(COMPILED_PREFIX): tensor for name, tensor in _weights(path, content)
     }
-    spec = _infer_spec(path, state_dict)
+    if _generation(path, content, state_dict) == 2:
+        spec = _infer_v2(path, content, state_dict)
+        _check_contract(path, content, spec)
+    else:
+        spec = _infer_v1(path, state_dict)
     _check_weights(path, spec, state_dict)
-    return spec, state_dict, _normalizer(path, content, spec)
+    return spec, state_dict, _normalizer(path, content, spec.observation_dim)
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -87,19 +103,46 @@ def _weights(path: Path, content: Mapping[str, Any]) -> list[tuple[str, Tensor]]
     return list(weights.items())
 
 
-def _infer_spec(path: Path, weights: Mapping[str, Tensor]) -> PolicySpec:
-    if "state_value_head.0.weight" in weights or "lstm.layers.0.weight_ih_l0" in weights:
+def _generation(path: Path, content: Mapping[str, Any], weights: Mapping[str, Tensor]) -> int:
+    """1 or 2; CheckpointError for what was trained between the two, or says another version."""
+    has_residual = any(name.startswith("lstm.layers.") for name in weights)
+    has_state_value = any(name.startswith("state_value_head.") for name in weights)
+    curve = weights.get("alpha_curve_head.2.weight")
+    between = f"{path}: is from between V1 and V2, and neither reads it: "
+    if has_residual and not has_state_value:
+        raise CheckpointError(f"{between}V(s) has no head yet (2026-01-12 to 2026-06-18)")
+    if not has_residual and "blueprint_embedding.embedding.weight" in weights:
         raise CheckpointError(
-            f"{path}: is a V2 checkpoint (residual LSTM, state_value_head); this version reads V1"
+            f"{between}it embeds blueprints, with V1's LSTM (2025-12-30 to 2026-01-12)"
         )
-    needed = ("feature_net.0.weight", "lstm.weight_hh_l0", "slot_head.2.weight")
-    for name in needed:
-        if name not in weights:
-            raise CheckpointError(f"{path}: has no {name!r}, so it is not a Tamiyo V1 policy")
-        if weights[name].ndim != 2:
-            raise CheckpointError(
-                f"{path}: {name!r} has shape {tuple(weights[name].shape)}, expected a matrix"
-            )
+    if not has_residual and curve is not None and curve.ndim == 2 and curve.shape[0] == 5:
+        raise CheckpointError(
+            f"{between}it chooses among 5 alpha curves, V1 among 3 (from 2025-12-28 on)"
+        )
+    generation = 2 if has_residual else 1
+    if "network_state_dict" not in content:
+        return generation
+    version = content.get("checkpoint_version", generation)
+    if not isinstance(version, int) or version not in (1, 2):
+        raise CheckpointError(
+            f"{path}: is checkpoint version {_short(version)}; 1 and 2 can be read"
+        )
+    if version != generation:
+        raise CheckpointError(
+            f"{path}: says it is checkpoint version {version}, and holds a V{generation} policy"
+        )
+    schema = content.get("value_head_schema_version")
+    if generation == 2 and not (isinstance(schema, int) and schema == 2):
+        raise CheckpointError(
+            f"{path}: has value-head schema version {_short(schema)}; 2 can be read"
+        )
+    return generation
+
+
+def _infer_v1(path: Path, weights: Mapping[str, Tensor]) -> PolicySpec:
+    _check_matrices(
+        path, weights, "V1", "feature_net.0.weight", "lstm.weight_hh_l0", "slot_head.2.weight"
+    )
     feature_dim, observation_dim = weights["feature_net.0.weight"].shape
     try:
         return PolicySpec.tamiyo_v1(
@@ -111,6 +154,106 @@ def _infer_spec(path: Path, weights: Mapping[str, Tensor]) -> PolicySpec:
         )
     except ValueError as error:
         raise CheckpointError(f"{path}: its weights have an impossible shape") from error
+
+
+def _infer_v2(path: Path, content: Mapping[str, Any], weights: Mapping[str, Tensor]) -> PolicySpec:
+    hidden = "lstm.layers.0.weight_hh_l0"
+    embedding = "blueprint_embedding.embedding.weight"
+    _check_matrices(
+        path, weights, "V2", "feature_net.0.weight", hidden, "slot_head.2.weight", embedding
+    )
+    feature_dim, input_dim = weights["feature_net.0.weight"].shape
+    num_slots = weights["slot_head.2.weight"].shape[0]
+    layers = {name.split(".")[2] for name in weights if name.startswith("lstm.layers.")}
+    value_scale = _value_scale(path, content)
+    try:
+        return PolicySpec.tamiyo_v2(
+            num_slots=num_slots,
+            observation_dim=input_dim - num_slots * weights[embedding].shape[1],
+            feature_dim=feature_dim,
+            hidden_dim=weights[hidden].shape[1],
+            num_layers=len(layers),
+            value_scale=value_scale,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its weights have an impossible shape") from error
+
+
+def _check_matrices(path: Path, weights: Mapping[str, Tensor], version: str, *names: str) -> None:
+    for name in names:
+        if name not in weights:
+            raise CheckpointError(
+                f"{path}: has no {name!r}, so it is not a Tamiyo {version} policy"
+            )
+        if weights[name].ndim != 2:
+            raise CheckpointError(
+                f"{path}: {name!r} has shape {tuple(weights[name].shape)}, expected a matrix"
+            )
+
+
+def _value_scale(path: Path, content: Mapping[str, Any]) -> float:
+    """What V2's trainer multiplies values by, once it has seen enough returns."""
+    statistics = content.get("value_normalizer_state_dict")
+    if statistics is None:
+        return 1.0
+    if not isinstance(statistics, Mapping):
+        raise CheckpointError(f"{path}: has an unusable value normaliser")
+    try:
+        var, count = float(statistics["var"]), float(statistics["count"])
+        if count < LEAST_RETURNS:
+            return 1.0
+        scale = math.sqrt(var + VARIANCE_EPSILON)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: has an unusable value normaliser") from error
+    if not math.isfinite(scale):
+        raise CheckpointError(f"{path}: its value normaliser has variance {var}")
+    return scale
+
+
+def _check_contract(path: Path, content: Mapping[str, Any], spec: PolicySpec) -> None:
+    """What V2's observation statistics say they are of is what the network reads."""
+    metadata = content.get("metadata")
+    if not isinstance(metadata, Mapping) or "obs_normalizer_mean" not in metadata:
+        return
+    contract = metadata.get("obs_normalizer_contract")
+    if not isinstance(contract, Mapping):
+        raise CheckpointError(
+            f"{path}: has observation statistics without the contract that says what they are of"
+        )
+    slot_ids = contract.get("slot_ids")
+    slot_ids = slot_ids if isinstance(slot_ids, list | tuple) else ()
+    for name, found, expected in (
+        ("schema_version", contract.get("schema_version"), 1),
+        ("slots", len(slot_ids), spec.num_slots),
+        ("base_feature_size", contract.get("base_feature_size"), BASE_FEATURES),
+        ("slot_feature_size", contract.get("slot_feature_size"), SLOT_FEATURES),
+        ("state_dim", contract.get("state_dim"), spec.observation_dim),
+        ("unknown_sentinel", contract.get("unknown_sentinel"), UNKNOWN),
+    ):
+        if not isinstance(found, int | float) or found != expected:
+            raise CheckpointError(
+                f"{path}: its observation statistics are for {name} {_short(found)}, and the "
+                f"policy's is {expected}"
+            )
+    num_features = BASE_FEATURES + SLOT_FEATURES * spec.num_slots
+    if spec.observation_dim != num_features:
+        raise CheckpointError(
+            f"{path}: {spec.num_slots} slots make {num_features} features, and the network reads "
+            f"{spec.observation_dim}"
+        )
+    architecture = content.get("architecture")
+    own_ids = architecture.get("slot_ids") if isinstance(architecture, Mapping) else None
+    if isinstance(own_ids, list | tuple) and list(map(str, own_ids)) != list(map(str, slot_ids)):
+        raise CheckpointError(
+            f"{path}: its observation statistics are for the slots {_short(slot_ids)}, and the "
+            f"policy has {_short(own_ids)}"
+        )
+
+
+def _short(value: object) -> str:
+    """A value out of the file, as far as a sentence needs it."""
+    text = repr(value).replace("\n", " ")
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
 
 
 def _check_weights(path: Path, spec: PolicySpec, weights: Mapping[str, Tensor]) -> None:
@@ -126,21 +269,50 @@ def _check_weights(path: Path, spec: PolicySpec, weights: Mapping[str, Tensor]) 
             for what, names in (("lacks", missing), ("has the unknown", foreign))
             if names
         ]
-        raise CheckpointError(f"{path}: is not a Tamiyo V1 policy: it {' and '.join(parts)}")
+        version = "V1" if spec.recurrence == "lstm" else "V2"
+        raise CheckpointError(f"{path}: is not a Tamiyo {version} policy: it {' and '.join(parts)}")
     for name, tensor in weights.items():
         if tensor.shape != expected[name].shape:
             raise CheckpointError(
                 f"{path}: {name!r} has shape {tuple(tensor.shape)}, "
                 f"expected {tuple(expected[name].shape)}"
             )
-        if not tensor.is_floating_point():
+        if not expected[name].is_floating_point():  # the index of "no blueprint"
+            if tensor.dtype != torch.int64 or int(tensor) != spec.num_blueprints:
+                raise CheckpointError(f"{path}: {name!r} is not {spec.num_blueprints}")
+        elif not tensor.is_floating_point():
             raise CheckpointError(f"{path}: {name!r} is {tensor.dtype}, expected floating point")
-        if not tensor.float().isfinite().all():
+        elif not tensor.float().isfinite().all():
             raise CheckpointError(f"{path}: {name!r} holds NaN or infinity")
 
 
+def load_normalizer(path: Path | str, observation_dim: int) -> ObservationNormalizer:
+    """Observation statistics from a file of their own, `.json` or `.safetensors`: mean and var.
+
+    A checkpoint that holds them will do too. Raises CheckpointError where they are missing, for
+    another number of features, or unusable.
+    """
+    path = Path(path)
+    if path.suffix == ".json":
+        try:
+            content = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot be read as JSON") from error
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path}: holds a {type(content).__name__}, not mean and var")
+    else:
+        content = _read(path)
+    if {"mean", "var"} <= content.keys():
+        found = {f"obs_normalizer_{name}": content[name] for name in ("mean", "var")}
+        content = {"metadata": found}
+    normalizer = _normalizer(path, content, observation_dim)
+    if normalizer is None:
+        raise CheckpointError(f"{path}: holds no observation statistics, mean and var")
+    return normalizer
+
+
 def _normalizer(
-    path: Path, content: Mapping[str, Any], spec: PolicySpec
+    path: Path, content: Mapping[str, Any], observation_dim: int
 ) -> ObservationNormalizer | None:
     metadata = content.get("metadata")
     needed = {"obs_normalizer_mean", "obs_normalizer_var"}
@@ -153,9 +325,9 @@ def _normalizer(
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(f"{path}: has unusable observation statistics: {reason}") from error
-    if len(normalizer.mean) != spec.observation_dim:
+    if len(normalizer.mean) != observation_dim:
         raise CheckpointError(
             f"{path}: has observation statistics for {len(normalizer.mean)} features, "
-            f"the network reads {spec.observation_dim}"
+            f"the network reads {observation_dim}"
         )
     return normalizer

@@ -103,19 +103,17 @@ class HeadTable(nn.Module):
         allowed = allowed & self.valid
         log_probs = self.log_probs(logits, allowed)
         if slot_by_op is None or self.slot_index is None:
-            return Choices(self, log_probs, allowed)
+            return Choices(self, logits, log_probs, allowed)
         missing = self.width - slot_by_op.shape[-1]
         slot_allowed = nn.functional.pad(slot_by_op, (0, missing))
         slot_logits = logits[..., self.slot_index, :].unsqueeze(-2)
         floor = self.floor[self.slot_index] if self.has_floors else None
         slot_log_probs = _log_probs(slot_logits, slot_allowed, floor)
-        return Choices(self, log_probs, allowed, slot_log_probs, slot_allowed)
+        return Choices(self, logits, log_probs, allowed, slot_log_probs, slot_allowed)
 
-    def with_slot_of(self, table: Tensor, by_op: Tensor, op: Tensor) -> Tensor:
-        """`table` with the slot head's row replaced by the row of `op` in `[..., ops, width]`."""
-        index = op[..., None, None].expand(*op.shape, 1, self.width)
-        row = by_op.gather(-2, index)
-        return torch.where(self.is_slot, row, table)
+    def slot_of(self, by_op: Tensor, op: Tensor) -> Tensor:
+        """The row of `op` `[...]` in `[..., ops, width]`, as `[..., 1, width]`."""
+        return by_op.gather(-2, op[..., None, None].expand(*op.shape, 1, self.width))
 
     def choose(
         self, log_probs: Tensor, noise: Tensor, forced_index: Tensor | None = None
@@ -165,10 +163,12 @@ class Choices:
     """What the heads may choose, and how likely each choice is, before an op is taken.
 
     `log_probs` float32 and `allowed` bool `[..., heads, width]`; where slots are allowed by op, the
-    slot head's own are `slot_log_probs` and `slot_allowed`, `[..., ops, width]`.
+    slot head's own are `slot_log_probs` and `slot_allowed`, `[..., ops, width]`. `logits` are what
+    they come from.
     """
 
     heads: HeadTable
+    logits: Tensor
     log_probs: Tensor
     allowed: Tensor
     slot_log_probs: Tensor | None = None
@@ -178,9 +178,12 @@ class Choices:
         """Log-probs and mask `[..., heads, width]` once `op` `[...]` is known."""
         if self.slot_log_probs is None or self.slot_allowed is None:
             return self.log_probs, self.allowed
+        is_slot = self.heads.is_slot
+        log_probs = self.heads.slot_of(self.slot_log_probs, op)
+        allowed = self.heads.slot_of(self.slot_allowed, op)
         return (
-            self.heads.with_slot_of(self.log_probs, self.slot_log_probs, op),
-            self.heads.with_slot_of(self.allowed, self.slot_allowed, op),
+            torch.where(is_slot, log_probs, self.log_probs),
+            (is_slot & allowed) | (~is_slot & self.allowed),  # ONNX Runtime has no `where` of bools
         )
 
     def choose(self, noise: Tensor) -> Decision:
@@ -201,6 +204,12 @@ class Choices:
         return self.heads.entropy(log_probs, allowed, op)
 
 
+def effective_floor(floor: Tensor, allowed: Tensor) -> Tensor:
+    """The floor that `floor` is where so many choices are allowed: `[..., 1]`."""
+    num_allowed = allowed.sum(-1, keepdim=True).clamp(min=1)
+    return torch.minimum(floor, LARGEST_FLOORED_SHARE / num_allowed)
+
+
 def raised(log_probs: Tensor, allowed: Tensor, floor: Tensor) -> Tensor:
     """Log-probs with no allowed choice less likely than `floor`, which broadcasts to `[..., 1]`.
 
@@ -208,8 +217,7 @@ def raised(log_probs: Tensor, allowed: Tensor, floor: Tensor) -> Tensor:
     would take more than 0.99 of the probability, they share 0.99 (esper-lite V2).
     """
     prob = log_probs.exp()
-    num_allowed = allowed.sum(-1, keepdim=True).clamp(min=1)
-    floor = torch.minimum(floor, LARGEST_FLOORED_SHARE / num_allowed)
+    floor = effective_floor(floor, allowed)
     is_low = allowed & (prob < floor)
     is_high = allowed & ~is_low
     left = 1.0 - is_low.sum(-1, keepdim=True) * floor

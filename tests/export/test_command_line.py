@@ -3,6 +3,7 @@
 The truth is a real process; what a process start adds nothing to runs in this one.
 """
 
+import json
 import os
 import pty
 import signal
@@ -270,10 +271,9 @@ def not_a_number(inputs: Path, good: Mapping[str, Any]) -> Path:
     return inputs / "diverged.pt"
 
 
-def second_version(inputs: Path, good: Mapping[str, Any]) -> Path:
-    weights = {"state_value_head.0.weight": torch.ones(2, 2)}
-    torch.save({"checkpoint_version": 2, "network_state_dict": weights}, inputs / "v2.pt")
-    return inputs / "v2.pt"
+def third_version(inputs: Path, good: Mapping[str, Any]) -> Path:
+    torch.save({**good, "checkpoint_version": 3}, inputs / "v3.pt")
+    return inputs / "v3.pt"
 
 
 def statistics_of_another_width(inputs: Path, good: Mapping[str, Any]) -> Path:
@@ -296,7 +296,7 @@ def statistics_of_another_width(inputs: Path, good: Mapping[str, Any]) -> Path:
         (one_key_too_many, "it has the unknown q_head.0.bias"),
         (wrong_shape, "'tempo_head.2.bias' has shape (4,), expected (3,)"),
         (not_a_number, "'lstm_ln.bias' holds NaN or infinity"),
-        (second_version, "is a V2 checkpoint"),
+        (third_version, "is checkpoint version 3; 1 and 2 can be read"),
         (statistics_of_another_width, "has observation statistics for 3 features"),
     ],
 )
@@ -315,12 +315,72 @@ def test_bad_checkpoint_is_refused_in_one_line(
     assert list(output.parent.iterdir()) == []
 
 
-@needs_golden
-def test_recorded_v2_checkpoint_is_refused_by_its_name(
-    output: Path, capsys: pytest.CaptureFixture[str]
+def exported(inputs: Path, output: Path, policy: FactoredRecurrentActorCritic, *more: str) -> int:
+    """The exit code of exporting a checkpoint without observation statistics."""
+    torch.save(checkpoint_of(policy, normalized=False), inputs / "v1.pt")
+    arguments = ["--checkpoint", str(inputs / "v1.pt"), "--output", str(output)]
+    return main([*FAST, *arguments, *more])
+
+
+def test_statistics_the_checkpoint_has_not_may_come_from_a_file(
+    policy: FactoredRecurrentActorCritic,
+    inputs: Path,
+    output: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    line = refusal(capsys, "--checkpoint", GOLDEN / "ckpt_v2.pt", "--output", output)
-    assert "is a V2 checkpoint" in line
+    statistics = {"mean": [1.0] * policy.observation_dim, "var": [2.0] * policy.observation_dim}
+    (inputs / "statistics.json").write_text(json.dumps(statistics))
+    file = str(inputs / "statistics.json")
+    assert exported(inputs, output, policy, "--normaliser", file) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert Manifest.read(output).has_normalizer
+
+
+def test_identity_says_that_there_are_no_statistics_to_apply(
+    policy: FactoredRecurrentActorCritic,
+    inputs: Path,
+    output: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert exported(inputs, output, policy, "--normaliser", "identity") == 0
+    assert "warning" not in capsys.readouterr().err
+    assert not Manifest.read(output).has_normalizer
+
+
+def test_statistics_beside_the_checkpoint_s_own_are_refused(
+    policy: FactoredRecurrentActorCritic,
+    inputs: Path,
+    output: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    torch.save(checkpoint_of(policy, normalized=True), inputs / "v1.pt")
+    path = inputs / "v1.pt"
+    line = refusal(capsys, "--checkpoint", path, "--normaliser", "identity", "--output", output)
+    assert "holds observation statistics of its own; leave out --normaliser" in line
+    assert not output.exists()
+
+
+def test_probability_floors_are_the_manifest_s_too(tiny_preset: str, output: Path) -> None:
+    floors = ["--probability-floors", "op=0.1,slot=0.02"]
+    assert main([*FAST, "--preset", tiny_preset, *floors, "--output", str(output)]) == 0
+    by_head = {head.name: head.probability_floor for head in Manifest.read(output).spec.heads}
+    assert {name: floor for name, floor in by_head.items() if floor} == {"op": 0.1, "slot": 0.02}
+
+
+@pytest.mark.parametrize(
+    ("floors", "says"),
+    [
+        ("op=0.1,oops=0.2", "there is no head 'oops'"),
+        ("op=1.5", "less than 1, not 1.5"),
+        ("op=nan", "not nan"),
+        ("op", "'op' is not HEAD=PROBABILITY"),
+    ],
+)
+def test_floors_that_cannot_be_are_refused_in_one_line(
+    tiny_preset: str, output: Path, capsys: pytest.CaptureFixture[str], floors: str, says: str
+) -> None:
+    preset = ["--preset", tiny_preset, "--probability-floors", floors]
+    assert says in refusal(capsys, *preset, "--output", output)
     assert not output.exists()
 
 

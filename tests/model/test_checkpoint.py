@@ -231,14 +231,6 @@ def test_mapping_of_something_else_is_refused(tmp_path: Path) -> None:
     assert "its entry 0 is a Tensor" in message
 
 
-def test_v2_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
-    v2 = {
-        "lstm.layers.0.weight_ih_l0": torch.zeros(4, 1),
-        "state_value_head.0.weight": torch.ones(1),
-    }
-    assert "is a V2 checkpoint" in refusal(saved(tmp_path, as_trainer_writes(v2)))
-
-
 def test_another_networks_weights_are_refused(tmp_path: Path) -> None:
     other = dict(torch.nn.Linear(3, 4).state_dict())
     message = refusal(saved(tmp_path, other))

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.checkpoint import load_checkpoint
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PROBABILITY_FLOORS_V2, PolicySpec
-from tests.golden import golden_json, golden_tensors, needs_golden
+from tests.golden import GOLDEN, golden_json, golden_tensors, needs_golden
 from tests.model.test_golden_v1 import assert_heads_close, assert_state_close, under
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL
 
@@ -151,3 +152,36 @@ def test_forward_gives_the_recorded_logits_and_the_critic_every_q(
     ):
         np.testing.assert_allclose(got, golden[f"fwd.{name}"], rtol=0, atol=FLOAT_ATOL)
     assert_state_close(forward.state, golden["fwd.h"], golden["fwd.c"])
+
+
+def test_the_recorded_checkpoint_acts_as_it_did() -> None:
+    spec, weights, normalizer = load_checkpoint(GOLDEN / "ckpt_v2.pt")
+    policy = FactoredRecurrentActorCritic(spec).eval()
+    policy.load_state_dict(weights, strict=True)
+    recorded = golden_tensors("ckpt_v2_io")
+    assert normalizer is not None
+    observation = normalizer(recorded["in.raw_states"])
+    torch.testing.assert_close(observation, recorded["out.normalized"], atol=FLOAT_ATOL, rtol=0.0)
+    act = policy.get_action(
+        observation,
+        masks=under(recorded, "in.mask"),
+        blueprint_index=recorded["in.blueprint_indices"],
+    )
+    assert_heads_close(act.action, under(recorded, "out.actions"), 0)
+    assert_heads_close(act.log_prob, under(recorded, "out.log_probs"), LOG_PROB_ATOL)
+    np.testing.assert_allclose(act.value, recorded["out.values"], rtol=0, atol=FLOAT_ATOL)
+    assert_state_close(act.state, recorded["out.h"], recorded["out.c"])
+
+
+def test_the_recorded_checkpoints_dimensions_are_read_off_its_weights() -> None:
+    spec, _, normalizer = load_checkpoint(GOLDEN / "ckpt_v2.pt")
+    recorded = golden_json("ckpt_v2")
+    assert spec == PolicySpec.tamiyo_v2(
+        observation_dim=recorded["state_dim"],
+        feature_dim=recorded["feature_dim"],
+        hidden_dim=recorded["lstm_hidden_dim"],
+    )
+    assert normalizer is not None
+    statistics = golden_tensors("ckpt_v2_io")
+    torch.testing.assert_close(normalizer.mean, statistics["in.mean"])
+    torch.testing.assert_close(normalizer.var, statistics["in.var"])
