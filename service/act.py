@@ -17,7 +17,7 @@ from pydantic_core import to_json
 from model.spec import PolicySpec
 from service.engine import HiddenState, StepAnswer, StepRequest
 from service.errors import Invalid, Malformed
-from service.schemas import ActRequest, HiddenStateBody
+from service.schemas import ActRequest, HiddenStateBody, act_request
 
 CONTENT_TYPE = "application/json"
 LONGEST_NAME = 80
@@ -35,6 +35,13 @@ class ActCodec:
             self._columns[head.name] = slice(start, start + head.size)
             start += head.size
         self._observation_dim = spec.observation_dim
+        self._request = act_request(spec)
+        self._has_more_inputs = self._request is not ActRequest
+        ops = spec.heads[spec.op_index]
+        slot = next((head for head in spec.heads if head.name == "slot"), None)
+        self._ops_that_need_a_slot = np.ones(ops.size, dtype=np.bool_)
+        if slot is not None and slot.relevant_ops is not None:
+            self._ops_that_need_a_slot = np.isin(np.arange(ops.size), slot.relevant_ops)
         self._everything = np.ones(spec.num_choices, dtype=np.bool_)
         self._everything.flags.writeable = False
 
@@ -45,13 +52,14 @@ class ActCodec:
         a length, a value or a mask is not the policy's.
         """
         try:
-            act = ActRequest.model_validate_json(body)
+            act = self._request.model_validate_json(body)
         except ValidationError as error:
             raise Malformed(_sentence(error)) from error
         self._check_combination(act)
+        action_mask = self._action_mask(act.action_mask)
         request = StepRequest(
             observation=self._observation(act.observation),
-            action_mask=self._action_mask(act.action_mask),
+            action_mask=action_mask,
             deterministic=act.deterministic,
             session_id=act.session_id,
             episode=act.episode,
@@ -59,6 +67,7 @@ class ActCodec:
             episode_start=act.episode_start,
             seed=act.seed,
             state=None if act.state is None else self._state(act.state),
+            **(self._more_inputs(act, action_mask) if self._has_more_inputs else {}),
         )
         return request, act.timeout_ms
 
@@ -119,6 +128,47 @@ class ActCodec:
             if not any(allowed):
                 raise Invalid(f"`action_mask.{name}` allows nothing")
             mask[columns] = allowed
+        return mask
+
+    def _more_inputs(self, act: Any, action_mask: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
+        """What only some policies read, of a request with a field for each."""
+        inputs: dict[str, NDArray[Any]] = {}
+        if self._spec.blueprint_embedding_dim is not None:
+            inputs["blueprint_index"] = self._blueprint_index(act.blueprint_index)
+        if self._spec.has_slot_by_op:
+            inputs["slot_by_op_mask"] = self._slot_by_op_mask(act.slot_by_op_mask, action_mask)
+        return inputs
+
+    def _blueprint_index(self, values: list[int] | None) -> NDArray[np.int64]:
+        num_slots, num_blueprints = self._spec.num_slots, self._spec.num_blueprints
+        if values is None:
+            return np.full(num_slots, -1, dtype=np.int64)
+        if len(values) != num_slots:
+            raise Invalid(
+                f"`blueprint_index` has {len(values)} values, there are {num_slots} slots"
+            )
+        for slot, value in enumerate(values):
+            if not -1 <= value < num_blueprints:
+                raise Invalid(
+                    f"`blueprint_index[{slot}]` is not -1 (none) or one of the {num_blueprints} "
+                    "blueprints"
+                )
+        return np.array(values, dtype=np.int64)
+
+    def _slot_by_op_mask(
+        self, rows: list[list[bool]] | None, action_mask: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
+        num_ops, num_slots = self._spec.num_ops, self._spec.num_slots
+        if rows is None:  # one mask for every op
+            return np.tile(action_mask[self._columns["slot"]], (num_ops, 1))
+        if len(rows) != num_ops or any(len(row) != num_slots for row in rows):
+            raise Invalid(f"`slot_by_op_mask` is not {num_ops} rows of {num_slots} values")
+        mask = np.array(rows, dtype=np.bool_)
+        allowed_ops = action_mask[self._columns[self._spec.op_head]]
+        empty = allowed_ops & self._ops_that_need_a_slot & ~mask.any(axis=1)
+        if empty.any():
+            op = int(empty.argmax())
+            raise Invalid(f"`slot_by_op_mask[{op}]` allows no slot, and op {op} is allowed")
         return mask
 
     def _state(self, body: HiddenStateBody) -> HiddenState:

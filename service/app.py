@@ -9,12 +9,13 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from model.spec import PolicySpec
 from service.act import CONTENT_TYPE
 from service.endpoint import PATH, ActEndpoint
 from service.errors import ServiceError
 from service.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
 from service.policy_service import PolicyService
-from service.schemas import ActRequest, ActResponse, ErrorResponse, PolicyResponse
+from service.schemas import ActResponse, ErrorResponse, PolicyResponse, act_request
 
 
 class App(FastAPI):
@@ -51,7 +52,7 @@ def create_app(service: PolicyService) -> App:
 
     app.act_endpoint = ActEndpoint(service)
 
-    @app.post(PATH, response_model=ActResponse, openapi_extra=_act_body())
+    @app.post(PATH, response_model=ActResponse, openapi_extra=_act_body(service.manifest.spec))
     async def act() -> Response:
         """Takes one step of one environment."""
         raise AssertionError("ActEndpoint has answered already; this is its documentation")
@@ -100,8 +101,8 @@ def create_app(service: PolicyService) -> App:
     return app
 
 
-def _act_body() -> dict[str, Any]:
-    schema = ActRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+def _act_body(spec: PolicySpec) -> dict[str, Any]:
+    schema = act_request(spec).model_json_schema(ref_template="#/components/schemas/{model}")
     schema.pop("$defs")  # HiddenStateBody is a component already, by way of ActResponse
     return {"requestBody": {"required": True, "content": {CONTENT_TYPE: {"schema": schema}}}}
 

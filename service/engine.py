@@ -7,7 +7,7 @@ Knows nothing of HTTP, JSON or of how batches form.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,11 +40,16 @@ class StepRequest:
     episode_start: bool = False
     seed: int | None = None
     state: HiddenState | None = None
+    blueprint_index: NDArray[np.int64] | None = None
+    slot_by_op_mask: NDArray[np.bool_] | None = None
     fingerprint: bytes = field(init=False)
 
     def __post_init__(self) -> None:
         digest = blake2b(self.observation.tobytes(), digest_size=16)
         digest.update(self.action_mask.tobytes())
+        for array in (self.blueprint_index, self.slot_by_op_mask):
+            if array is not None:
+                digest.update(array.tobytes())
         digest.update(b"\1" if self.deterministic else b"\0")
         self.fingerprint = digest.digest()
 
@@ -196,6 +201,12 @@ class Engine:
             [request.action_mask for request in requests],
             out=batch.action_mask.reshape(-1)[: num * spec.num_choices],
         )
+        if batch.blueprint_index is not None:
+            for row, request in zip(batch.blueprint_index, requests, strict=False):
+                row[:] = _given(request.blueprint_index)
+        if batch.slot_by_op_mask is not None:
+            for rows, request in zip(batch.slot_by_op_mask, requests, strict=False):
+                rows[:] = _given(request.slot_by_op_mask)
         self._sessions.load([turn.row for turn in turns], batch)
         for at, (request, turn) in enumerate(zip(requests, turns, strict=True)):
             if turn.row == START:
@@ -218,6 +229,11 @@ class Engine:
         step, outputs = self._steps[bucket]
         step()
         return outputs
+
+
+def _given(array: NDArray[Any] | None) -> NDArray[Any]:
+    assert array is not None, "a validated request has every input of its policy"
+    return array
 
 
 def _finite_rows(decided: StepOutputs, num: int) -> list[bool]:

@@ -2,7 +2,9 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field, create_model
+
+from model.spec import PolicySpec
 
 Identifier = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -61,6 +63,33 @@ class ActRequest(BaseModel):
     state: Annotated[
         HiddenStateBody | None, Field(description="Stateless only: `state` of the last answer.")
     ] = None
+
+
+BlueprintIndex = Annotated[
+    list[int],
+    FailFast(),
+    Field(description="Which blueprint each slot holds, -1 = none; without it, none in any."),
+]
+SlotByOpMask = Annotated[
+    list[Bools],
+    FailFast(),
+    Field(
+        description="`[ops][slots]`, true = allowed: which slots each op may take, in place of "
+        "`action_mask.slot`, which holds for every op."
+    ),
+]
+
+
+def act_request(spec: PolicySpec) -> type[ActRequest]:
+    """The request for this policy: `ActRequest`, and a field for each input that it alone has."""
+    fields: dict[str, Any] = {}
+    if spec.blueprint_embedding_dim is not None:
+        fields["blueprint_index"] = (BlueprintIndex, None)
+    if spec.has_slot_by_op:
+        fields["slot_by_op_mask"] = (SlotByOpMask, None)
+    if not fields:
+        return ActRequest
+    return create_model("ActRequest", __base__=ActRequest, __doc__=ActRequest.__doc__, **fields)
 
 
 class ActResponse(BaseModel):

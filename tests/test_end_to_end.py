@@ -305,10 +305,21 @@ def test_a_bad_flag_is_refused(exported: Exported, arguments: list[str]) -> None
 
 
 @needs_golden
-def test_a_trainer_s_checkpoint_is_served_with_its_recorded_actions(tmp_path: Path) -> None:
-    recorded = {name: tensor.numpy() for name, tensor in golden_tensors("ckpt_v1_io").items()}
-    heads = PolicySpec.tamiyo_v1().head_names
-    export(GOLDEN / "ckpt_v1_meta.pt", tmp_path / "artifact")
+@pytest.mark.parametrize(
+    ("checkpoint", "io", "spec"),
+    [
+        ("ckpt_v1_meta.pt", "ckpt_v1_io", PolicySpec.tamiyo_v1()),
+        ("ckpt_v2.pt", "ckpt_v2_io", PolicySpec.tamiyo_v2()),
+    ],
+    ids=["V1", "V2"],
+)
+def test_a_trainer_s_checkpoint_is_served_with_its_recorded_actions(
+    checkpoint: str, io: str, spec: PolicySpec, tmp_path: Path
+) -> None:
+    recorded = {name: tensor.numpy() for name, tensor in golden_tensors(io).items()}
+    heads = spec.head_names
+    export(GOLDEN / checkpoint, tmp_path / "artifact")
+    more = {"blueprint_index": "in.blueprint_indices", "slot_by_op_mask": "in.mask.slot_by_op"}
 
     def request(row: int) -> Json:
         return {
@@ -317,6 +328,7 @@ def test_a_trainer_s_checkpoint_is_served_with_its_recorded_actions(tmp_path: Pa
             "observation": recorded["in.raw_states"][row].tolist(),
             "action_mask": {name: recorded[f"in.mask.{name}"][row].tolist() for name in heads},
             "deterministic": True,
+            **{name: recorded[key][row].tolist() for name, key in more.items() if key in recorded},
         }
 
     async def all_at_once(server: RunningServer) -> list[Json]:

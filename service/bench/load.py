@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,26 +31,43 @@ class Pool:
 
     observations: NDArray[np.float32]
     action_masks: NDArray[np.bool_]
+    blueprint_indices: NDArray[np.int64] | None = None
+    slot_by_op_masks: NDArray[np.bool_] | None = None
 
     @classmethod
     def random(cls, spec: PolicySpec, seed: int) -> "Pool":
-        """Standard normal observations, and masks that allow nine choices of ten."""
+        """Standard normal observations, and masks that allow nine choices of ten.
+
+        Where the policy reads them, also blueprints, and half of the slots for each op.
+        """
         rng = np.random.default_rng(seed)
         observations = rng.standard_normal((POOL_SIZE, spec.observation_dim), dtype=np.float32)
         masks = rng.random((POOL_SIZE, spec.num_choices)) < 0.9
         masks[:, np.cumsum([0, *spec.head_sizes[:-1]])] = True
-        return cls(observations, masks)
+        blueprints = slots = None
+        if spec.blueprint_embedding_dim is not None:
+            blueprints = rng.integers(-1, spec.num_blueprints, (POOL_SIZE, spec.num_slots))
+        if spec.has_slot_by_op:
+            slots = rng.random((POOL_SIZE, spec.num_ops, spec.num_slots)) < 0.5
+            slots[..., 0] = True
+        return cls(observations, masks, blueprints, slots)
 
     def bodies(self, spec: PolicySpec) -> list[bytes]:
         """Each as the fields of a JSON object, without its braces."""
         ends = np.cumsum(spec.head_sizes)[:-1]
         bodies = []
-        for observation, mask in zip(self.observations, self.action_masks, strict=True):
+        for at, (observation, mask) in enumerate(
+            zip(self.observations, self.action_masks, strict=True)
+        ):
             by_head = zip(spec.head_names, np.split(mask, ends), strict=True)
-            fields = {
+            fields: dict[str, Any] = {
                 "observation": observation.tolist(),
                 "action_mask": {name: columns.tolist() for name, columns in by_head},
             }
+            if self.blueprint_indices is not None:
+                fields["blueprint_index"] = self.blueprint_indices[at].tolist()
+            if self.slot_by_op_masks is not None:
+                fields["slot_by_op_mask"] = self.slot_by_op_masks[at].tolist()
             bodies.append(to_json(fields)[1:-1])
         return bodies
 

@@ -44,6 +44,10 @@ def replay(sessions: list[Session], pool: Pool, runtime: Runtime, spec: PolicySp
             answer = from_json(content)
             inputs.observation[0] = pool.observations[index]
             inputs.action_mask[0] = pool.action_masks[index]
+            if inputs.blueprint_index is not None and pool.blueprint_indices is not None:
+                inputs.blueprint_index[0] = pool.blueprint_indices[index]
+            if inputs.slot_by_op_mask is not None and pool.slot_by_op_masks is not None:
+                inputs.slot_by_op_mask[0] = pool.slot_by_op_masks[index]
             inputs.noise[0] = noise[step]
             step_once()
             inputs.h[:], inputs.c[:] = decided.h, decided.c

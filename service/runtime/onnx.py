@@ -12,7 +12,6 @@ import onnxruntime
 
 from service.runtime.protocol import StepInputs, StepOutputs
 
-INPUTS = ("observation", "action_mask", "noise", "state_h_in", "state_c_in")
 OUTPUTS = ("action", "log_prob", "value", "state_h_out", "state_c_out")
 
 PROVIDERS = {
@@ -42,7 +41,7 @@ class OnnxRuntime:
         if self.device != "cpu":  # a binding would copy to the device once, when it is made
             return partial(self._run_on_device, inputs, outputs)
         binding = self._session.io_binding()
-        for name, array in zip(INPUTS, inputs, strict=True):
+        for name, array in inputs.by_name().items():
             binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         for name, array in zip(OUTPUTS, outputs.arrays(), strict=True):
             binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
@@ -55,7 +54,7 @@ class OnnxRuntime:
         self._session.run_with_iobinding(binding)
 
     def _run_on_device(self, inputs: StepInputs, outputs: StepOutputs) -> None:
-        given = self._session.run(OUTPUTS, dict(zip(INPUTS, inputs, strict=True)))
+        given = self._session.run(OUTPUTS, inputs.by_name())
         for array, result in zip(outputs.arrays(), given, strict=True):
             array[...] = result
 

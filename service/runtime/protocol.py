@@ -11,30 +11,52 @@ from model.spec import PolicySpec
 
 
 class StepInputs(NamedTuple):
-    """`[B, dim]` float32, `[B, choices]` bool and float32, then twice `[B, layers, hidden]`."""
+    """`[B, dim]` float32, `[B, choices]` bool and float32, then twice `[B, layers, hidden]`.
+
+    Where the spec has them: `[B, slots]` int64, -1 = no blueprint, and `[B, ops, slots]` bool.
+    """
 
     observation: NDArray[np.float32]
     action_mask: NDArray[np.bool_]
     noise: NDArray[np.float32]
     h: NDArray[np.float32]
     c: NDArray[np.float32]
+    blueprint_index: NDArray[np.int64] | None = None
+    slot_by_op_mask: NDArray[np.bool_] | None = None
 
     @classmethod
     def allocate(cls, spec: PolicySpec, num_rows: int) -> Self:
-        """Zeros, with everything allowed."""
+        """Zeros, with everything allowed, and no blueprints."""
         state = (num_rows, spec.num_layers, spec.hidden_dim)
+        has_blueprints = spec.blueprint_embedding_dim is not None
         return cls(
             np.zeros((num_rows, spec.observation_dim), dtype=np.float32),
             np.ones((num_rows, spec.num_choices), dtype=np.bool_),
             np.zeros((num_rows, spec.num_choices), dtype=np.float32),
             np.zeros(state, dtype=np.float32),
             np.zeros(state, dtype=np.float32),
+            np.full((num_rows, spec.num_slots), -1, dtype=np.int64) if has_blueprints else None,
+            np.ones((num_rows, spec.num_ops, spec.num_slots), dtype=np.bool_)
+            if spec.has_slot_by_op
+            else None,
         )
 
     def first(self, num_rows: int) -> Self:
         """Views of the first rows."""
         arrays: tuple[Any, ...] = self
-        return type(self)(*(array[:num_rows] for array in arrays))
+        views: Any = (None if array is None else array[:num_rows] for array in arrays)
+        return type(self)(*views)
+
+    def by_name(self) -> dict[str, NDArray[Any]]:
+        """What the step takes, under the manifest's names and in its order."""
+        named = dict(zip(NAMES, self, strict=True))
+        return {name: array for name, array in named.items() if array is not None}
+
+
+NAMES = (
+    *("observation", "action_mask", "noise", "state_h_in", "state_c_in"),
+    *("blueprint_index", "slot_by_op_mask"),
+)
 
 
 class StepOutputs(NamedTuple):

@@ -36,7 +36,7 @@ class TorchRuntime:
             self._step = LOADERS[name](content, device)
 
     def bind(self, inputs: StepInputs, outputs: StepOutputs) -> Callable[[], None]:
-        given = [torch.from_numpy(array) for array in inputs]
+        given = [torch.from_numpy(array) for array in inputs.by_name().values()]
         wanted = [torch.from_numpy(array) for array in outputs.arrays()]
 
         def run() -> None:

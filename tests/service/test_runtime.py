@@ -158,10 +158,10 @@ def test_a_bound_step_reads_what_its_inputs_hold_by_then_and_leaves_them_alone(
     of_zeros = outputs.floats.copy()
     inputs.observation[:] = rng.normal(size=inputs.observation.shape)
     inputs.h[:] = 1.0
-    given = [array.copy() for array in inputs]
+    given = [array.copy() for array in inputs.by_name().values()]
     step()
     assert not np.array_equal(outputs.floats, of_zeros)
-    for array, before in zip(inputs, given, strict=True):
+    for array, before in zip(inputs.by_name().values(), given, strict=True):
         np.testing.assert_array_equal(array, before)
     other = StepOutputs.allocate(spec, 2)
     runtime.bind(inputs, other)()
