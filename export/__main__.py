@@ -195,6 +195,14 @@ def _parser() -> argparse.ArgumentParser:
         "(default: none; with the trainer's own, `default`, sampling is nearly uniform)",
     )
     parser.add_argument(
+        "--outputs",
+        type=_outputs,
+        default=(),
+        metavar="value,q,contribution",
+        help="what the step gives of the critic: beside V(s), V2's Q(s, op) of the op taken, and "
+        "each slot's predicted contribution (default: value)",
+    )
+    parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="the artifact directory to write"
     )
     parser.add_argument("--name", help="the policy's name (default: that of its source)")
@@ -244,6 +252,14 @@ def _chosen(formats: tuple[str, ...] | None, precision: Precision) -> tuple[str,
     return formats
 
 
+def _outputs(text: str) -> tuple[str, ...]:
+    names = {"value": "value", "q": "q_value", "contribution": "contribution"}
+    for name in text.split(","):
+        if name not in names:
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(names)}")
+    return tuple(names[name] for name in names if name in text.split(",") and name != "value")
+
+
 def _floors(text: str) -> Mapping[str, float]:
     if text == "default":
         return PROBABILITY_FLOORS_V2
@@ -285,7 +301,7 @@ def _load(
             raise CheckpointError(
                 f"unknown preset {options.preset!r}; the presets are {', '.join(PRESETS)}"
             )
-        spec = _with_floors(PRESETS[options.preset](), options.probability_floors)
+        spec = _with_options(PRESETS[options.preset](), options)
         with torch.random.fork_rng():
             torch.manual_seed(options.seed)
             policy = FactoredRecurrentActorCritic(spec)
@@ -294,7 +310,7 @@ def _load(
 
     spec, state_dict, normalizer = load_checkpoint(options.checkpoint)
     normalizer = _chosen_normalizer(options, spec, normalizer)
-    policy = FactoredRecurrentActorCritic(_with_floors(spec, options.probability_floors))
+    policy = FactoredRecurrentActorCritic(_with_options(spec, options))
     policy.load_state_dict(state_dict, strict=True)
     digest = hashlib.sha256(options.checkpoint.read_bytes()).hexdigest()
     return (
@@ -304,14 +320,16 @@ def _load(
     )
 
 
-def _with_floors(spec: PolicySpec, floors: Mapping[str, float]) -> PolicySpec:
+def _with_options(spec: PolicySpec, options: argparse.Namespace) -> PolicySpec:
+    """The spec with the floors and outputs asked for, where it can have them."""
     try:
-        return spec.with_probability_floors(floors) if floors else spec
+        if options.probability_floors:
+            spec = spec.with_probability_floors(options.probability_floors)
+        return spec.model_validate(spec.model_dump() | {"extra_outputs": options.outputs})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise CheckpointError(
-            f"--probability-floors: {first['msg']}, not {first['input']}"
-        ) from error
+        of = f", not {first['input']}" if isinstance(first["input"], float) else ""
+        raise CheckpointError(f"{first['msg'].removeprefix('Value error, ')}{of}") from error
     except ValueError as error:
         raise CheckpointError(f"--probability-floors: {error}") from error
 

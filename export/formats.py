@@ -160,8 +160,7 @@ class OnnxStep:
 
     def __call__(self, *inputs: Tensor) -> StepOutput:
         arrays = self.session.run(None, self.feed(inputs))
-        action, log_prob, value, h, c = (torch.from_numpy(a).to(self.device) for a in arrays)
-        return action, log_prob, value, h, c
+        return tuple(torch.from_numpy(array).to(self.device) for array in arrays)
 
 
 def native_call(step: LoadedStep, inputs: StepInput) -> Callable[[], object]:

@@ -205,10 +205,14 @@ def step_inputs(spec: PolicySpec) -> tuple[Array, ...]:
 def step_outputs(spec: PolicySpec) -> tuple[Array, ...]:
     """The step's outputs, in the order every format gives them."""
     state = ("batch", spec.num_layers, spec.hidden_dim)
+    extra: dict[str, tuple[int | str, ...]] = {"q_value": ("batch",)}
+    if "contribution" in spec.extra_outputs:
+        extra["contribution"] = ("batch", spec.num_slots)
     return (
         Array(name="action", dtype="int64", shape=("batch", len(spec.heads))),
         Array(name="log_prob", dtype="float32", shape=("batch", len(spec.heads))),
         Array(name="value", dtype="float32", shape=("batch",)),
         Array(name="state_h_out", dtype="float32", shape=state),
         Array(name="state_c_out", dtype="float32", shape=state),
+        *(Array(name=name, dtype="float32", shape=extra[name]) for name in spec.extra_outputs),
     )

@@ -287,7 +287,7 @@ def _run_step(step: LoadedStep, inputs: StepInput, moment: Step) -> StepOutput:
 
 
 def _judge(reference: Reference, step: Step, outputs: StepOutput, run: ParityRun) -> None:
-    action, log_prob, value, h, c = outputs
+    action, log_prob, value, h, c, *extra = outputs
     heads, scores = reference.policy.heads, step.scores
     noise = heads.spread(step.noise)
     best = scores.choices.choose(noise).action
@@ -301,6 +301,9 @@ def _judge(reference: Reference, step: Step, outputs: StepOutput, run: ParityRun
         )
     if ((action < 0) | (action >= torch.tensor(heads.sizes, device=action.device))).any():
         raise ParityError(f"action is outside its head ({step.where})")
+    expected_extra = _expected_extra(reference, action[..., heads.op_index], scores)
+    for name, got in zip(expected_extra, extra, strict=True):
+        run.compare(name, got, expected_extra[name], step)
     is_open = _depends_on_rounding(reference, action[..., heads.op_index], step)
     _judge_actions(reference, action, best, noise, is_open, step)
     expected = scores.choices.log_prob_of(action)
@@ -309,6 +312,16 @@ def _judge(reference: Reference, step: Step, outputs: StepOutput, run: ParityRun
         expected = torch.where(is_open, log_prob.to(expected.dtype), expected)
     run.compare("log_prob", log_prob, expected, step)
     run.count(action, best, step)
+
+
+def _expected_extra(reference: Reference, op: Tensor, scores: Scores) -> dict[str, Tensor]:
+    """What the policy's critic says beyond the value, of the op that was taken."""
+    policy = reference.policy
+    critics = {
+        "q_value": lambda: policy.q_value(scores.output, op) * policy.spec.value_scale,
+        "contribution": lambda: policy.contribution(scores.output),
+    }
+    return {name: critics[name]() for name in policy.spec.extra_outputs}
 
 
 def _depends_on_rounding(reference: Reference, op: Tensor, step: Step) -> Tensor:

@@ -5,6 +5,7 @@ layer, one for all heads' first layers and the value's, one block-diagonal for a
 one with zeros and ones that lays the choices out as a table of heads.
 """
 
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
@@ -17,7 +18,7 @@ from model.policy import FactoredRecurrentActorCritic
 from model.recurrence import LSTM, ResidualLSTM, State, cell_update
 
 StepInput = tuple[Tensor, ...]
-StepOutput = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+StepOutput = tuple[Tensor, ...]
 
 PRODUCT_DTYPE: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -47,6 +48,9 @@ class PolicyStep(nn.Module):
         self.features = _Features(policy, normalizer, dtype)
         self.recurrence = _Recurrence(policy, dtype)
         self.outputs = (_Outputs if self.spec.critic == "value" else _DeepOutputs)(policy, dtype)
+        self.extras = nn.ModuleDict(
+            {name: EXTRAS[name](policy, dtype) for name in self.spec.extra_outputs}
+        )
         valid = policy.heads.valid.flatten()
         columns = torch.eye(self.spec.num_choices, device=valid.device)
         placement = policy.heads.spread(columns).flatten(1) * valid  # [num_choices, heads * width]
@@ -87,7 +91,8 @@ class PolicyStep(nn.Module):
         action, log_prob = self._decide(logits, action_mask, slot_by_op_mask, noise)
         if self.spec.value_scale != 1.0:
             value = value * self.spec.value_scale
-        return action, log_prob, value, h, c
+        op = action[:, self.heads.op_index]
+        return action, log_prob, value, h, c, *(extra(y, op) for extra in self.extras.values())
 
     def _decide(
         self, logits: Tensor, action_mask: Tensor, slot_by_op_mask: Tensor | None, noise: Tensor
@@ -224,10 +229,7 @@ class _DeepOutputs(nn.Module):
             _linear(*_parameters(mlp[2]), dtype) if len(mlp) > 3 else nn.Identity() for mlp in mlps
         )
         self.output_layers = _block_diagonal([mlp[-1] for mlp in mlps], dtype)
-        self.value = nn.ModuleList(
-            _linear(*_parameters(layer), dtype) if isinstance(layer, nn.Linear) else layer
-            for layer in value[1:]
-        )
+        self.value = _Layers(value[1:], dtype)
 
     def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
         *by_head, value = torch.split(self.hidden_layers(y.to(self.dtype)), self.widths, dim=-1)
@@ -236,11 +238,61 @@ class _DeepOutputs(nn.Module):
             for x, deeper in zip(by_head, self.deeper, strict=True)
         ]
         logits = self.output_layers(torch.cat(hidden, dim=-1)).float()
-        value = value.float()
-        for layer in self.value:
-            is_product = isinstance(layer, nn.Linear)
-            value = layer(value.to(self.dtype)).float() if is_product else layer(value)
-        return logits, value.squeeze(-1)
+        return logits, self.value(value.float()).squeeze(-1)
+
+
+class _QValue(nn.Module):
+    """Q(s, op) in returns, `[B]`."""
+
+    ops: Tensor
+
+    def __init__(self, policy: FactoredRecurrentActorCritic, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layers = _Layers(policy.get_submodule("q_head").children(), dtype)
+        self.scale = policy.spec.value_scale
+        ops = torch.arange(policy.spec.num_ops, device=policy.heads.valid.device)
+        self.register_buffer("ops", ops)
+
+    def forward(self, y: Tensor, op: Tensor) -> Tensor:
+        one_hot = torch.eq(op[:, None], self.ops).float()
+        q_value: Tensor = self.layers(torch.cat([y, one_hot], dim=-1))
+        return q_value.squeeze(-1) * self.scale
+
+
+class _Contribution(nn.Module):
+    """What each slot is predicted to contribute, `[B, slots]`."""
+
+    def __init__(self, policy: FactoredRecurrentActorCritic, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layers = _Layers(policy.get_submodule("contribution_predictor").children(), dtype)
+
+    def forward(self, y: Tensor, op: Tensor) -> Tensor:
+        contribution: Tensor = self.layers(y)
+        return contribution
+
+
+EXTRAS: dict[str, Callable[[FactoredRecurrentActorCritic, torch.dtype], nn.Module]] = {
+    "q_value": _QValue,
+    "contribution": _Contribution,
+}
+
+
+class _Layers(nn.Module):
+    """Layers in a row, for acting: products in their own dtype, what is between in float32."""
+
+    def __init__(self, layers: Iterable[nn.Module], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.layers = nn.ModuleList(
+            _linear(*_parameters(layer), dtype) if isinstance(layer, nn.Linear) else layer
+            for layer in layers
+            if not isinstance(layer, nn.Dropout)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x.to(self.dtype)).float() if isinstance(layer, nn.Linear) else layer(x)
+        return x
 
 
 def _side_by_side(layers: list[nn.Module], dtype: torch.dtype) -> nn.Linear:

@@ -51,6 +51,7 @@ class PolicySpec(BaseModel):
     `blueprint_embedding_dim`: the network also reads which blueprint each slot holds, embedded.
     `has_slot_by_op`: which slots are allowed may depend on the op, by a mask of its own.
     `value_scale`: what one unit of the network's value is worth in returns.
+    `extra_outputs`: what a step also gives of its critic; computed only if it is named here.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,6 +68,7 @@ class PolicySpec(BaseModel):
     blueprint_embedding_dim: Size | None = None
     has_slot_by_op: bool = False
     value_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    extra_outputs: tuple[Literal["q_value", "contribution"], ...] = ()
 
     @model_validator(mode="after")
     def _heads_are_consistent(self) -> Self:
@@ -86,6 +88,10 @@ class PolicySpec(BaseModel):
             beyond = [index for index in head.relevant_ops or () if index >= op.size]
             if beyond:
                 raise ValueError(f"head {head.name!r} names op {beyond[0]}, there are {op.size}")
+        if self.extra_outputs and self.critic == "value":
+            raise ValueError(f"the critic of {self.name!r} has no {self.extra_outputs[0]}")
+        if len(set(self.extra_outputs)) != len(self.extra_outputs):
+            raise ValueError("an extra output is named twice")
         for name, is_needed in (
             ("slot", self.has_slot_by_op or self.critic == "value_q_contribution"),
             ("slot", self.blueprint_embedding_dim is not None),

@@ -82,6 +82,7 @@ class ActCodec:
             "action": dict(zip(names, answer.action, strict=True)),
             "log_prob": dict(zip(names, answer.log_prob, strict=True)),
             "value": answer.value,
+            **answer.extra,
             "policy_version": self._policy_version,
         }
         if answer.state is not None:

@@ -15,7 +15,7 @@ from service.endpoint import PATH, ActEndpoint
 from service.errors import ServiceError
 from service.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
 from service.policy_service import PolicyService
-from service.schemas import ActResponse, ErrorResponse, PolicyResponse, act_request
+from service.schemas import ErrorResponse, PolicyResponse, act_request, act_response
 
 
 class App(FastAPI):
@@ -52,7 +52,9 @@ def create_app(service: PolicyService) -> App:
 
     app.act_endpoint = ActEndpoint(service)
 
-    @app.post(PATH, response_model=ActResponse, openapi_extra=_act_body(service.manifest.spec))
+    spec = service.manifest.spec
+
+    @app.post(PATH, response_model=act_response(spec), openapi_extra=_act_body(spec))
     async def act() -> Response:
         """Takes one step of one environment."""
         raise AssertionError("ActEndpoint has answered already; this is its documentation")

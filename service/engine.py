@@ -4,7 +4,7 @@ Gathers each session's state, makes the noise, runs the exported step once, scat
 Knows nothing of HTTP, JSON or of how batches form.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -63,6 +63,7 @@ class StepAnswer(NamedTuple):
     step: int
     state: HiddenState | None = None
     is_replay: bool = False
+    extra: Mapping[str, float | list[float]] = {}
 
 
 class Engine:
@@ -146,6 +147,7 @@ class Engine:
             float(table.value[row]),
             session.next_step - 1,
             is_replay=True,
+            extra={name: array[row].tolist() for name, array in table.extra.items()},
         )
 
     def _advance(self, rows: list[_Row]) -> list[StepAnswer | ServiceError]:
@@ -186,7 +188,11 @@ class Engine:
                     continue
                 moved_at.append(at)
                 moved_to.append(session.row)
-            answers.append(StepAnswer(actions[at], log_probs[at], values[at], turn.step, state))
+            answer = StepAnswer(actions[at], log_probs[at], values[at], turn.step, state)
+            if decided.extra:
+                extra = {name: array[at].tolist() for name, array in decided.extra.items()}
+                answer = answer._replace(extra=extra)
+            answers.append(answer)
         self._sessions.store(moved_to, decided, moved_at)
         return answers
 
@@ -240,7 +246,7 @@ def _finite_rows(decided: StepOutputs, num: int) -> list[bool]:
     """Which of the first `num` rows have finite outputs only; as a rule all of them."""
     if np.isfinite(decided.floats).all():
         return [True] * num
-    floats = (decided.value, decided.log_prob, decided.h, decided.c)
+    floats = (decided.value, decided.log_prob, decided.h, decided.c, *decided.extra.values())
     finite = [np.isfinite(array[:num]).reshape(num, -1).all(1) for array in floats]
     return [bool(row) for row in np.logical_and.reduce(finite)]
 

@@ -93,7 +93,7 @@ def act_request(spec: PolicySpec) -> type[ActRequest]:
 
 
 class ActResponse(BaseModel):
-    """The decision. `state` comes with stateless requests only."""
+    """The decision; `value` is V(s) in returns. `state` comes with stateless requests only."""
 
     session_id: str | None = None
     step: int
@@ -102,6 +102,23 @@ class ActResponse(BaseModel):
     value: float
     policy_version: str
     state: HiddenStateBody | None = None
+
+
+EXTRA_FIELDS: dict[str, Any] = {
+    "q_value": Annotated[float, Field(description="Q(s, op) in returns, of the op taken.")],
+    "contribution": Annotated[
+        list[float], Field(description="What each slot is predicted to contribute.")
+    ],
+}
+
+
+def act_response(spec: PolicySpec) -> type[ActResponse]:
+    """The answer of this policy: `ActResponse`, and what else its step gives of the critic."""
+    fields = {name: (EXTRA_FIELDS[name], ...) for name in spec.extra_outputs}
+    if not fields:
+        return ActResponse
+    of: Any = fields
+    return create_model("ActResponse", __base__=ActResponse, __doc__=ActResponse.__doc__, **of)
 
 
 class ErrorResponse(BaseModel):

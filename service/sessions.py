@@ -13,7 +13,7 @@ import numpy as np
 
 from model.spec import PolicySpec
 from service.errors import Overloaded, SessionLost, StepConflict, UnknownSession
-from service.runtime.protocol import StepInputs, StepOutputs
+from service.runtime.protocol import StepInputs, StepOutputs, extra_shapes
 
 START = -1
 """The row of an episode that starts from zeros."""
@@ -64,6 +64,10 @@ class SessionTable:
         self.action = np.zeros((capacity, len(spec.heads)), dtype=np.int64)
         self.log_prob = np.zeros((capacity, len(spec.heads)), dtype=np.float32)
         self.value = np.zeros(capacity, dtype=np.float32)
+        self.extra = {
+            name: np.zeros(shape, dtype=np.float32)
+            for name, shape in extra_shapes(spec, capacity).items()
+        }
         self._live: OrderedDict[str, Session] = OrderedDict()  # least recently used first
         self._num_waiting: dict[str, int] = {}
         self._lost: OrderedDict[str, None] = OrderedDict()
@@ -201,6 +205,8 @@ class SessionTable:
         self.h[to], self.c[to] = decided.h[of], decided.c[of]
         self.action[to], self.log_prob[to] = decided.action[of], decided.log_prob[of]
         self.value[to] = decided.value[of]
+        for name, array in decided.extra.items():
+            self.extra[name][to] = array[of]
 
     def end(self, session_id: str) -> None:
         """Forgets a session for good. Raises UnknownSession or SessionLost where there is none."""

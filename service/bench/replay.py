@@ -7,6 +7,7 @@ and steps alone. The same seed and observations must give the same answers.
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic_core import from_json
 
 from model.spec import PolicySpec
@@ -51,11 +52,16 @@ def replay(sessions: list[Session], pool: Pool, runtime: Runtime, spec: PolicySp
             inputs.noise[0] = noise[step]
             step_once()
             inputs.h[:], inputs.c[:] = decided.h, decided.c
-            expected = np.array([*decided.log_prob[0], decided.value[0]], dtype=np.float64)
-            got = np.array([*answer["log_prob"].values(), answer["value"]])
+            expected = np.hstack([decided.log_prob[0], decided.value, *_extra(decided)])
+            extra = [answer[name] for name in decided.extra]
+            got = np.hstack([[*answer["log_prob"].values(), answer["value"]], *extra])
             is_other = list(answer["action"].values()) != decided.action[0].tolist()
             answers += 1
             other_actions += is_other
             differing += is_other or not np.array_equal(got, expected)
             largest = max(largest, float(np.abs(got - expected).max()))
     return Differences(answers, differing, other_actions, largest)
+
+
+def _extra(decided: StepOutputs) -> list[NDArray[np.float32]]:
+    return [array.reshape(-1) for array in decided.extra.values()]

@@ -12,8 +12,6 @@ import onnxruntime
 
 from service.runtime.protocol import StepInputs, StepOutputs
 
-OUTPUTS = ("action", "log_prob", "value", "state_h_out", "state_c_out")
-
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     # TF32, which this provider has on by default, keeps 10 bits of a float32's 23.
@@ -36,6 +34,7 @@ class OnnxRuntime:
         self._session = onnxruntime.InferenceSession(
             content, options, providers=[PROVIDERS[device]]
         )
+        self._outputs = [output.name for output in self._session.get_outputs()]
 
     def bind(self, inputs: StepInputs, outputs: StepOutputs) -> Callable[[], None]:
         if self.device != "cpu":  # a binding would copy to the device once, when it is made
@@ -43,7 +42,7 @@ class OnnxRuntime:
         binding = self._session.io_binding()
         for name, array in inputs.by_name().items():
             binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        for name, array in zip(OUTPUTS, outputs.arrays(), strict=True):
+        for name, array in zip(self._outputs, outputs.arrays(), strict=True):
             binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         # The binding knows addresses; the call keeps the arrays at them alive.
         return partial(self._run_bound, binding, inputs, outputs)
@@ -54,7 +53,7 @@ class OnnxRuntime:
         self._session.run_with_iobinding(binding)
 
     def _run_on_device(self, inputs: StepInputs, outputs: StepOutputs) -> None:
-        given = self._session.run(OUTPUTS, inputs.by_name())
+        given = self._session.run(self._outputs, inputs.by_name())
         for array, result in zip(outputs.arrays(), given, strict=True):
             array[...] = result
 

@@ -60,7 +60,10 @@ NAMES = (
 
 
 class StepOutputs(NamedTuple):
-    """`[B, heads]` int64, float32, then `[B]`, twice `[B, layers, hidden]`; all floats in a row."""
+    """`[B, heads]` int64, float32, then `[B]`, twice `[B, layers, hidden]`; all floats in a row.
+
+    Where the spec names them: Q(s, op) `[B]`, and contributions `[B, slots]`, float32.
+    """
 
     action: NDArray[np.int64]
     log_prob: NDArray[np.float32]
@@ -68,25 +71,35 @@ class StepOutputs(NamedTuple):
     h: NDArray[np.float32]
     c: NDArray[np.float32]
     floats: NDArray[np.float32]
+    extra: dict[str, NDArray[np.float32]]
 
     @classmethod
     def allocate(cls, spec: PolicySpec, num_rows: int) -> Self:
-        heads, state = len(spec.heads), (num_rows, spec.num_layers, spec.hidden_dim)
-        sizes = [num_rows * heads, num_rows, *(2 * [prod(state)])]
+        state = (num_rows, spec.num_layers, spec.hidden_dim)
+        shapes = {"log_prob": (num_rows, len(spec.heads)), "value": (num_rows,)}
+        shapes |= {"h": state, "c": state} | extra_shapes(spec, num_rows)
+        sizes = [prod(shape) for shape in shapes.values()]
         floats = np.zeros(sum(sizes), dtype=np.float32)
-        log_prob, value, h, c = np.split(floats, np.cumsum(sizes[:-1]))
-        return cls(
-            np.zeros((num_rows, heads), dtype=np.int64),
-            log_prob.reshape(num_rows, heads),
-            value,
-            h.reshape(state),
-            c.reshape(state),
-            floats,
-        )
+        parts = np.split(floats, np.cumsum(sizes[:-1]))
+        arrays = {
+            name: part.reshape(shape)
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        }
+        log_prob, value, h, c = (arrays.pop(name) for name in ("log_prob", "value", "h", "c"))
+        action = np.zeros(log_prob.shape, dtype=np.int64)
+        return cls(action, log_prob, value, h, c, floats, arrays)
 
     def arrays(self) -> tuple[NDArray[Any], ...]:
         """What the step gives, in its order."""
-        return self[:5]
+        return (*self[:5], *self.extra.values())
+
+
+def extra_shapes(spec: PolicySpec, num_rows: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of what the spec's step gives of its critic beyond the value."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in spec.extra_outputs:
+        shapes[name] = (num_rows,) if name == "q_value" else (num_rows, spec.num_slots)
+    return shapes
 
 
 class Runtime(Protocol):

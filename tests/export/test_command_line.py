@@ -368,6 +368,21 @@ def test_probability_floors_are_the_manifest_s_too(tiny_preset: str, output: Pat
 
 
 @pytest.mark.parametrize(
+    ("outputs", "says"),
+    [
+        ("value,advantage", "'advantage' is not one of value, q, contribution"),
+        ("value,q", "has no q_value"),
+    ],
+)
+def test_outputs_a_policy_has_not_are_refused_in_one_line(
+    tiny_preset: str, output: Path, capsys: pytest.CaptureFixture[str], outputs: str, says: str
+) -> None:
+    arguments = ["--preset", tiny_preset, "--outputs", outputs]
+    assert says in refusal(capsys, *arguments, "--output", output)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
     ("floors", "says"),
     [
         ("op=0.1,oops=0.2", "there is no head 'oops'"),

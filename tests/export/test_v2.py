@@ -71,6 +71,54 @@ def test_machine_code_passes_the_gate(tmp_path: Path) -> None:
     assert manifest.parity.formats["aoti"].rows > 0
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_critic_s_other_outputs_pass_the_gate_where_they_are_asked_for(
+    precision: Precision, tmp_path: Path
+) -> None:
+    spec = spec_of(num_layers=1).model_copy(update={"extra_outputs": ("q_value", "contribution")})
+    formats = ("torchscript", "pt2", "onnx") if precision == "fp32" else ("torchscript",)
+    manifest = export_policy(
+        random_policy(spec),
+        None,
+        tmp_path / "v2",
+        name="v2",
+        formats=formats,
+        precision=precision,
+        max_batch_size=4,
+    )
+    assert [array.name for array in manifest.outputs[5:]] == ["q_value", "contribution"]
+    for parity in manifest.parity.formats.values():
+        assert {"q_value", "contribution"} <= parity.max_error.keys()
+
+
+@pytest.mark.parametrize("name", ["q_value", "contribution"])
+def test_a_wrong_output_of_the_critic_is_stopped_and_named(name: str) -> None:
+    policy = random_policy(spec_of().model_copy(update={"extra_outputs": (name,)}))
+    step = PolicyStep(policy, None).eval()
+    reference = Reference(policy, None, batch_sizes=BATCH_SIZES)
+    check_parity(step, reference)
+
+    def off(*inputs: Tensor) -> StepOutput:
+        *others, last = step(*inputs)
+        return (*others, last + 0.01)
+
+    with pytest.raises(ParityError, match=name):
+        check_parity(off, reference)
+
+
+def test_what_is_not_asked_for_is_not_in_the_graph() -> None:
+    """As many products as the heads, the recurrence and V(s) take."""
+    policy = random_policy(spec_of())
+    plain = PolicyStep(policy, None)
+    with_q = random_policy(spec_of().model_copy(update={"extra_outputs": ("q_value",)}))
+
+    def products(step: PolicyStep) -> int:
+        graph = StepSource(step.eval(), 4).program.graph
+        return sum(str(node.target) == "aten.linear.default" for node in graph.nodes)
+
+    assert products(PolicyStep(with_q, None)) == products(plain) + 4
+
+
 def changed(step: LoadedStep, at: int, change: Callable[[Tensor], Tensor]) -> LoadedStep:
     """The step, given something else for one of its inputs."""
 

@@ -221,6 +221,35 @@ def test_a_step_sent_again_with_another_input_is_a_conflict_and_not_a_retry(
     assert v2_client.act(first | other).status_code == 409
 
 
+def test_the_critic_s_other_outputs_are_answered_where_the_artifact_has_them(
+    tmp_path: Path,
+) -> None:
+    policy = random_policy(SPEC.model_copy(update={"extra_outputs": ("q_value", "contribution")}))
+    export_policy(policy, None, tmp_path / "v2", name="v2", formats=("onnx",), max_batch_size=4)
+    manifest = Manifest.read(tmp_path / "v2")
+    runtime = load_runtime(tmp_path / "v2", manifest, name="onnx", device="cpu", num_threads=1)
+    service = PolicyService(manifest, runtime, Settings(artifact=tmp_path / "v2"))
+    request = body(session_id="env", step=0, episode="0", episode_start=True, deterministic=True)
+    with AppClient(service) as client:
+        first, again = client.act(request), client.act(request)
+        schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    assert {"q_value", "contribution"} <= schemas["ActResponse"]["properties"].keys()
+    assert first.content == again.content
+    assert again.headers["Replayed"] == "true"
+    answer = first.json()
+    with torch.no_grad():
+        forward = policy(torch.tensor([[request["observation"]]]))
+        op = torch.tensor([[answer["action"]["op"]]])
+        q_value = 3.0 * float(policy.q_value(forward.output, op))
+        contribution = policy.contribution(forward.output).flatten().tolist()
+    assert answer["q_value"] == pytest.approx(q_value, abs=3 * FLOAT_ATOL)
+    assert answer["contribution"] == pytest.approx(contribution, abs=FLOAT_ATOL)
+
+
+def test_without_them_they_are_not_in_the_answer(v2_client: AppClient) -> None:
+    assert not {"q_value", "contribution"} & v2_client.act(body()).json().keys()
+
+
 def test_v1_knows_none_of_it(make_client: MakeClient, spec: PolicySpec) -> None:
     client = make_client()
     plain: Json = {"observation": [0.0] * spec.observation_dim}
