@@ -1,6 +1,6 @@
 """The packed step in every format against the policy written the usual way, one thread.
 
-`python -m benchmarks.step` prints tables for each hidden size; fp32 and bf16 are timed in one run.
+`python -m benchmarks.step` prints tables for each policy; fp32 and bf16 are timed in one run.
 The usual way is `nn.LSTM`, one module a head, a loop over them, and boolean-index assignment for
 forced heads, in eager PyTorch. Every format is loaded from its file, compared with it, and timed in
 turn with it. ONNX Runtime is given NumPy arrays and the others tensors: what each takes without
@@ -20,20 +20,24 @@ from torch import Tensor, nn
 from export.formats import (
     FORMATS,
     LoadedStep,
-    StepInput,
     StepSource,
     native_call,
 )
 from export.manifest import Precision
 from export.parity import TOLERANCES
 from export.report import Latency
-from export.step import PolicyStep, StepOutput
+from export.step import PolicyStep, StepInput, StepOutput
 from export.timing import Call, latencies, this_machine
 from model.policy import FactoredRecurrentActorCritic
+from model.recurrence import ResidualLSTM
 from model.spec import PolicySpec
 
 BATCH_SIZES = (1, 8, 32, 64, 256)
-HIDDEN_DIMS = (128, 512)
+POLICIES = {
+    "v1": PolicySpec.tamiyo_v1(),
+    "v1-512": PolicySpec.tamiyo_v1(hidden_dim=512),
+    "v2": PolicySpec.tamiyo_v2(),
+}
 
 
 class NaivePolicy(nn.Module):
@@ -42,24 +46,57 @@ class NaivePolicy(nn.Module):
     def __init__(self, policy: FactoredRecurrentActorCritic) -> None:
         super().__init__()
         self.spec = policy.spec
+        self.blueprint_embedding = policy.blueprint_embedding
         self.feature_net = policy.feature_net
-        self.lstm = nn.LSTM(
-            self.spec.feature_dim, self.spec.hidden_dim, self.spec.num_layers, batch_first=True
-        )
-        self.lstm.load_state_dict(policy.lstm.state_dict())
+        self.is_residual = isinstance(policy.lstm, ResidualLSTM)
+        if isinstance(policy.lstm, ResidualLSTM):
+            self.input_proj = policy.lstm.input_proj
+            self.layers = nn.ModuleList(
+                self._lstm(layer, self.spec.hidden_dim, 1) for layer in policy.lstm.layers
+            )
+            self.layer_norms = policy.lstm.layer_norms
+        else:
+            self.lstm = self._lstm(policy.lstm, self.spec.feature_dim, self.spec.num_layers)
         self.lstm_ln = policy.lstm_ln
         self.heads = nn.ModuleDict(
             dict(zip(self.spec.head_names, policy.head_mlps(), strict=True))
         )  # fmt: skip
         self.value_head = policy.value_network
 
+    def _lstm(self, same: nn.Module, input_dim: int, num_layers: int) -> nn.LSTM:
+        lstm = nn.LSTM(input_dim, self.spec.hidden_dim, num_layers, batch_first=True)
+        lstm.load_state_dict(same.state_dict())
+        return lstm
+
+    def _recur(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = x.unsqueeze(1)
+        h, c = h.transpose(0, 1).contiguous(), c.transpose(0, 1).contiguous()
+        if not self.is_residual:
+            y, (h, c) = self.lstm(x, (h, c))
+            return y.squeeze(1), h, c
+        x = self.input_proj(x)
+        states = []
+        for at, (lstm, norm) in enumerate(zip(self.layers, self.layer_norms, strict=True)):
+            y, state = lstm(x, (h[at : at + 1], c[at : at + 1]))
+            x = norm(y) + x
+            states.append(state)
+        return x.squeeze(1), torch.cat([h for h, _ in states]), torch.cat([c for _, c in states])
+
     def forward(
-        self, observation: Tensor, action_mask: Tensor, noise: Tensor, h: Tensor, c: Tensor
+        self,
+        observation: Tensor,
+        action_mask: Tensor,
+        noise: Tensor,
+        h: Tensor,
+        c: Tensor,
+        blueprint_index: Tensor | None = None,
+        slot_by_op_mask: Tensor | None = None,
     ) -> StepOutput:
-        x = self.feature_net(observation).unsqueeze(1)
-        state = (h.transpose(0, 1).contiguous(), c.transpose(0, 1).contiguous())
-        y, (h, c) = self.lstm(x, state)
-        y = self.lstm_ln(y.squeeze(1))
+        x = observation
+        if self.blueprint_embedding is not None:
+            x = torch.cat([x, self.blueprint_embedding(blueprint_index)], dim=-1)
+        y, h, c = self._recur(self.feature_net(x), h, c)
+        y = self.lstm_ln(y)
         masks = dict(zip(self.spec.head_names, self._columns(action_mask), strict=True))
         noises = dict(zip(self.spec.head_names, self._columns(noise), strict=True))
         actions: dict[str, Tensor] = {}
@@ -67,13 +104,19 @@ class NaivePolicy(nn.Module):
         op = self.spec.heads[self.spec.op_index]
         for head in (op, *(head for head in self.spec.heads if head is not op)):
             mask = masks[head.name]
+            if head.name == "slot" and slot_by_op_mask is not None:
+                mask = slot_by_op_mask[torch.arange(len(y), device=y.device), actions[op.name]]
             if head.relevant_ops is not None:
                 irrelevant = torch.ones_like(actions[op.name], dtype=torch.bool)
                 for other in head.relevant_ops:
                     irrelevant &= actions[op.name] != other
                 mask = mask.clone()
-                mask[irrelevant] = False
-                mask[irrelevant, head.forced_index] = True
+                if head.forced_index == "first_allowed":
+                    first = mask[irrelevant].int().argmax(dim=1)
+                    mask[irrelevant] = nn.functional.one_hot(first, head.size).bool()
+                else:
+                    mask[irrelevant] = False
+                    mask[irrelevant, head.forced_index] = True
             logits = self.heads[head.name](y).masked_fill(~mask, -1e4)
             scores = torch.log_softmax(logits, dim=-1)
             action = (scores + noises[head.name]).argmax(dim=-1)
@@ -105,13 +148,15 @@ def random_inputs(spec: PolicySpec, batch_size: int, device: torch.device) -> St
     h = torch.rand(state, generator=generator) * 2 - 1
     c = torch.randn(state, generator=generator)
     noise = -torch.log(-torch.log(uniform))
-    return (
-        observation.to(device),
-        mask.to(device),
-        noise.to(device),
-        h.to(device),
-        c.to(device),
-    )
+    inputs = [observation, mask, noise, h, c]
+    if spec.blueprint_embedding_dim is not None:
+        shape = (batch_size, spec.num_slots)
+        inputs.append(torch.randint(-1, spec.num_blueprints, shape, generator=generator))
+    if spec.has_slot_by_op:
+        slots = torch.rand(batch_size, spec.num_ops, spec.num_slots, generator=generator) < 0.5
+        slots[..., 0] = True
+        inputs.append(slots)
+    return tuple(array.to(device) for array in inputs)
 
 
 def loaded(format_name: str, step: PolicyStep, device: torch.device) -> LoadedStep:
@@ -136,7 +181,7 @@ Row = dict[Runner, Latency]
 
 
 def measure(
-    hidden_dim: int,
+    spec: PolicySpec,
     precisions: Sequence[Precision],
     formats: Sequence[str],
     device: torch.device,
@@ -144,7 +189,6 @@ def measure(
 ) -> Iterator[tuple[int, Latency, Row]]:
     """By batch size: the naive policy's latency, and that of every format in every precision."""
     torch.manual_seed(0)
-    spec = PolicySpec.tamiyo_v1(hidden_dim=hidden_dim)
     policy = FactoredRecurrentActorCritic(spec).to(device).eval()
     naive = NaivePolicy(policy).eval()
     steps: dict[Runner, LoadedStep] = {}
@@ -171,11 +215,11 @@ def fastest(row: Row, precision: Precision) -> tuple[str, float]:
     return name, of_precision[name].median_us
 
 
-def print_tables(rows: list[tuple[int, Latency, Row]], hidden_dim: int) -> None:
+def print_tables(rows: list[tuple[int, Latency, Row]], policy: str) -> None:
     precisions = dict.fromkeys(precision for _, precision in rows[0][2])
     for precision in precisions:
         names = [name for name, other in rows[0][2] if other == precision]
-        print(f"\nhidden {hidden_dim}, {precision}: µs a step (times as fast as naive)\n")
+        print(f"\n{policy}, {precision}: µs a step (times as fast as naive)\n")
         print("| B | naive | " + " | ".join(names) + " | fastest |")
         print("|---" * (len(names) + 3) + "|")
         for batch_size, naive, row in rows:
@@ -188,7 +232,7 @@ def print_tables(rows: list[tuple[int, Latency, Row]], hidden_dim: int) -> None:
             cells.append(f"{best} {naive.median_us / best_us:.1f} x")
             print(f"| {batch_size} | {naive.median_us:.0f} | " + " | ".join(cells) + " |")
     if len(precisions) == 2:
-        print(f"\nhidden {hidden_dim}: fastest bf16 against fastest fp32\n")
+        print(f"\n{policy}: fastest bf16 against fastest fp32\n")
         print("| B | fp32 µs | bf16 µs | fp32 / bf16 |\n|---|---|---|---|")
         for batch_size, _, row in rows:
             single, half = fastest(row, "fp32"), fastest(row, "bf16")
@@ -203,7 +247,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--formats", default=",".join(FORMATS), help="which, by commas")
-    parser.add_argument("--hidden", type=int, nargs="*", default=HIDDEN_DIMS)
+    parser.add_argument("--policies", nargs="*", choices=POLICIES, default=list(POLICIES))
     parser.add_argument(
         "--precision", nargs="*", choices=get_args(Precision), default=get_args(Precision)
     )
@@ -215,10 +259,11 @@ def main() -> None:
     machine = this_machine(device)
     print(f"{machine.gpu or machine.cpu}, {machine.vector_isa}, torch {machine.torch}, 1 thread")
     formats = options.formats.split(",")
-    for hidden_dim in options.hidden:
+    for name in options.policies:
+        spec = POLICIES[name]
         with torch.inference_mode():
-            rows = list(measure(hidden_dim, options.precision, formats, device, options.seconds))
-        print_tables(rows, hidden_dim)
+            rows = list(measure(spec, options.precision, formats, device, options.seconds))
+        print_tables(rows, name)
 
 
 if __name__ == "__main__":
