@@ -74,7 +74,7 @@ class PolicySpec(BaseModel):
     def _heads_are_consistent(self) -> Self:
         if len(set(self.head_names)) != len(self.heads):
             raise ValueError(f"two heads have the same name: {', '.join(self.head_names)}")
-        for name in ("value", "state_value", "q"):
+        for name in ("value",) if self.critic == "value" else ("state_value", "q"):
             if name in self.head_names:
                 raise ValueError(
                     f"no head can be called {name!r}: {name}_head is the network's own"

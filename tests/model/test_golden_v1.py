@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.checkpoint import CheckpointError, load_checkpoint
+from model.checkpoint import load_checkpoint
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
@@ -207,8 +207,3 @@ def test_only_the_checkpoint_with_metadata_has_a_normaliser() -> None:
     assert normalizer is not None
     assert torch.equal(normalizer.mean, recorded["in.mean"])
     assert torch.equal(normalizer.var, recorded["in.var"])
-
-
-def test_recorded_v2_checkpoint_is_refused_by_name() -> None:
-    with pytest.raises(CheckpointError, match=r"ckpt_v2\.pt: is a V2 checkpoint"):
-        load_checkpoint(GOLDEN / "ckpt_v2.pt")

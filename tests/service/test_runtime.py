@@ -260,7 +260,8 @@ def test_the_graph_of_the_pt2_file_moves_to_another_device_whole(
     """Torch's meta device computes shapes only, and refuses what is left on the CPU."""
     content = Manifest.read(all_formats).formats["pt2"].read(all_formats)
     step = LOADERS["eager"](content, "meta")
-    given = [torch.from_numpy(array).to("meta") for array in StepInputs.allocate(spec, 3)]
+    arrays = StepInputs.allocate(spec, 3).by_name().values()
+    given = [torch.from_numpy(array).to("meta") for array in arrays]
     assert [output.device.type for output in step(*given)] == ["meta"] * 5
 
 
