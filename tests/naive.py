@@ -90,23 +90,11 @@ class NaivePolicy:
     ) -> tuple[dict[str, Floats], float, Floats, Floats]:
         """One row, `[D]` and two `[layers, hidden]`: logits by head, value, new h, new c."""
         x = self._linear("feature_net.0", self.normalize(observation))
-        x = _relu(self._layer_norm("feature_net.1", x))
+        x = relu(self._layer_norm("feature_net.1", x))
         new_h, new_c = np.empty_like(h), np.empty_like(c)
         for layer in range(self.spec.num_layers):
-            gates = (
-                self.weights[f"lstm.weight_ih_l{layer}"] @ x
-                + self.weights[f"lstm.bias_ih_l{layer}"]
-                + self.weights[f"lstm.weight_hh_l{layer}"] @ h[layer]
-                + self.weights[f"lstm.bias_hh_l{layer}"]
-            )
-            n = self.spec.hidden_dim
-            i = _sigmoid(gates[0 * n : 1 * n])
-            f = _sigmoid(gates[1 * n : 2 * n])
-            g = np.tanh(gates[2 * n : 3 * n])
-            o = _sigmoid(gates[3 * n : 4 * n])
-            new_c[layer] = f * c[layer] + i * g
-            new_h[layer] = o * np.tanh(new_c[layer])
-            x = new_h[layer]
+            x, new_c[layer] = self._cell("lstm.{}_l" + str(layer), x, h[layer], c[layer])
+            new_h[layer] = x
         y = self._layer_norm("lstm_ln", x)
         logits = {name: self._mlp(f"{name}_head", y) for name in self.spec.head_names}
         return logits, float(self._mlp("value_head", y)[0]), new_h, new_c
@@ -141,7 +129,7 @@ class NaivePolicy:
             start = 0
             for index, name in enumerate(self.spec.head_names):
                 size = len(logits[name])
-                log_probs = masked_log_softmax(logits[name], _row_mask(masks, name, (row,), size))
+                log_probs = masked_log_softmax(logits[name], row_mask(masks, name, (row,), size))
                 chosen = int(np.argmax(log_probs + noise[row, start : start + size]))
                 action[row, index] = chosen
                 log_prob[row, index] = log_probs[chosen]
@@ -178,7 +166,7 @@ class NaivePolicy:
                     if name == "style" and not style_matters(op):
                         log_prob[row, t, index] = entropy[row, t, index] = 0.0
                         continue
-                    mask = _row_mask(masks, name, (row, t), len(logits[name]))
+                    mask = row_mask(masks, name, (row, t), len(logits[name]))
                     log_probs = masked_log_softmax(logits[name], mask)
                     log_prob[row, t, index] = log_probs[actions[row, t, index]]
                     entropy[row, t, index] = normalized_entropy(log_probs, mask)
@@ -200,8 +188,20 @@ class NaivePolicy:
         normed: Floats = scaled * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
         return normed
 
+    def _cell(self, names: str, x: Floats, h: Floats, c: Floats) -> tuple[Floats, Floats]:
+        """One LSTM cell, whose parameters are `names` with weight_ih and so on filled in."""
+        gates = (
+            self.weights[names.format("weight_ih")] @ x
+            + self.weights[names.format("bias_ih")]
+            + self.weights[names.format("weight_hh")] @ h
+            + self.weights[names.format("bias_hh")]
+        )
+        i, f, g, o = np.split(gates, 4)
+        new_c = _sigmoid(f) * c + _sigmoid(i) * np.tanh(g)
+        return _sigmoid(o) * np.tanh(new_c), new_c
+
     def _mlp(self, name: str, x: Floats) -> Floats:
-        return self._linear(f"{name}.2", _relu(self._linear(f"{name}.0", x)))
+        return self._linear(f"{name}.2", relu(self._linear(f"{name}.0", x)))
 
 
 def style_matters(op: int) -> bool:
@@ -226,7 +226,7 @@ def normalized_entropy(log_probs: Floats, mask: Bools) -> float:
     return float(-(np.exp(allowed) * allowed).sum() / np.log(len(allowed)))
 
 
-def _row_mask(
+def row_mask(
     masks: Mapping[str, Bools] | None, name: str, row: tuple[int, ...], size: int
 ) -> Bools:
     if masks is None or name not in masks:
@@ -234,7 +234,7 @@ def _row_mask(
     return np.asarray(masks[name][row], np.bool_)
 
 
-def _relu(x: Floats) -> Floats:
+def relu(x: Floats) -> Floats:
     return np.maximum(x, 0.0)
 
 

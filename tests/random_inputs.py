@@ -67,6 +67,19 @@ def random_masks(
     return masks
 
 
+def random_slots_by_op(spec: PolicySpec, rng: np.random.Generator, *lead: int) -> NDArray[np.bool_]:
+    """`[*lead, ops, slots]`, at least one slot allowed for every op."""
+    mask = rng.random((*lead, spec.num_ops, spec.num_slots)) < ALLOWED_SHARE
+    one = rng.integers(spec.num_slots, size=(*lead, spec.num_ops, 1))
+    np.put_along_axis(mask, one, True, axis=-1)
+    return mask
+
+
+def random_blueprints(spec: PolicySpec, rng: np.random.Generator, *lead: int) -> NDArray[np.int64]:
+    """`[*lead, slots]`, -1 among them."""
+    return rng.integers(-1, spec.num_blueprints, size=(*lead, spec.num_slots))
+
+
 def gumbel_noise(spec: PolicySpec, rng: np.random.Generator, *lead: int) -> NDArray[np.float32]:
     """Standard Gumbel samples, `[*lead, num_choices]`."""
     return rng.gumbel(size=(*lead, spec.num_choices)).astype(np.float32)

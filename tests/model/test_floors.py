@@ -5,33 +5,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from model.heads import HeadTable
 from model.spec import PROBABILITY_FLOORS_V2, PolicySpec
-from tests.naive import FLOAT_ATOL
+from tests.naive import FLOAT_ATOL, masked_log_softmax
+from tests.naive_v2 import floored
 from tests.random_inputs import random_policy
 
 SPEC = PolicySpec.tamiyo_v2(num_slots=4)
 FLOORED = SPEC.with_probability_floors(PROBABILITY_FLOORS_V2)
-
-
-def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    raised = np.exp(logits - logits.max())
-    prob: NDArray[np.float64] = raised / raised.sum()
-    return prob
-
-
-def floored(logits: NDArray[np.float64], allowed: NDArray[np.bool_], floor: float) -> list[float]:
-    """One head's probabilities as policy.md section 4 has them; 0 where not allowed."""
-    prob = softmax(logits[allowed])
-    f = min(floor, 0.99 / len(prob))
-    low = prob < f
-    prob[~low] *= (1 - low.sum() * f) / prob[~low].sum()
-    prob[low] = f
-    whole = np.zeros(len(logits))
-    whole[allowed] = prob
-    return whole.tolist()
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 8.0))
@@ -49,11 +31,12 @@ def test_every_head_has_its_own_floor(seed: int, spread: float) -> None:
         columns = slice(start, start + head.size)
         start += head.size
         own = logits[0, columns].astype(np.float64)
-        plain = softmax(own[allowed[0, columns]])
+        mask = allowed[0, columns]
+        plain = np.exp(masked_log_softmax(own, mask)[mask])
         f = min(head.probability_floor, 0.99 / len(plain))
         if np.abs(plain - f).min() < 1e-6:
             continue  # on which side of its floor it is, depends on rounding
-        expected = floored(own, allowed[0, columns], head.probability_floor)
+        expected = floored(own, mask, head.probability_floor)
         got = log_probs[0, row, : head.size].exp()
         np.testing.assert_allclose(got, expected, rtol=0, atol=FLOAT_ATOL, err_msg=head.name)
 

@@ -1,0 +1,150 @@
+"""V2, acting and evaluating, against the naive policy in every shape the spec can take.
+
+The recordings (`test_golden_v2.py`) have one layer, three slots and no input projection.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from model.policy import SLOT_BY_OP, FactoredRecurrentActorCritic
+from model.spec import PROBABILITY_FLOORS_V2, PolicySpec
+from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL
+from tests.naive_v2 import NaivePolicyV2
+from tests.random_inputs import (
+    gumbel_noise,
+    random_actions,
+    random_blueprints,
+    random_masks,
+    random_observations,
+    random_policy,
+    random_slots_by_op,
+    random_state,
+    stacked,
+    tensors,
+    weights_of,
+)
+
+SHAPES = {
+    "one layer, as wide as its input": PolicySpec.tamiyo_v2(
+        num_slots=3, observation_dim=11, feature_dim=16, hidden_dim=16
+    ),
+    "two layers, projected": PolicySpec.tamiyo_v2(
+        num_slots=2, observation_dim=7, feature_dim=10, hidden_dim=20, num_layers=2
+    ),
+    "three layers, more slots than ops": PolicySpec.tamiyo_v2(
+        num_slots=7, observation_dim=5, feature_dim=12, hidden_dim=12, num_layers=3
+    ),
+    "one slot": PolicySpec.tamiyo_v2(
+        num_slots=1, observation_dim=5, feature_dim=9, hidden_dim=13, num_layers=2
+    ),
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+every_floor = pytest.mark.parametrize(
+    "floors", [{}, PROBABILITY_FLOORS_V2], ids=["without floors", "with floors"]
+)
+every_mask = pytest.mark.parametrize("masked", ["nothing", "slots alike", "slots by op"])
+
+
+def both(
+    shape: PolicySpec, floors: Mapping[str, float]
+) -> tuple[FactoredRecurrentActorCritic, NaivePolicyV2]:
+    policy = random_policy(shape.with_probability_floors(floors))
+    return policy, NaivePolicyV2(shape, weights_of(policy), floors=floors)
+
+
+def masks_of(
+    masked: str, spec: PolicySpec, rng: np.random.Generator, *lead: int
+) -> dict[str, NDArray[np.bool_]]:
+    if masked == "nothing":
+        return {}
+    masks = random_masks(spec, rng, *lead)
+    if masked == "slots by op":
+        masks[SLOT_BY_OP] = random_slots_by_op(spec, rng, *lead)
+    return masks
+
+
+@every_shape
+@every_floor
+@every_mask
+@pytest.mark.parametrize("sampled", [True, False], ids=["sampled", "most likely"])
+@torch.no_grad()
+def test_chained_steps_are_the_naive_policys(
+    shape: PolicySpec,
+    floors: Mapping[str, float],
+    masked: str,
+    sampled: bool,
+    rng: np.random.Generator,
+) -> None:
+    policy, naive = both(shape, floors)
+    h, c = random_state(shape, rng, 6)
+    state = torch.from_numpy(h), torch.from_numpy(c)
+    expected_h, expected_c = h.astype(np.float64), c.astype(np.float64)
+    for _ in range(5):
+        observation = random_observations(shape, rng, 6)
+        blueprints = random_blueprints(shape, rng, 6)
+        masks = masks_of(masked, shape, rng, 6)
+        noise = gumbel_noise(shape, rng, 6) if sampled else None
+        given = torch.from_numpy(observation), state, tensors(masks)
+        more = torch.from_numpy(blueprints)
+
+        act = policy.get_action(
+            *given, None if noise is None else torch.from_numpy(noise), blueprint_index=more
+        )
+        scores = policy.step_scores(*given, blueprint_index=more)
+        expected = naive.step_v2(observation, blueprints, masks, noise, expected_h, expected_c)
+
+        op = act.action["op"].clone()
+        np.testing.assert_array_equal(stacked(shape, act.action), expected.action)
+        for got, want, atol in (
+            (stacked(shape, act.log_prob), expected.log_prob, LOG_PROB_ATOL),
+            (act.value, expected.value, FLOAT_ATOL),
+            (act.state[0], expected.h, FLOAT_ATOL),
+            (act.state[1], expected.c, FLOAT_ATOL),
+            (policy.q_value(scores.output, op), expected.q_value, FLOAT_ATOL),
+            (policy.contribution(scores.output), expected.contribution, FLOAT_ATOL),
+        ):
+            np.testing.assert_allclose(got, want, atol=atol, rtol=0)
+        state, expected_h, expected_c = act.state, expected.h, expected.c
+
+
+@every_shape
+@every_floor
+@every_mask
+def test_evaluation_is_the_naive_policys(
+    shape: PolicySpec, floors: Mapping[str, float], masked: str, rng: np.random.Generator
+) -> None:
+    policy, naive = both(shape, floors)
+    observations = random_observations(shape, rng, 3, 6)
+    blueprints = random_blueprints(shape, rng, 3, 6)
+    masks = masks_of(masked, shape, rng, 3, 6)
+    actions = random_actions(shape, rng, masks_of("slots alike", shape, rng, 3, 6) | masks)
+    if masked == "slots by op":  # the slots that the stored op may take
+        index = actions["op"][..., None, None]
+        of_op = np.take_along_axis(masks[SLOT_BY_OP], index, axis=-2).squeeze(-2)
+        actions["slot"] = random_actions(shape, rng, masks | {"slot": of_op})["slot"]
+    h, c = random_state(shape, rng, 3)
+    with torch.no_grad():
+        got = policy.evaluate_actions(
+            torch.from_numpy(observations),
+            tensors(actions),
+            tensors(masks),
+            (torch.from_numpy(h), torch.from_numpy(c)),
+            blueprint_index=torch.from_numpy(blueprints),
+        )
+    assert got.q_value is not None
+    assert got.contribution is not None
+    expected = naive.evaluate_v2(observations, blueprints, stacked(shape, actions), masks, h, c)
+    for have, want, atol in (
+        (stacked(shape, got.log_prob), expected.log_prob, LOG_PROB_ATOL),
+        (stacked(shape, got.entropy), expected.entropy, FLOAT_ATOL),
+        (got.value, expected.value, FLOAT_ATOL),
+        (got.state[0], expected.h, FLOAT_ATOL),
+        (got.state[1], expected.c, FLOAT_ATOL),
+        (got.q_value, expected.q_value, FLOAT_ATOL),
+        (got.contribution, expected.contribution, FLOAT_ATOL),
+    ):
+        np.testing.assert_allclose(have, want, atol=atol, rtol=0)
