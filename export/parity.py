@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from export.floor_bounds import LogProbBounds, floor_bounds
 from export.formats import LoadedStep, first_line
 from export.manifest import FormatParity, Precision, bucket_sizes
 from export.step import StepInput, StepOutput
-from model.heads import HeadTable, effective_floor
+from model.heads import HeadTable
 from model.normalizer import ObservationNormalizer
 from model.policy import SLOT_BY_OP, FactoredRecurrentActorCritic, Masks, Scores
 from model.recurrence import State
@@ -32,6 +33,7 @@ class Tolerance(NamedTuple):
     """How far a precision may be off: `atol + rtol * |expected|`, and in how many greedy actions.
 
     An action is within it where the policy's score of it is `atol` short of its best, or less.
+    Where floors jump, scores and log-probs have bounds (`export.floor_bounds`), not one number.
     float32 has no other limit: where it differs from eager's, the two are a tie to float32.
     """
 
@@ -301,15 +303,16 @@ def _judge(reference: Reference, step: Step, outputs: StepOutput, run: ParityRun
         )
     if ((action < 0) | (action >= torch.tensor(heads.sizes, device=action.device))).any():
         raise ParityError(f"action is outside its head ({step.where})")
-    expected_extra = _expected_extra(reference, action[..., heads.op_index], scores)
+    op = action[..., heads.op_index]
+    expected_extra = _expected_extra(reference, op, scores)
     for name, got in zip(expected_extra, extra, strict=True):
         run.compare(name, got, expected_extra[name], step)
-    is_open = _depends_on_rounding(reference, action[..., heads.op_index], step)
-    _judge_actions(reference, action, best, noise, is_open, step)
-    expected = scores.choices.log_prob_of(action)
-    if heads.has_floors and log_prob.shape == expected.shape:
-        is_open &= log_prob.isfinite()
-        expected = torch.where(is_open, log_prob.to(expected.dtype), expected)
+    bounds = _log_prob_bounds(reference, op, step)
+    _judge_actions(reference, action, best, noise, bounds, step)
+    lower, upper = (heads.log_prob_of(bound, action) for bound in bounds)
+    expected = lower
+    if log_prob.shape == lower.shape:
+        expected = log_prob.to(lower.dtype).clamp(lower, upper)
     run.compare("log_prob", log_prob, expected, step)
     run.count(action, best, step)
 
@@ -324,34 +327,33 @@ def _expected_extra(reference: Reference, op: Tensor, scores: Scores) -> dict[st
     return {name: critics[name]() for name in policy.spec.extra_outputs}
 
 
-def _depends_on_rounding(reference: Reference, op: Tensor, step: Step) -> Tensor:
-    """Heads `[B, heads]` with a choice as likely as its floor, but for the tolerance.
-
-    Floors jump there: a choice just below is raised, one just above gives way to those that are.
-    On which side the artifact's own rounding falls is not for the gate to say.
-    """
+def _log_prob_bounds(reference: Reference, op: Tensor, step: Step) -> LogProbBounds:
+    """What the policy says each choice's log-prob may be, given `op`: one number but by floors."""
     heads, choices, tolerance = reference.policy.heads, step.scores.choices, reference.tolerance
     if not heads.has_floors:
-        return torch.zeros(len(op), len(heads.names), dtype=torch.bool, device=op.device)
+        log_probs, _ = choices.given(op)
+        return LogProbBounds(log_probs, log_probs)
     slot_by_op = step.masks.get(SLOT_BY_OP)
     plain = reference.without_floors.choices(choices.logits, choices.allowed, slot_by_op)
     log_probs, allowed = plain.given(op)
-    floor = effective_floor(heads.floor, allowed)
-    distance = (log_probs - floor.log()).abs()
-    is_near = distance <= tolerance.atol + tolerance.rtol * log_probs.abs()
-    return (allowed & (floor > 0) & is_near).any(-1)
+    margin = tolerance.atol + tolerance.rtol * log_probs.abs()
+    return floor_bounds(log_probs, allowed, heads.floor, margin)
 
 
 def _judge_actions(
-    reference: Reference, action: Tensor, best: Tensor, noise: Tensor, is_open: Tensor, step: Step
+    reference: Reference,
+    action: Tensor,
+    best: Tensor,
+    noise: Tensor,
+    bounds: LogProbBounds,
+    step: Step,
 ) -> None:
     heads = reference.policy.heads
     op = action[..., heads.op_index]
-    log_probs, allowed = step.scores.choices.given(op)
-    perturbed = log_probs + noise
-    taken = perturbed.gather(-1, action.unsqueeze(-1)).squeeze(-1)
-    is_best = perturbed.amax(-1) - taken <= reference.tolerance.atol  # False for NaN
-    is_best |= is_open & allowed.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+    _, allowed = step.scores.choices.given(op)
+    taken = (bounds.upper + noise).gather(-1, action.unsqueeze(-1)).squeeze(-1)
+    highest = (bounds.lower + noise).amax(-1)
+    is_best = highest - taken <= reference.tolerance.atol  # False for NaN
     wrong = ~torch.where(heads.relevant(op), is_best, action == heads.forced(allowed))
     if wrong.any():
         row, head = wrong.nonzero()[0].tolist()

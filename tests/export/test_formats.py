@@ -24,6 +24,7 @@ from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from tests.golden import GOLDEN, golden_tensors, needs_golden
+from tests.machine import needs_bf16
 from tests.naive import NaivePolicy
 from tests.random_inputs import (
     gumbel_noise,
@@ -37,9 +38,6 @@ from tests.random_inputs import (
 
 CPU = torch.device("cpu")
 ATOL = 2e-5
-needs_bf16 = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bf16 products"
-)
 MAX_BATCH_SIZE = 8
 RUNS_CODE = {"Loop", "If", "Scan"}
 

@@ -3,29 +3,51 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from export.__main__ import main
 from export.exporter import export_policy
-from export.formats import FORMATS, LoadedStep, StepSource
-from export.manifest import Manifest, Precision
+from export.formats import FORMATS, LoadedStep, StepSource, load_format
+from export.manifest import Manifest
 from export.parity import ParityError, Reference, check_parity
 from export.step import PolicyStep, StepInput, StepOutput
 from export.verify import verify_artifact
-from model.policy import FactoredRecurrentActorCritic
+from model.normalizer import ObservationNormalizer
+from model.policy import SLOT_BY_OP, FactoredRecurrentActorCritic
 from model.spec import PROBABILITY_FLOORS_V2, PolicySpec
 from tests.golden import GOLDEN, golden_json, golden_tensors, needs_golden
+from tests.machine import needs_bf16
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL
-from tests.random_inputs import random_policy
+from tests.naive_v2 import NaivePolicyV2
+from tests.random_inputs import (
+    gumbel_noise,
+    packed,
+    random_blueprints,
+    random_masks,
+    random_observations,
+    random_policy,
+    random_slots_by_op,
+    weights_of,
+)
 
+CPU = torch.device("cpu")
+ATOL = 5e-5
+"""Values and Q are in returns, three times what the network gives."""
+MAX_BATCH_SIZE = 4
 BATCH_SIZES = (1, 2, 5)
-BLUEPRINT, SLOT_BY_OP = 5, 6
+BLUEPRINT_INPUT, SLOT_BY_OP_INPUT = 5, 6
 SLOT = r"'slot'|log_prob\[\d, 0\]"
 
 
-def spec_of(*, floors: bool = False, num_layers: int = 2, value_scale: float = 3.0) -> PolicySpec:
+def spec_of(
+    *,
+    floors: bool = False,
+    num_layers: int = 2,
+    extra_outputs: tuple[str, ...] = ("q_value", "contribution"),
+) -> PolicySpec:
     """Tiny, with an input projection, and with no two dimensions equal."""
     spec = PolicySpec.tamiyo_v2(
         num_slots=2,
@@ -33,8 +55,8 @@ def spec_of(*, floors: bool = False, num_layers: int = 2, value_scale: float = 3
         feature_dim=12,
         hidden_dim=16,
         num_layers=num_layers,
-        value_scale=value_scale,
-    )
+        value_scale=3.0,
+    ).model_copy(update={"extra_outputs": extra_outputs})
     return spec.with_probability_floors(PROBABILITY_FLOORS_V2) if floors else spec
 
 
@@ -43,57 +65,113 @@ def policy(request: pytest.FixtureRequest) -> FactoredRecurrentActorCritic:
     return random_policy(spec_of(floors=request.param))
 
 
-@pytest.mark.parametrize(
-    ("precision", "formats"),
-    [("fp32", ("torchscript", "pt2", "onnx")), ("bf16", ("torchscript", "pt2"))],
-)
-def test_every_portable_format_passes_the_gate_and_verifies(
+@pytest.fixture(scope="module")
+def normalizer() -> ObservationNormalizer:
+    return ObservationNormalizer(torch.linspace(-3, 3, 7), torch.linspace(0.1, 9, 7))
+
+
+@pytest.fixture(scope="module")
+def artifact(
     policy: FactoredRecurrentActorCritic,
-    precision: Precision,
-    formats: tuple[str, ...],
-    tmp_path: Path,
+    normalizer: ObservationNormalizer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Every format, with everything that a V2 step can take and give."""
+    output = tmp_path_factory.mktemp("whole") / "v2"
+    export_policy(
+        policy, normalizer, output, name="v2", formats=tuple(FORMATS), max_batch_size=MAX_BATCH_SIZE
+    )
+    return output
+
+
+def load(artifact: Path, format_name: str) -> LoadedStep:
+    return load_format(format_name, Manifest.read(artifact).formats[format_name], artifact, CPU)
+
+
+def test_every_format_passes_the_gate_and_verifies(
+    artifact: Path, policy: FactoredRecurrentActorCritic
 ) -> None:
-    if precision == "bf16":  # whose error grows with layers; the trainer has one
-        floors = policy.heads.has_floors
-        policy = random_policy(spec_of(floors=floors, num_layers=1))
-    output = tmp_path / "v2"
-    options = {"name": "v2", "formats": formats, "precision": precision, "max_batch_size": 4}
-    manifest = export_policy(policy, None, output, **options)  # type: ignore[arg-type]
-    assert manifest.parity.formats.keys() == set(formats)
+    manifest = Manifest.read(artifact)
+    assert manifest.spec == policy.spec
+    assert manifest.parity.formats.keys() == FORMATS.keys()
     assert [array.name for array in manifest.inputs[5:]] == ["blueprint_index", "slot_by_op_mask"]
-    assert verify_artifact(output).keys() == set(formats)
+    assert [array.name for array in manifest.outputs[5:]] == ["q_value", "contribution"]
+    for parity in manifest.parity.formats.values():
+        assert {"q_value", "contribution"} <= parity.max_error.keys()
+    assert verify_artifact(artifact).keys() == FORMATS.keys()
 
 
-def test_machine_code_passes_the_gate(tmp_path: Path) -> None:
-    policy = random_policy(spec_of(floors=True))
-    output = tmp_path / "v2"
-    manifest = export_policy(policy, None, output, name="v2", formats=("aoti",), max_batch_size=2)
-    assert manifest.parity.formats["aoti"].rows > 0
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_critic_s_other_outputs_pass_the_gate_where_they_are_asked_for(
-    precision: Precision, tmp_path: Path
+@pytest.mark.parametrize("format_name", FORMATS)
+@torch.inference_mode()
+def test_file_does_what_the_naive_policy_does_over_carried_steps(
+    format_name: str,
+    artifact: Path,
+    policy: FactoredRecurrentActorCritic,
+    normalizer: ObservationNormalizer,
+    rng: np.random.Generator,
 ) -> None:
-    spec = spec_of(num_layers=1).model_copy(update={"extra_outputs": ("q_value", "contribution")})
-    formats = ("torchscript", "pt2", "onnx") if precision == "fp32" else ("torchscript",)
+    spec = policy.spec
+    naive = NaivePolicyV2(
+        spec,
+        weights_of(policy),
+        normalizer.mean.numpy(),
+        normalizer.var.numpy(),
+        floors={head.name: head.probability_floor for head in spec.heads},
+    )
+    step = load(artifact, format_name)
+    for batch_size in (1, 3, MAX_BATCH_SIZE):
+        h = c = torch.zeros(batch_size, spec.num_layers, spec.hidden_dim)
+        expected_h, expected_c = naive.zero_state(batch_size)
+        for _ in range(10):
+            observation = random_observations(spec, rng, batch_size) * 3
+            masks = random_masks(spec, rng, batch_size)
+            slots = random_slots_by_op(spec, rng, batch_size)
+            blueprints = random_blueprints(spec, rng, batch_size)
+            noise = gumbel_noise(spec, rng, batch_size)
+            arrays = (observation, packed(spec, masks), noise, h, c, blueprints, slots)
+            action, log_prob, value, h, c, q_value, contribution = step(
+                *(torch.as_tensor(array) for array in arrays)
+            )
+            masks[SLOT_BY_OP] = slots
+            expected = naive.step_v2(observation, blueprints, masks, noise, expected_h, expected_c)
+            expected_h, expected_c = expected.h, expected.c
+            np.testing.assert_array_equal(action, expected.action)
+            for got, want in (
+                (log_prob, expected.log_prob),
+                (value, expected.value * spec.value_scale),
+                (h, expected.h),
+                (c, expected.c),
+                (q_value, expected.q_value * spec.value_scale),
+                (contribution, expected.contribution),
+            ):
+                np.testing.assert_allclose(got, want, atol=ATOL, rtol=0)
+
+
+@needs_bf16
+def test_in_bf16_every_format_that_has_it_passes_the_gate_and_verifies(
+    policy: FactoredRecurrentActorCritic, tmp_path: Path
+) -> None:
+    """With one layer, as the trainer has it: bf16's error grows with layers."""
+    policy = random_policy(spec_of(floors=policy.heads.has_floors, num_layers=1))
+    formats = ("torchscript", "pt2", "aoti")
     manifest = export_policy(
-        random_policy(spec),
+        policy,
         None,
         tmp_path / "v2",
         name="v2",
         formats=formats,
-        precision=precision,
-        max_batch_size=4,
+        precision="bf16",
+        max_batch_size=MAX_BATCH_SIZE,
     )
-    assert [array.name for array in manifest.outputs[5:]] == ["q_value", "contribution"]
+    assert manifest.parity.formats.keys() == set(formats)
     for parity in manifest.parity.formats.values():
         assert {"q_value", "contribution"} <= parity.max_error.keys()
+    assert verify_artifact(tmp_path / "v2").keys() == set(formats)
 
 
 @pytest.mark.parametrize("name", ["q_value", "contribution"])
 def test_a_wrong_output_of_the_critic_is_stopped_and_named(name: str) -> None:
-    policy = random_policy(spec_of().model_copy(update={"extra_outputs": (name,)}))
+    policy = random_policy(spec_of(extra_outputs=(name,)))
     step = PolicyStep(policy, None).eval()
     reference = Reference(policy, None, batch_sizes=BATCH_SIZES)
     check_parity(step, reference)
@@ -108,9 +186,8 @@ def test_a_wrong_output_of_the_critic_is_stopped_and_named(name: str) -> None:
 
 def test_what_is_not_asked_for_is_not_in_the_graph() -> None:
     """As many products as the heads, the recurrence and V(s) take."""
-    policy = random_policy(spec_of())
-    plain = PolicyStep(policy, None)
-    with_q = random_policy(spec_of().model_copy(update={"extra_outputs": ("q_value",)}))
+    plain = PolicyStep(random_policy(spec_of(extra_outputs=())), None)
+    with_q = random_policy(spec_of(extra_outputs=("q_value",)))
 
     def products(step: PolicyStep) -> int:
         graph = StepSource(step.eval(), 4).program.graph
@@ -140,11 +217,17 @@ def without_its_scale(policy: FactoredRecurrentActorCritic) -> LoadedStep:
     ("make", "named"),
     [
         (lambda step, policy: without_its_scale(policy), "value"),
-        (lambda step, policy: changed(step, BLUEPRINT, torch.zeros_like), "state_h_out"),
-        (lambda step, policy: changed(step, BLUEPRINT, lambda index: index.flip(1)), "state_h_out"),
-        (lambda step, policy: changed(step, BLUEPRINT, lambda i: i.clamp(min=0)), "state_h_out"),
-        (lambda step, policy: changed(step, SLOT_BY_OP, torch.ones_like), SLOT),
-        (lambda step, policy: changed(step, SLOT_BY_OP, lambda mask: mask.flip(1)), SLOT),
+        (lambda step, policy: changed(step, BLUEPRINT_INPUT, torch.zeros_like), "state_h_out"),
+        (
+            lambda step, policy: changed(step, BLUEPRINT_INPUT, lambda index: index.flip(1)),
+            "state_h_out",
+        ),
+        (
+            lambda step, policy: changed(step, BLUEPRINT_INPUT, lambda i: i.clamp(min=0)),
+            "state_h_out",
+        ),
+        (lambda step, policy: changed(step, SLOT_BY_OP_INPUT, torch.ones_like), SLOT),
+        (lambda step, policy: changed(step, SLOT_BY_OP_INPUT, lambda mask: mask.flip(1)), SLOT),
     ],
     ids=["value scale", "no blueprint", "slots swapped", "none is noop", "any slot", "other op"],
 )
@@ -167,6 +250,30 @@ def test_a_step_with_other_floors_is_stopped(floors: bool) -> None:
         check_parity(PolicyStep(other, None).eval(), Reference(one, None, batch_sizes=BATCH_SIZES))
 
 
+def test_a_choice_near_its_floor_is_judged_too() -> None:
+    """In bf16, where rounding decides which choices are raised: its bounds are still bounds."""
+    spec = spec_of(extra_outputs=()).with_probability_floors({"op": 0.16})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        undecided = FactoredRecurrentActorCritic(spec).eval()  # of 6 ops each has about 1/6
+    step = PolicyStep(undecided, None).eval()
+    reference = Reference(undecided, None, batch_sizes=(32,), precision="bf16")
+    check_parity(step, reference)
+    op = spec.op_index
+
+    def less_likely(*inputs: Tensor) -> StepOutput:
+        """Where all ops are allowed, and so all of them are near their floor."""
+        action, log_prob, *others = step(*inputs)
+        is_near = torch.split(inputs[1], list(spec.head_sizes), dim=-1)[op].all(-1)
+        assert is_near.any()
+        log_prob = log_prob.clone()
+        log_prob[:, op] -= is_near.float()
+        return action, log_prob, *others
+
+    with pytest.raises(ParityError, match=rf"log_prob\[\d+, {op}\]"):
+        check_parity(less_likely, reference)
+
+
 def recorded_inputs(recorded: dict[str, Tensor], spec: PolicySpec, t: int) -> tuple[Tensor, ...]:
     mask = torch.cat([recorded[f"in.mask.{head}"][:, t] for head in spec.head_names], dim=-1)
     return recorded["in.states"][:, t], mask, torch.zeros(mask.shape)
@@ -174,8 +281,11 @@ def recorded_inputs(recorded: dict[str, Tensor], spec: PolicySpec, t: int) -> tu
 
 @needs_golden
 @pytest.mark.parametrize("suffix", ["", "f"], ids=["without floors", "with floors"])
+@pytest.mark.parametrize("format_name", FORMATS)
 @torch.inference_mode()
-def test_recorded_steps_are_taken_again_from_a_file(suffix: str, tmp_path: Path) -> None:
+def test_recorded_steps_are_taken_again_from_every_file(
+    format_name: str, suffix: str, tmp_path: Path
+) -> None:
     spec = PolicySpec.tamiyo_v2()
     if suffix:
         spec = spec.with_probability_floors(golden_json("v2_a")["probability_floor"])
@@ -184,9 +294,9 @@ def test_recorded_steps_are_taken_again_from_a_file(suffix: str, tmp_path: Path)
     policy.load_state_dict(
         {name: w if w.dtype == torch.int64 else w.float() for name, w in weights.items()}
     )
-    format_ = FORMATS["torchscript"]
-    format_.write(StepSource(PolicyStep(policy, None).eval(), 64), tmp_path / format_.file)
-    step = format_.load((tmp_path / format_.file).read_bytes(), torch.device("cpu"))
+    written = FORMATS[format_name]
+    written.write(StepSource(PolicyStep(policy, None).eval(), 64), tmp_path / written.file)
+    step = written.load((tmp_path / written.file).read_bytes(), CPU)
 
     recorded = golden_tensors("io_v2_a")
     h_after = golden_tensors("io_v2_a_hidden_h")["step.h"]
@@ -195,15 +305,17 @@ def test_recorded_steps_are_taken_again_from_a_file(suffix: str, tmp_path: Path)
     for t in range(12):
         more = recorded["in.blueprint_indices"][:, t], recorded["in.slot_by_op"][:, t]
         inputs: StepInput = (*recorded_inputs(recorded, spec, t), h, c, *more)
-        action, log_prob, value, h, c = step(*inputs)
+        action, log_prob, value, h, c = step(*(array.contiguous() for array in inputs))
         for at, head in enumerate(spec.head_names):
             assert torch.equal(action[:, at], recorded[f"step{suffix}.actions.{head}"][:, t])
             expected = recorded[f"step{suffix}.log_probs.{head}"][:, t]
             torch.testing.assert_close(log_prob[:, at], expected, rtol=0, atol=LOG_PROB_ATOL)
-        expected = recorded["step.values"][:, t]
-        torch.testing.assert_close(value, expected, rtol=0, atol=FLOAT_ATOL)
-        torch.testing.assert_close(h, h_after[t].transpose(0, 1), rtol=0, atol=FLOAT_ATOL)
-        torch.testing.assert_close(c, c_after[t].transpose(0, 1), rtol=0, atol=FLOAT_ATOL)
+        for got, expected in (
+            (value, recorded["step.values"][:, t]),
+            (h, h_after[t].transpose(0, 1)),
+            (c, c_after[t].transpose(0, 1)),
+        ):
+            torch.testing.assert_close(got, expected, rtol=0, atol=FLOAT_ATOL)
 
 
 @needs_golden
@@ -211,32 +323,31 @@ def test_recorded_steps_are_taken_again_from_a_file(suffix: str, tmp_path: Path)
 def test_the_recorded_checkpoint_becomes_an_artifact_that_acts_as_it_did(tmp_path: Path) -> None:
     output = tmp_path / "v2"
     command = ["--checkpoint", str(GOLDEN / "ckpt_v2.pt"), "--output", str(output)]
-    assert main([*command, "--formats", "torchscript", "--max-batch-size", "16"]) == 0
+    assert main([*command, "--formats", "all", "--max-batch-size", "16"]) == 0
     manifest = Manifest.read(output)
     assert manifest.has_normalizer
-    content = manifest.formats["torchscript"].read(output)
-    step = FORMATS["torchscript"].load(content, torch.device("cpu"))
     recorded = golden_tensors("ckpt_v2_io")
     spec = manifest.spec
     mask = torch.cat([recorded[f"in.mask.{head}"] for head in spec.head_names], dim=-1)
     zeros = torch.zeros(16, 1, 32)
-    action, log_prob, value, h, c = step(
-        recorded["in.raw_states"],
-        mask,
-        torch.zeros(mask.shape),
-        zeros,
-        zeros,
-        recorded["in.blueprint_indices"],
-        recorded["in.mask.slot_by_op"],
-    )
-    for at, head in enumerate(spec.head_names):
-        assert torch.equal(action[:, at], recorded[f"out.actions.{head}"])
-        torch.testing.assert_close(
-            log_prob[:, at], recorded[f"out.log_probs.{head}"], rtol=0, atol=LOG_PROB_ATOL
+    for format_name in FORMATS:
+        action, log_prob, value, h, c = load(output, format_name)(
+            recorded["in.raw_states"],
+            mask,
+            torch.zeros(mask.shape),
+            zeros,
+            zeros,
+            recorded["in.blueprint_indices"],
+            recorded["in.mask.slot_by_op"],
         )
-    for got, expected in (
-        (value, recorded["out.values"]),
-        (h, recorded["out.h"].transpose(0, 1)),
-        (c, recorded["out.c"].transpose(0, 1)),
-    ):
-        torch.testing.assert_close(got, expected, rtol=0, atol=FLOAT_ATOL)
+        for at, head in enumerate(spec.head_names):
+            assert torch.equal(action[:, at], recorded[f"out.actions.{head}"]), format_name
+            torch.testing.assert_close(
+                log_prob[:, at], recorded[f"out.log_probs.{head}"], rtol=0, atol=LOG_PROB_ATOL
+            )
+        for got, expected in (
+            (value, recorded["out.values"]),
+            (h, recorded["out.h"].transpose(0, 1)),
+            (c, recorded["out.c"].transpose(0, 1)),
+        ):
+            torch.testing.assert_close(got, expected, rtol=0, atol=FLOAT_ATOL)
