@@ -14,6 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from model.lifecycle import (
     ADVANCE,
+    ALPHA_ALGORITHM_OF_STYLE,
+    ALPHA_SPEED_EPOCHS,
+    ALPHA_TARGETS,
     BLENDING,
     BLUEPRINTS,
     BLUEPRINTS_OF_TOPOLOGY,
@@ -25,10 +28,6 @@ from model.lifecycle import (
     GERMINATED,
     HOLD,
     HOLDING,
-    NUM_ALPHA_SPEEDS,
-    NUM_ALPHA_TARGETS,
-    NUM_STYLES,
-    NUM_TEMPOS,
     OPS,
     PRUNE,
     PRUNED,
@@ -36,6 +35,7 @@ from model.lifecycle import (
     SET_ALPHA_TARGET,
     SIGMOID_ADD,
     STAGES,
+    TEMPO_EPOCHS,
     TRAINING,
     WAIT,
 )
@@ -180,10 +180,10 @@ def compute_action_masks(
     masks = {
         "slot": slots.enabled.astype(bool),
         "blueprint": _blueprints(topology, rules, num_environments),
-        "style": is_alpha_chosen | (np.arange(NUM_STYLES) == SIGMOID_ADD),
-        "tempo": everything(NUM_TEMPOS),
-        "alpha_target": is_alpha_chosen | (np.arange(NUM_ALPHA_TARGETS) == FULL),
-        "alpha_speed": everything(NUM_ALPHA_SPEEDS),
+        "style": is_alpha_chosen | (np.arange(len(ALPHA_ALGORITHM_OF_STYLE)) == SIGMOID_ADD),
+        "tempo": everything(len(TEMPO_EPOCHS)),
+        "alpha_target": is_alpha_chosen | (np.arange(len(ALPHA_TARGETS)) == FULL),
+        "alpha_speed": everything(len(ALPHA_SPEED_EPOCHS)),
         "alpha_curve": everything(rules.num_alpha_curves),
         "op": op,
     }

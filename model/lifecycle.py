@@ -19,6 +19,7 @@ STAGES: Final = (
 """In the order of their one-hot; there is no stage 5."""
 
 WAIT, GERMINATE, SET_ALPHA_TARGET, PRUNE, FOSSILIZE, ADVANCE = OPS = tuple(range(6))
+OP_NAMES: Final = ("wait", "germinate", "set alpha target", "prune", "fossilize", "advance")
 
 HOLD, UP, DOWN = range(3)
 """Where a seed's alpha is going."""
@@ -35,7 +36,16 @@ BLUEPRINTS_OF_TOPOLOGY: Final[Mapping[str, frozenset[int]]] = {
 }
 """The blueprints that may be germinated in a host; noop (0) in none."""
 
-NUM_STYLES, SIGMOID_ADD = 4, 2
-NUM_TEMPOS, STANDARD_TEMPO_EPOCHS = 3, 5
-NUM_ALPHA_TARGETS, FULL = 3, 2
-NUM_ALPHA_SPEEDS = 4
+ADD, MULTIPLY, GATE = range(1, 4)
+ALPHA_ALGORITHM_OF_STYLE: Final = (ADD, MULTIPLY, ADD, GATE)
+SIGMOID_ADD: Final = 2
+"""How a seed is blended in; the style that is taken where none matters."""
+
+TEMPO_EPOCHS: Final = (3, 5, 8)
+STANDARD_TEMPO: Final = 1
+"""How long BLENDING's ramp takes."""
+
+ALPHA_TARGETS: Final = (0.5, 0.7, 1.0)
+FULL: Final = 2
+ALPHA_SPEED_EPOCHS: Final = (0, 3, 5, 8)
+"""How far alpha is to go, and how long it takes; 0 is at once."""

@@ -24,7 +24,8 @@ from model.lifecycle import (
     HOLDING,
     OPS,
     STAGES,
-    STANDARD_TEMPO_EPOCHS,
+    STANDARD_TEMPO,
+    TEMPO_EPOCHS,
     TRAINING,
 )
 
@@ -168,7 +169,7 @@ def observe_v1(
         _one_hot(seeds.blueprint, range(len(BLUEPRINTS))),
     )
     empty = np.zeros(slots.shape[-1])
-    empty[TEMPO_COLUMN] = STANDARD_TEMPO_EPOCHS / MAX_TEMPO_EPOCHS
+    empty[TEMPO_COLUMN] = TEMPO_EPOCHS[STANDARD_TEMPO] / MAX_TEMPO_EPOCHS
     blocks = [_base_v1(training), _of_seeds(seeds, slots, empty)]
     if telemetry is not None:
         _check_shapes(telemetry, seeds.stage.shape)

@@ -10,9 +10,10 @@ from typing import Any
 import aiohttp
 import numpy as np
 
+from model.lifecycle import OP_NAMES
 from model.spec import PolicySpec
 from service.batch_sizes import batch_sizes
-from service.demo.environment import OPS, GrowingNetwork
+from service.demo.environment import GrowingNetwork, game_of
 
 ATTEMPTS = 3
 
@@ -65,15 +66,13 @@ class EnvironmentClient:
     async def _act(
         self, network: GrowingNetwork, episode: int, step: int, tally: Tally
     ) -> dict[str, int] | None:
-        masks = network.masks()
         body = {
             "session_id": self._name,
             "episode": str(episode),
             "step": step,
             "episode_start": step == 0,
             "seed": self._seed * 10_000 + episode,
-            "observation": network.observe(),
-            "action_mask": masks,
+            **network.request(),
         }
         sent_s = time.perf_counter()
         status, answer = await self._post(body)
@@ -82,10 +81,9 @@ class EnvironmentClient:
             tally.errors[f"{status} {answer['error_type']}"] += 1
             return None
         action: dict[str, int] = answer["action"]
-        tally.ops[OPS[action["op"]]] += 1
-        for head, mask in masks.items():
-            if not mask[action[head]]:
-                tally.broken_masks.append(f"{self._name}, step {step}: {head} {action[head]}")
+        tally.ops[OP_NAMES[action["op"]]] += 1
+        for head in network.illegal(action):
+            tally.broken_masks.append(f"{self._name}, step {step}: {head} {action[head]}")
         return action
 
     async def _post(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -114,7 +112,7 @@ async def run_environments(
         async with http.get("/policy", raise_for_status=True) as response:
             described = await response.json()
         spec = PolicySpec.model_validate(described["spec"])
-        _check_observable(spec)
+        game_of(spec)
         before = await batch_sizes(http)
         tally = Tally()
         run = f"demo-{time.time_ns():x}"
@@ -129,16 +127,3 @@ async def run_environments(
         for index in range(num_envs):
             (await http.delete(f"/sessions/{run}-{index}")).release()
     return tally, {bound: after[bound] - before.get(bound, 0.0) for bound in after}
-
-
-def _check_observable(spec: PolicySpec) -> None:
-    needed = {"op", "slot", "blueprint", "style", "tempo", "alpha_target", "alpha_speed"}
-    network = None
-    if needed <= set(spec.head_names):
-        network = GrowingNetwork(spec, np.random.default_rng(0))
-    smallest = 23 + 39 * len(network.slots) if network else 0
-    if network is None or spec.observation_dim < smallest:
-        raise ValueError(
-            f"the policy {spec.name!r} reads {spec.observation_dim} features with heads "
-            f"{', '.join(spec.head_names)}; the demo plays Tamiyo V1 (23 + 39 per slot)"
-        )

@@ -1,32 +1,106 @@
-"""A toy growing network: slots with seeds in a life cycle, their observations and legal masks.
+"""A toy growing network: slots with seeds in a life cycle, to ask a policy sensible questions.
 
-Enough of esper-lite's V1 rules to ask a policy sensible questions; no network is trained. The
-observation is V1's layout without telemetry, 23 + 39 per slot, with invented training curves.
+What is legal and what the policy sees are the trainer's own rules and features, V1's or V2's
+(`model.action_masks`, `model.observations`). What grows is invented; no network is trained.
 """
 
-from dataclasses import dataclass, field
-from typing import Final
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from model.action_masks import (
+    MASKS_V1,
+    MASKS_V2,
+    BoolArray,
+    MaskRules,
+    Slots,
+    compute_action_masks,
+)
+from model.lifecycle import (
+    ADVANCE,
+    ALPHA_ALGORITHM_OF_STYLE,
+    ALPHA_SPEED_EPOCHS,
+    ALPHA_TARGETS,
+    BLENDING,
+    DOWN,
+    EMPTY,
+    FOSSILIZE,
+    FOSSILIZED,
+    GERMINATE,
+    GERMINATED,
+    HOLD,
+    HOLDING,
+    PRUNE,
+    SET_ALPHA_TARGET,
+    TEMPO_EPOCHS,
+    TRAINING,
+    UP,
+    WAIT,
+)
+from model.observations import (
+    HISTORY,
+    Alpha,
+    SeedsV1,
+    SeedsV3,
+    Training,
+    TrainingV1,
+    TrainingV3,
+    observe_v1,
+    observe_v3,
+)
 from model.spec import PolicySpec
 
-EPISODE_LENGTH = 25
+SLOT_BY_OP = "slot_by_op"
 BASE_FEATURES = 23
-SLOT_FEATURES = 39
-NUM_BLUEPRINTS = 13
-SIGMOID_ADD, FULL = 2, 2
-CNN_BLUEPRINTS = range(1, 8)
-TEMPO_EPOCHS = (3, 5, 8)
-ALPHA_TARGETS = (0.5, 0.7, 1.0)
-ALPHA_STEPS = (0, 3, 5, 8)
+LOSS_AT_NOTHING = 3.0
 
-WAIT, GERMINATE, SET_ALPHA_TARGET, PRUNE, FOSSILIZE, ADVANCE = range(6)
-OPS: Final = ("wait", "germinate", "set alpha", "prune", "fossilize", "advance")
+RecordT = TypeVar("RecordT", bound=Training | Alpha)
 
-# Positions in the observation's one-hot of stages.
-GERMINATED, TRAINING, BLENDING, HOLDING, FOSSILIZED = 2, 3, 4, 5, 6
+
+@dataclass(frozen=True)
+class Game:
+    """What one of the trainer's versions plays by."""
+
+    preset: Callable[..., PolicySpec]
+    rules: MaskRules
+    episode_length: int
+    features_per_slot: tuple[int, ...]
+
+    def is_of(self, spec: PolicySpec) -> bool:
+        """Whether the policy reads and decides what this version's does."""
+        if "slot" not in spec.head_names:
+            return False
+        num_slots = spec.num_slots
+        dims = [BASE_FEATURES + features * num_slots for features in self.features_per_slot]
+        return spec.observation_dim in dims and _interface(spec) == _interface(
+            self.preset(num_slots=num_slots)
+        )
+
+
+GAMES = (
+    # V1 judges slots by op too, and leaves it to the policy to find out.
+    Game(PolicySpec.tamiyo_v1, replace(MASKS_V1, has_slot_by_op=True), 25, (39, 65)),
+    Game(PolicySpec.tamiyo_v2, MASKS_V2, 150, (31,)),
+)
+
+
+def game_of(spec: PolicySpec) -> Game:
+    """The game this policy plays; ValueError where it is none that there are observations for."""
+    for game in GAMES:
+        if game.is_of(spec):
+            return game
+    raise ValueError(
+        f"the policy {spec.name!r} reads {spec.observation_dim} features with heads "
+        f"{', '.join(spec.head_names)}; the demo plays Tamiyo V1 (23 features and 39 for each "
+        "slot, or 65 with telemetry) and V2 (23 and 31)"
+    )
+
+
+def _interface(spec: PolicySpec) -> tuple[Any, ...]:
+    reads_blueprints = spec.blueprint_embedding_dim is not None
+    return spec.head_names, spec.head_sizes, spec.op_head, spec.has_slot_by_op, reads_blueprints
 
 
 @dataclass
@@ -34,94 +108,136 @@ class Seed:
     """What grows in a slot; `alpha` is how much of it the network feels."""
 
     blueprint: int
-    tempo: int
+    tempo_epochs: int
     alpha_target: float
+    alpha_algorithm: int
     talent: float
     stage: int = GERMINATED
-    age: int = 0
+    age_epochs: int = 0
+    stage_epochs: int = 0
     alpha: float = 0.0
-    alpha_steps_left: int = 0
+    steps_total: int = 0
+    steps_done: int = 0
 
     @property
-    def is_on_hold(self) -> bool:
-        return self.alpha_steps_left == 0
+    def steps_left(self) -> int:
+        return self.steps_total - self.steps_done
+
+    @property
+    def alpha_mode(self) -> int:
+        if self.steps_left == 0:
+            return HOLD
+        return UP if self.alpha_target >= self.alpha else DOWN
+
+    def enter(self, stage: int) -> None:
+        self.stage, self.stage_epochs = stage, 0
 
     def ramp(self, target: float, steps: int) -> None:
-        self.alpha_target, self.alpha_steps_left = target, steps
+        self.alpha_target, self.steps_total, self.steps_done = target, steps, 0
         if steps == 0:
             self.alpha = target
 
     def tick(self) -> None:
-        self.age += 1
-        if self.alpha_steps_left:
-            self.alpha += (self.alpha_target - self.alpha) / self.alpha_steps_left
-            self.alpha_steps_left -= 1
-        if self.stage == BLENDING and self.is_on_hold and self.alpha_target == 1.0:
-            self.stage = HOLDING
+        self.age_epochs += 1
+        self.stage_epochs += 1
+        if self.steps_left:
+            self.alpha += (self.alpha_target - self.alpha) / self.steps_left
+            self.steps_done += 1
+
+    def report(self) -> dict[str, float]:
+        """What either version's trainer would see of it."""
+        velocity = (self.alpha_target - self.alpha) / self.steps_left if self.steps_left else 0.0
+        contribution = self.alpha * self.talent
+        return {
+            "stage": self.stage,
+            "blueprint": self.blueprint,
+            "alpha": self.alpha,
+            "alpha_target": self.alpha_target,
+            "alpha_mode": self.alpha_mode,
+            "alpha_steps_total": self.steps_total,
+            "alpha_steps_done": self.steps_done,
+            "time_to_target": self.steps_left,
+            "alpha_velocity": velocity,
+            "alpha_algorithm": self.alpha_algorithm,
+            "counterfactual_contribution": contribution,
+            "contribution_velocity": velocity * self.talent,
+            "blend_tempo_epochs": self.tempo_epochs,
+            "improvement_since_stage_start": contribution,
+            "gradient_norm": abs(self.talent),
+            "gradient_health": 1.0,
+            "gradient_health_prev": 1.0,
+            "epochs_in_current_stage": self.stage_epochs,
+            "epochs_total": self.age_epochs,
+        }
 
 
 @dataclass
 class GrowingNetwork:
-    """One environment: `observe` and `masks` before an action, `apply` after it."""
+    """One environment: `request` before an action, `apply` after it."""
 
     spec: PolicySpec
     random: np.random.Generator
     epoch: int = 0
     accuracy: float = 40.0
-    slots: list[Seed | None] = field(default_factory=list)
-    history: list[float] = field(default_factory=list)
+    last_op: int = WAIT
+    last_action_success: bool = True
+    slots: list[Seed | None] = field(init=False)
+    history: list[float] = field(init=False)
+    masks: dict[str, BoolArray] = field(init=False)
 
     def __post_init__(self) -> None:
-        sizes = dict(zip(self.spec.head_names, self.spec.head_sizes, strict=True))
-        self.slots = [None] * sizes["slot"]
+        self.game = game_of(self.spec)
+        self.slots = [None] * self.spec.num_slots
         self.history = [self.accuracy]
+        self.masks = self._legal()
 
     @property
     def is_over(self) -> bool:
-        return self.epoch >= EPISODE_LENGTH
+        return self.epoch >= self.game.episode_length
 
-    def masks(self) -> dict[str, list[bool]]:
-        """What may be done now, per head: the V1 rules, every slot enabled, no seed limit."""
-        seeds = [seed for seed in self.slots if seed is not None]
-        can_germinate = len(seeds) < len(self.slots)
-        can_retarget = any(s.stage in (BLENDING, HOLDING) and s.is_on_hold for s in seeds)
-        styles = can_germinate or can_retarget
-        op = [True] * len(OPS)
-        op[GERMINATE] = can_germinate
-        op[SET_ALPHA_TARGET] = can_retarget
-        op[PRUNE] = any(s.stage != FOSSILIZED and s.age >= 1 and s.is_on_hold for s in seeds)
-        op[FOSSILIZE] = any(s.stage == HOLDING for s in seeds)
-        op[ADVANCE] = any(s.stage in (GERMINATED, TRAINING, BLENDING) for s in seeds)
-        return {
-            "op": op,
-            "slot": [True] * len(self.slots),
-            "blueprint": [index in CNN_BLUEPRINTS for index in range(NUM_BLUEPRINTS)],
-            "style": [styles or index == SIGMOID_ADD for index in range(4)],
-            "alpha_target": [styles or index == FULL for index in range(3)],
+    def request(self) -> dict[str, Any]:
+        """What `POST /act` is asked: the observation and the legal choices."""
+        fields: dict[str, Any] = {
+            "action_mask": {name: self.masks[name].tolist() for name in self.spec.head_names}
         }
+        if self.spec.has_slot_by_op:
+            fields["slot_by_op_mask"] = self.masks[SLOT_BY_OP].tolist()
+        if self.spec.blueprint_embedding_dim is not None:
+            observation, blueprints = observe_v3(self._training(TrainingV3), self._seeds(SeedsV3))
+            return fields | {
+                "observation": observation[0].tolist(),
+                "blueprint_index": blueprints[0].tolist(),
+            }
+        observation = observe_v1(self._training(TrainingV1), self._seeds(SeedsV1))
+        telemetry = np.zeros(self.spec.observation_dim - observation.shape[1])  # none is reported
+        return fields | {"observation": [*observation[0].tolist(), *telemetry.tolist()]}
 
-    def observe(self) -> list[float]:
-        """The observation, zeros after the features this toy knows."""
-        features = np.zeros(self.spec.observation_dim, dtype=np.float32)
-        features[:BASE_FEATURES] = self._base_features()
-        for slot, seed in enumerate(self.slots):
-            start = BASE_FEATURES + slot * SLOT_FEATURES
-            features[start : start + SLOT_FEATURES] = self._slot_features(seed)
-        values: list[float] = features.tolist()
-        return values
+    def illegal(self, action: Mapping[str, int]) -> list[str]:
+        """The heads of an answer that are neither legal nor what they are where they must be."""
+        op = action[self.spec.op_head]
+        wrong = []
+        for head in self.spec.heads:
+            mask = self.masks[head.name]
+            if head.name == "slot" and self.spec.has_slot_by_op:
+                mask = self.masks[SLOT_BY_OP][op]
+            choice = action[head.name]
+            if head.relevant_ops is None or op in head.relevant_ops:
+                is_legal = 0 <= choice < head.size and bool(mask[choice])
+            elif isinstance(head.forced_index, int):
+                is_legal = choice == head.forced_index
+            else:
+                is_legal = choice == mask.argmax()
+            if not is_legal:
+                wrong.append(head.name)
+        return wrong
 
-    def apply(self, action: dict[str, int]) -> None:
+    def apply(self, action: Mapping[str, int]) -> None:
         """One epoch: the action where it is possible for its slot, then everything grows."""
-        op, seed = action["op"], self.slots[action["slot"]]
-        if op == GERMINATE and seed is None:
-            self.slots[action["slot"]] = Seed(
-                action["blueprint"],
-                TEMPO_EPOCHS[action["tempo"]],
-                ALPHA_TARGETS[action["alpha_target"]],
-                talent=float(self.random.normal(1.0, 1.0)),
-            )
-        elif seed is not None:
-            self._treat(op, seed, action)
+        op, slot = action["op"], action["slot"]
+        self.last_op = op
+        self.last_action_success = bool(self.masks[SLOT_BY_OP][op, slot])
+        if self.last_action_success:
+            self._act(op, slot, action)
         for growing in self.slots:
             if growing is not None:
                 growing.tick()
@@ -130,46 +246,88 @@ class GrowingNetwork:
         self.accuracy = min(max(self.accuracy, 0.0), 100.0)
         self.history.append(self.accuracy)
         self.epoch += 1
+        self.masks = self._legal()
 
-    def _treat(self, op: int, seed: Seed, action: dict[str, int]) -> None:
-        if op == ADVANCE and seed.stage == GERMINATED:
-            seed.stage = TRAINING
-        elif op == ADVANCE and seed.stage == TRAINING:
-            seed.stage = BLENDING
-            seed.ramp(seed.alpha_target, seed.tempo)
-        elif op == SET_ALPHA_TARGET and seed.stage in (BLENDING, HOLDING) and seed.is_on_hold:
-            seed.stage = BLENDING
+    def _act(self, op: int, slot: int, action: Mapping[str, int]) -> None:
+        seed = self.slots[slot]
+        if op == GERMINATE:
+            self.slots[slot] = Seed(
+                action["blueprint"],
+                TEMPO_EPOCHS[action["tempo"]],
+                ALPHA_TARGETS[action["alpha_target"]],
+                ALPHA_ALGORITHM_OF_STYLE[action["style"]],
+                talent=float(self.random.normal(1.0, 1.0)),
+            )
+        elif op == PRUNE:
+            self.slots[slot] = None
+        elif seed is None:  # waiting
+            return
+        elif op == SET_ALPHA_TARGET:
+            seed.enter(BLENDING)
             seed.ramp(
-                ALPHA_TARGETS[action["alpha_target"]], ALPHA_STEPS[action["alpha_speed"]]
-            )  # fmt: skip
-        elif op == FOSSILIZE and seed.stage == HOLDING:
-            seed.stage = FOSSILIZED
-        elif op == PRUNE and seed.stage != FOSSILIZED and seed.age >= 1 and seed.is_on_hold:
-            self.slots[action["slot"]] = None
+                ALPHA_TARGETS[action["alpha_target"]], ALPHA_SPEED_EPOCHS[action["alpha_speed"]]
+            )
+        elif op == FOSSILIZE:
+            seed.enter(FOSSILIZED)
+        elif op == ADVANCE and seed.stage == GERMINATED:
+            seed.enter(TRAINING)
+        elif op == ADVANCE and seed.stage == TRAINING:
+            seed.enter(BLENDING)
+            seed.ramp(seed.alpha_target, seed.tempo_epochs)
+        elif op == ADVANCE and seed.alpha_mode == HOLD and seed.alpha_target == 1.0:
+            seed.enter(HOLDING)
 
-    def _base_features(self) -> NDArray[np.float32]:
-        loss = 3.0 * (1 - self.accuracy / 100)
-        delta = self.history[-1] - self.history[-2] if len(self.history) > 1 else 0.0
-        recent = np.zeros(5)
-        known = self.history[-5:]
-        recent[5 - len(known) :] = known
-        best = max(self.history)
-        seeds = sum(seed is not None for seed in self.slots) / len(self.slots)
-        losses = np.where(recent > 0, 3.0 * (1 - recent / 100), 0.0)
-        head = [self.epoch, self.epoch * 100, loss, loss, -delta * 0.03, self.accuracy]
-        middle = [self.accuracy, delta, 0, best, 3.0 * (1 - best / 100)]
-        return np.array([*head, *middle, *losses, *recent, 1e5, seeds], dtype=np.float32)
+    def _legal(self) -> dict[str, BoolArray]:
+        """By head and `slot_by_op`: every slot enabled, and no limit of seeds."""
 
-    def _slot_features(self, seed: Seed | None) -> NDArray[np.float32]:
-        features = np.zeros(SLOT_FEATURES, dtype=np.float32)
-        features[14] = 5 / 12
-        if seed is not None:
-            features[0] = 1.0
-            features[1 + seed.stage] = 1.0
-            features[11] = seed.alpha
-            features[12] = np.clip(seed.alpha * seed.talent / 10, -1, 1)
-            features[14] = seed.tempo / 12
-            features[15] = seed.alpha_target
-            features[19] = seed.alpha_steps_left / EPISODE_LENGTH
-            features[26 + seed.blueprint] = 1.0
-        return features
+        def of_slots(value: str, empty: int) -> Any:
+            seeds = [empty if seed is None else getattr(seed, value) for seed in self.slots]
+            return np.array([seeds])
+
+        slots = Slots(
+            stage=of_slots("stage", EMPTY),
+            seed_age_epochs=of_slots("age_epochs", 0),
+            alpha_mode=of_slots("alpha_mode", HOLD),
+            enabled=np.ones((1, len(self.slots)), np.bool_),
+        )
+        masks = compute_action_masks(
+            slots, self.game.rules, total_seeds=0, max_seeds=0, topology="cnn"
+        )
+        return {name: mask[0] for name, mask in masks.items()}
+
+    def _training(self, record: type[RecordT]) -> RecordT:
+        losses = [LOSS_AT_NOTHING * (1 - accuracy / 100) for accuracy in self.history]
+        before = max(len(self.history) - 2, 0)
+        unknown = [np.nan] * max(HISTORY - len(self.history), 0)
+        best = int(np.argmax(self.history))
+        report = {
+            "epoch": self.epoch,
+            "max_epochs": self.game.episode_length,
+            "val_loss": losses[-1],
+            "val_accuracy": self.accuracy,
+            "loss_history": unknown + losses[-HISTORY:],
+            "accuracy_history": unknown + self.history[-HISTORY:],
+            "global_step": self.epoch * 100,
+            "train_loss": losses[-1],
+            "loss_delta": losses[-1] - losses[before],
+            "train_accuracy": self.accuracy,
+            "accuracy_delta": self.history[-1] - self.history[before],
+            "plateau_epochs": len(self.history) - 1 - best,
+            "best_val_accuracy": self.history[best],
+            "best_val_loss": losses[best],
+            "total_params": 1e5,
+            "total_seeds": sum(seed is not None for seed in self.slots),
+            "max_seeds": len(self.slots),
+            "last_action_success": self.last_action_success,
+            "last_action_op": self.last_op,
+        }
+        return record(**{name.name: np.array([report[name.name]]) for name in fields(record)})
+
+    def _seeds(self, record: type[RecordT]) -> RecordT:
+        """What is not of a seed's report is zero, as is all of a slot without one."""
+        reports = [{"stage": EMPTY} if seed is None else seed.report() for seed in self.slots]
+
+        def array(name: str) -> Any:
+            return np.array([[report.get(name, 0) for report in reports]])
+
+        return record(**{field.name: array(field.name) for field in fields(record)})

@@ -11,14 +11,28 @@ import pytest
 from aiohttp import web
 
 from export.exporter import export_policy
-from export.manifest import Source
+from model.lifecycle import (
+    ADVANCE,
+    BLENDING,
+    FOSSILIZE,
+    FOSSILIZED,
+    GERMINATE,
+    GERMINATED,
+    HOLDING,
+    PRUNE,
+    TRAINING,
+    WAIT,
+)
 from model.spec import PolicySpec
-from service.demo.environment import EPISODE_LENGTH, GERMINATE, WAIT, GrowingNetwork
+from service.act import ActCodec
+from service.demo.environment import GrowingNetwork
 from tests.random_inputs import random_policy
 from tests.running_server import running_server
 
 TIMEOUT_S = 60
 V1 = PolicySpec.tamiyo_v1(feature_dim=12, hidden_dim=10)
+V2 = PolicySpec.tamiyo_v2(feature_dim=12, hidden_dim=16)
+every_version = pytest.mark.parametrize("spec", [V1, V2], ids=["V1", "V2"])
 SMALL = ("--envs", "5", "--steps", "30", "--json")
 
 
@@ -32,55 +46,129 @@ def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def some_legal_action(network: GrowingNetwork, rng: np.random.Generator) -> dict[str, int]:
+    """The op at random, then each head that it is relevant to; the others as the spec says."""
+    spec, masks = network.spec, network.masks
+    op = int(rng.choice(np.flatnonzero(masks["op"])))
+    slots = masks["slot_by_op"][op] if spec.has_slot_by_op else masks["slot"]
+    action = {"op": op}
+    for head in spec.heads:
+        mask = slots if head.name == "slot" else masks[head.name]
+        if head.name == "op":
+            continue
+        if head.relevant_ops is None or op in head.relevant_ops:
+            action[head.name] = int(rng.choice(np.flatnonzero(mask)))
+        elif isinstance(head.forced_index, int):
+            action[head.name] = head.forced_index
+        else:
+            action[head.name] = int(mask.argmax())
+    return action
+
+
+@every_version
 @pytest.mark.parametrize("seed", range(5))
-def test_every_legal_action_leads_to_a_situation_with_legal_actions(seed: int) -> None:
+def test_every_legal_action_leads_to_a_situation_with_legal_actions(
+    spec: PolicySpec, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
-    network = GrowingNetwork(V1, rng)
+    network = GrowingNetwork(spec, rng)
+    codec = ActCodec(spec, "sha256:0")
+    ops: set[int] = set()
     while not network.is_over:
-        masks = network.masks()
-        assert all(any(mask) for mask in masks.values())
-        assert masks["op"][WAIT]
-        observation = np.array(network.observe())
-        assert observation.shape == (V1.observation_dim,)
-        assert np.isfinite(observation).all()
-        action = {
-            head.name: int(rng.choice(np.flatnonzero(masks.get(head.name, [True] * head.size))))
-            for head in V1.heads
-        }
+        request, _ = codec.parse(json.dumps(network.request()).encode())
+        assert np.isfinite(request.observation).all()
+        action = some_legal_action(network, rng)
+        assert network.illegal(action) == []
+        ops.add(action["op"])
         network.apply(action)
-    assert network.epoch == EPISODE_LENGTH
+    assert network.epoch == (25 if spec == V1 else 150)
+    assert ops >= {WAIT, GERMINATE, PRUNE, ADVANCE}
+
+
+@every_version
+def test_a_seed_grows_from_germination_to_fossil(spec: PolicySpec) -> None:
+    """By the ops that the rules allow at each stage; what is not allowed then changes nothing."""
+    network = GrowingNetwork(spec, np.random.default_rng(0))
+    action = {"slot": 0, "blueprint": 1, "style": 2, "tempo": 0, "alpha_target": 2}
+    action |= {"alpha_speed": 0, "alpha_curve": 0}
+    stages = []
+    for op in (FOSSILIZE, GERMINATE, ADVANCE, FOSSILIZE, ADVANCE, *[WAIT] * 3, ADVANCE, FOSSILIZE):
+        network.apply(action | {"op": op})
+        seed = network.slots[0]
+        stages.append(None if seed is None else seed.stage)
+    assert stages[:4] == [None, GERMINATED, TRAINING, TRAINING]
+    assert stages[4:] == [*[BLENDING] * 4, HOLDING, FOSSILIZED]
+    assert network.slots[0] is not None
+    assert network.slots[0].alpha == pytest.approx(1.0)
 
 
 def test_full_network_allows_no_germination() -> None:
     network = GrowingNetwork(V1, np.random.default_rng(0))
-    action = {"op": GERMINATE, "blueprint": 1, "tempo": 0, "alpha_target": 2}
+    action = {"op": GERMINATE, "blueprint": 1, "style": 2, "tempo": 0, "alpha_target": 2}
     for slot in range(3):
-        assert network.masks()["op"][GERMINATE]
+        assert network.masks["op"][GERMINATE]
         network.apply(action | {"slot": slot})
-    assert not network.masks()["op"][GERMINATE]
+    assert not network.masks["op"][GERMINATE]
 
 
-def test_demo_plays_against_a_real_server_and_finds_every_answer_legal(tmp_path: Path) -> None:
-    source = Source(kind="preset", name="v1", seed=0)
+def test_a_seed_in_training_keeps_v2_from_germinating_another() -> None:
+    network = GrowingNetwork(V2, np.random.default_rng(0))
+    action = {"op": GERMINATE, "slot": 0, "blueprint": 1, "style": 2, "tempo": 0, "alpha_target": 2}
+    network.apply(action)
+    assert not network.masks["op"][GERMINATE]
+    assert GrowingNetwork(V1, np.random.default_rng(0)).masks["op"][GERMINATE]
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        ({}, []),
+        ({"op": FOSSILIZE}, ["slot", "op"]),
+        ({"slot": 1}, ["slot"]),
+        ({"slot": 3}, ["slot"]),
+        ({"blueprint": 1}, ["blueprint"]),
+        ({"tempo": 0, "alpha_curve": 4}, ["tempo", "alpha_curve"]),
+    ],
+)
+def test_what_breaks_v2_s_rules_is_named(change: dict[str, int], wrong: list[str]) -> None:
+    """While waiting, no other head is the policy's to choose."""
+    network = GrowingNetwork(V2, np.random.default_rng(0))
+    waiting = {"op": WAIT, "slot": 0, "blueprint": 0, "style": 2, "tempo": 1, "alpha_target": 2}
+    waiting |= {"alpha_speed": 0, "alpha_curve": 0}
+    assert network.illegal(waiting | change) == wrong
+
+
+def test_telemetry_a_policy_reads_is_zero() -> None:
+    with_telemetry = PolicySpec.tamiyo_v1(observation_dim=218)
+    plain, more = (
+        GrowingNetwork(spec, np.random.default_rng(0)).request()["observation"]
+        for spec in (V1, with_telemetry)
+    )
+    assert more == [*plain, *[0.0] * 78]
+
+
+@every_version
+def test_demo_plays_against_a_real_server_and_finds_every_answer_legal(
+    spec: PolicySpec, tmp_path: Path
+) -> None:
     export_policy(
-        random_policy(V1),
+        random_policy(spec),
         None,
-        tmp_path / "v1",
-        name="v1",
-        source=source,
-        formats=("torchscript",),
+        tmp_path / "policy",
+        name="policy",
+        formats=("onnx",),
         max_batch_size=8,
     )
-    with running_server(tmp_path / "v1") as server:
+    with running_server(tmp_path / "policy") as server:
         done = demo("--url", server.address, *SMALL)
         again = demo("--url", server.address, *SMALL)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["actions"] == sum(summary["ops"].values()) == 150
-    assert summary["episodes"] == 5
+    assert summary["episodes"] == (5 if spec == V1 else 0)
     assert (summary["errors"], summary["broken_masks"]) == ({}, [])
     assert 30 <= sum(summary["batches_by_size"].values()) <= 150
-    assert json.loads(again.stdout)["ops"].keys() == summary["ops"].keys()
+    assert json.loads(again.stdout)["ops"] == summary["ops"]
 
 
 async def demo_against(status: int, op: int) -> tuple[int, dict[str, object]]:
