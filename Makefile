@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-ARTIFACT := artifacts/tamiyo-v1
+PRESET ?= tamiyo-v1
+ARTIFACT := artifacts/$(PRESET)
 HOST ?= 127.0.0.1
 PORT ?= 8000
 TARGET ?= cuda
@@ -14,14 +15,15 @@ DOCKER ?= docker
 .PHONY: help install serve test check image test-image format lock clean
 
 help:
-	@echo "make serve    install, export a default policy if there is none, serve it on $(HOST):$(PORT)"
+	@echo "make serve    install, export a default policy if there is none, serve it on $(HOST):$(PORT);"
+	@echo "              PRESET=tamiyo-v2: esper-lite's policy of today instead of V1"
 	@echo "make test     install, run every check and test"
 	@echo "make check    formatting, lint and types only"
 	@echo "make image    build the image for GPU hosts with docker; TARGET=cpu: the small one without torch"
 	@echo "make test-image   run the tests of tests/image against the image TARGET=cpu with docker"
 	@echo "make format   rewrite the sources as the formatter wants them"
 	@echo "make lock     re-pin constraints.txt from pyproject.toml, in a fresh environment"
-	@echo "make clean    remove the environment, the default artifact and all caches"
+	@echo "make clean    remove the environment, the default artifacts and all caches"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tamiyo-serve needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=/path/to/python3.11")'
@@ -32,7 +34,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 install: $(INSTALLED)
 
 $(ARTIFACT)/manifest.json: | $(INSTALLED)
-	$(BIN)/python -m export --preset tamiyo-v1 --seed 0 --formats onnx --output $(ARTIFACT)
+	$(BIN)/python -m export --preset $(PRESET) --seed 0 --formats onnx --output $(ARTIFACT)
 
 serve: $(INSTALLED) $(ARTIFACT)/manifest.json
 	$(BIN)/python -m service --artifact $(ARTIFACT) --host $(HOST) --port $(PORT)
@@ -70,4 +72,4 @@ lock:
 	rm -rf .lock
 
 clean:
-	rm -rf $(VENV) $(ARTIFACT) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) artifacts/tamiyo-v1 artifacts/tamiyo-v2 build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -348,11 +348,11 @@ def _chosen_normalizer(
         return load_normalizer(options.normaliser, spec.observation_dim)
     if options.checkpoint is not None:
         Console(stderr=True, soft_wrap=True).print(
-            f"warning: {options.checkpoint} holds no observation statistics (esper-lite's V1 "
-            "trainer does not save them): the artifact takes observations as they come. If the "
-            "policy was trained on normalised ones, its actions are wrong unless the client "
-            f"normalises them. --normaliser FILE brings the statistics, --normaliser {IDENTITY} "
-            "says that there are none.",
+            f"warning: {options.checkpoint} holds no observation statistics (V1's trainer does not "
+            "save them, and a bare state_dict has none): the artifact takes observations as they "
+            "come. If the policy was trained on normalised ones, its actions are wrong unless the "
+            "client normalises them. --normaliser FILE brings the statistics, --normaliser "
+            f"{IDENTITY} says that there are none.",
             style="bold yellow",
             highlight=False,
             markup=False,

@@ -7,6 +7,7 @@ Knows nothing of HTTP, JSON or of how batches form.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,9 @@ HiddenState = tuple[NDArray[np.float32], NDArray[np.float32]]
 """`(h, c)` of one environment, each `[layers, hidden]`."""
 
 _Row = tuple["StepRequest", Turn]
+
+GIVEN = ("observation", "action_mask", "blueprint_index", "slot_by_op_mask")
+"""The step's inputs that a request brings, the last two where its policy reads them."""
 
 
 @dataclass(slots=True)
@@ -85,6 +89,11 @@ class Engine:
         self._seed = seed
         self._num_stateless = 0
         self._inputs = StepInputs.allocate(spec, self._buckets[-1])
+        self._given: list[tuple[Callable[[StepRequest], Any], NDArray[Any]]] = [
+            (attrgetter(name), array)
+            for name in GIVEN
+            if (array := getattr(self._inputs, name)) is not None
+        ]
         self._steps = {bucket: self._bind(bucket) for bucket in self._buckets}
         self._noise_ahead = NoiseAhead(spec.num_choices, sessions.capacity)
 
@@ -197,22 +206,11 @@ class Engine:
         return answers
 
     def _gather(self, requests: list[StepRequest], turns: list[Turn]) -> None:
-        """Copies observations, masks and states into the preallocated batch."""
-        num, spec, batch = len(requests), self._spec, self._inputs
-        np.concatenate(
-            [request.observation for request in requests],
-            out=batch.observation.reshape(-1)[: num * spec.observation_dim],
-        )
-        np.concatenate(
-            [request.action_mask for request in requests],
-            out=batch.action_mask.reshape(-1)[: num * spec.num_choices],
-        )
-        if batch.blueprint_index is not None:
-            for row, request in zip(batch.blueprint_index, requests, strict=False):
-                row[:] = _given(request.blueprint_index)
-        if batch.slot_by_op_mask is not None:
-            for rows, request in zip(batch.slot_by_op_mask, requests, strict=False):
-                rows[:] = _given(request.slot_by_op_mask)
+        """Copies what the requests bring, and the states, into the preallocated batch."""
+        num, batch = len(requests), self._inputs
+        for of_request, array in self._given:
+            rows = array[:num].reshape(-1, *array.shape[2:])
+            np.concatenate(list(map(of_request, requests)), out=rows)
         self._sessions.load([turn.row for turn in turns], batch)
         for at, (request, turn) in enumerate(zip(requests, turns, strict=True)):
             if turn.row == START:
@@ -235,11 +233,6 @@ class Engine:
         step, outputs = self._steps[bucket]
         step()
         return outputs
-
-
-def _given(array: NDArray[Any] | None) -> NDArray[Any]:
-    assert array is not None, "a validated request has every input of its policy"
-    return array
 
 
 def _finite_rows(decided: StepOutputs, num: int) -> list[bool]:
