@@ -152,6 +152,11 @@ def _inspect(arguments: Sequence[str]) -> int:
     _say(f"  from {manifest.source.kind} {manifest.source.name} ({origin})")
     _say(f"  {spec.name}: {spec.observation_dim} features, {spec.num_layers} x {spec.hidden_dim}")
     _say(f"  heads: {heads}")
+    floors = (f"{h.name} {h.probability_floor:g}" for h in spec.heads if h.probability_floor > 0)
+    _say(f"  probability floors: {', '.join(floors) or 'none'}")
+    _say(f"  outputs: {', '.join(array.name for array in manifest.outputs)}")
+    if spec.value_scale != 1.0:
+        _say(f"  one unit of the network's value is {spec.value_scale:g} in returns")
     _say(f"  {manifest.precision} on {manifest.device}, batches up to {manifest.max_batch_size}")
     for name, file in manifest.formats.items():
         if file.requires is not None:

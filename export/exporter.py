@@ -232,7 +232,9 @@ def _write_weights(
     if normalizer is not None:
         for name, tensor in normalizer.state_dict().items():
             tensors[f"{NORMALIZER_PREFIX}{name}"] = tensor
-    save_file(tensors, path, metadata={"spec": policy.spec.model_dump_json()})
+    # Without defaults: what a later release adds to the spec leaves old policies' versions alone.
+    spec = policy.spec.model_dump_json(exclude_defaults=True)
+    save_file(tensors, path, metadata={"spec": spec})
     return File.describe(path)
 
 

@@ -203,7 +203,7 @@ def _value_scale(path: Path, content: Mapping[str, Any]) -> float:
         if count < LEAST_RETURNS:
             return 1.0
         scale = math.sqrt(var + VARIANCE_EPSILON)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{path}: has an unusable value normaliser") from error
     if not math.isfinite(scale):
         raise CheckpointError(f"{path}: its value normaliser has variance {var}")

@@ -57,6 +57,9 @@ class ActCodec:
             raise Malformed(_sentence(error)) from error
         self._check_combination(act)
         action_mask = self._action_mask(act.action_mask)
+        blueprint_index = slot_by_op_mask = None
+        if self._has_more_inputs:
+            blueprint_index, slot_by_op_mask = self._more_inputs(act, action_mask)
         request = StepRequest(
             observation=self._observation(act.observation),
             action_mask=action_mask,
@@ -67,7 +70,8 @@ class ActCodec:
             episode_start=act.episode_start,
             seed=act.seed,
             state=None if act.state is None else self._state(act.state),
-            **(self._more_inputs(act, action_mask) if self._has_more_inputs else {}),
+            blueprint_index=blueprint_index,
+            slot_by_op_mask=slot_by_op_mask,
         )
         return request, act.timeout_ms
 
@@ -82,9 +86,10 @@ class ActCodec:
             "action": dict(zip(names, answer.action, strict=True)),
             "log_prob": dict(zip(names, answer.log_prob, strict=True)),
             "value": answer.value,
-            **answer.extra,
             "policy_version": self._policy_version,
         }
+        if answer.extra:
+            body |= answer.extra
         if answer.state is not None:
             body["state"] = {"h": answer.state[0].tolist(), "c": answer.state[1].tolist()}
         return to_json(body)
@@ -131,14 +136,16 @@ class ActCodec:
             mask[columns] = allowed
         return mask
 
-    def _more_inputs(self, act: Any, action_mask: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
+    def _more_inputs(
+        self, act: Any, action_mask: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.int64] | None, NDArray[np.bool_] | None]:
         """What only some policies read, of a request with a field for each."""
-        inputs: dict[str, NDArray[Any]] = {}
+        blueprint_index = slot_by_op_mask = None
         if self._spec.blueprint_embedding_dim is not None:
-            inputs["blueprint_index"] = self._blueprint_index(act.blueprint_index)
+            blueprint_index = self._blueprint_index(act.blueprint_index)
         if self._spec.has_slot_by_op:
-            inputs["slot_by_op_mask"] = self._slot_by_op_mask(act.slot_by_op_mask, action_mask)
-        return inputs
+            slot_by_op_mask = self._slot_by_op_mask(act.slot_by_op_mask, action_mask)
+        return blueprint_index, slot_by_op_mask
 
     def _blueprint_index(self, values: list[int] | None) -> NDArray[np.int64]:
         num_slots, num_blueprints = self._spec.num_slots, self._spec.num_blueprints

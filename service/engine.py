@@ -51,9 +51,10 @@ class StepRequest:
     def __post_init__(self) -> None:
         digest = blake2b(self.observation.tobytes(), digest_size=16)
         digest.update(self.action_mask.tobytes())
-        for array in (self.blueprint_index, self.slot_by_op_mask):
-            if array is not None:
-                digest.update(array.tobytes())
+        if self.blueprint_index is not None:
+            digest.update(self.blueprint_index.tobytes())
+        if self.slot_by_op_mask is not None:
+            digest.update(self.slot_by_op_mask.tobytes())
         digest.update(b"\1" if self.deterministic else b"\0")
         self.fingerprint = digest.digest()
 

@@ -18,6 +18,7 @@ from export.verify import verify_artifact
 from model.normalizer import ObservationNormalizer
 from model.policy import SLOT_BY_OP, FactoredRecurrentActorCritic
 from model.spec import PROBABILITY_FLOORS_V2, PolicySpec
+from tests.export.test_step import exported_program, impurities, program_operators
 from tests.golden import GOLDEN, golden_json, golden_tensors, needs_golden
 from tests.machine import needs_bf16
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL
@@ -99,6 +100,17 @@ def test_every_format_passes_the_gate_and_verifies(
     for parity in manifest.parity.formats.values():
         assert {"q_value", "contribution"} <= parity.max_error.keys()
     assert verify_artifact(artifact).keys() == FORMATS.keys()
+
+
+def test_inspect_says_what_a_v2_artifact_does_beyond_its_weights(
+    artifact: Path, policy: FactoredRecurrentActorCritic, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(artifact)]) == 0
+    printed = capsys.readouterr().out
+    floors = "slot 0.05, blueprint 0.12, " if policy.heads.has_floors else "none\n"
+    assert f"  probability floors: {floors}" in printed
+    assert "state_c_out, q_value, contribution\n" in printed
+    assert "one unit of the network's value is 3 in returns" in printed
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
@@ -194,6 +206,13 @@ def test_what_is_not_asked_for_is_not_in_the_graph() -> None:
         return sum(str(node.target) == "aten.linear.default" for node in graph.nodes)
 
     assert products(PolicyStep(with_q, None)) == products(plain) + 4
+
+
+def test_the_graph_copies_nothing_and_draws_nothing(policy: FactoredRecurrentActorCritic) -> None:
+    step = PolicyStep(policy, None).eval()
+    operators = program_operators(exported_program(step, step.example(2)))
+    assert {"aten.linear.default", "aten.argmax.default"} <= operators
+    assert impurities(operators) == set()
 
 
 def changed(step: LoadedStep, at: int, change: Callable[[Tensor], Tensor]) -> LoadedStep:

@@ -114,6 +114,7 @@ def test_values_keep_their_scale_until_the_trainer_has_normalised_32_returns(
     [
         ({"mean": 0.0}, "has an unusable value normaliser"),
         ({"var": -1.0, "count": 99.0}, "has an unusable value normaliser"),
+        ({"var": 10**400, "count": 99.0}, "has an unusable value normaliser"),
         ({"var": float("inf"), "count": 99.0}, "its value normaliser has variance inf"),
         (torch.ones(3), "has an unusable value normaliser"),
     ],

@@ -1,29 +1,37 @@
 """Compilers and exporters take the step whole, and change nothing in it."""
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from model.policy import FactoredRecurrentActorCritic
-from model.spec import PolicySpec
+from model.policy import SLOT_BY_OP, Act, FactoredRecurrentActorCritic
+from model.spec import PROBABILITY_FLOORS_V2, PolicySpec
 from tests.naive import FLOAT_ATOL
 from tests.random_inputs import (
     gumbel_noise,
     packed,
+    random_blueprints,
     random_masks,
     random_observations,
     random_policy,
+    random_slots_by_op,
     random_state,
     tensors,
 )
 
 ROWS = 10_000
-SPEC = PolicySpec.tamiyo_v1(
+V1 = PolicySpec.tamiyo_v1(
     num_slots=3, observation_dim=9, feature_dim=12, hidden_dim=10, num_layers=2
 )
+V2 = PolicySpec.tamiyo_v2(
+    num_slots=2, observation_dim=9, feature_dim=12, hidden_dim=16, num_layers=2
+)
+FLOORED = V2.with_probability_floors(PROBABILITY_FLOORS_V2)
+every_spec = pytest.mark.parametrize("spec", [V1, V2, FLOORED], ids=["V1", "V2", "V2 with floors"])
 UNWANTED = (
     "clone",  # ticket B9-PT-01
     *("index_put", "nonzero", "masked_select"),  # boolean indexing: waits for the device
@@ -34,8 +42,20 @@ UNWANTED = (
 inductor_warns = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 lowering_warns = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
 
-State = tuple[Tensor, Tensor]
-Inputs = tuple[Tensor, State, dict[str, Tensor], Tensor]
+
+class Inputs(NamedTuple):
+    """A step's, as `get_action` takes them."""
+
+    observation: Tensor
+    state: tuple[Tensor, Tensor]
+    masks: dict[str, Tensor]
+    noise: Tensor
+    blueprint_index: Tensor | None
+
+
+def act(step: Callable[..., Act], inputs: Inputs) -> Act:
+    *positional, blueprint_index = inputs
+    return step(*positional, blueprint_index=blueprint_index)
 
 
 @pytest.fixture(autouse=True)
@@ -45,29 +65,33 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def random_inputs(rows: int, seed: int = 0) -> Inputs:
+def random_inputs(spec: PolicySpec, rows: int, seed: int = 0) -> Inputs:
     rng = np.random.default_rng(seed)
-    h, c = random_state(SPEC, rng, rows)
-    return (
-        torch.from_numpy(random_observations(SPEC, rng, rows)),
-        (torch.from_numpy(h), torch.from_numpy(c)),
-        tensors(random_masks(SPEC, rng, rows)),
-        torch.from_numpy(gumbel_noise(SPEC, rng, rows)),
-    )
+    h, c = random_state(spec, rng, rows)
+    observation = torch.from_numpy(random_observations(spec, rng, rows))
+    masks = tensors(random_masks(spec, rng, rows))
+    noise = torch.from_numpy(gumbel_noise(spec, rng, rows))
+    blueprint_index = None
+    if spec.has_slot_by_op:
+        masks[SLOT_BY_OP] = torch.from_numpy(random_slots_by_op(spec, rng, rows))
+        blueprint_index = torch.from_numpy(random_blueprints(spec, rng, rows))
+    state = torch.from_numpy(h), torch.from_numpy(c)
+    return Inputs(observation, state, masks, noise, blueprint_index)
 
 
 @inductor_warns
-def test_compiled_step_takes_the_eager_steps_actions_at_every_batch_size() -> None:
-    policy = random_policy(SPEC)
+@every_spec
+def test_compiled_step_takes_the_eager_steps_actions_at_every_batch_size(spec: PolicySpec) -> None:
+    policy = random_policy(spec)
     compiled = torch.compile(policy.get_action, fullgraph=True, dynamic=True)
-    inputs = random_inputs(ROWS)
-    expected = policy.get_action(*inputs)
+    inputs = random_inputs(spec, ROWS)
+    expected = act(policy.get_action, inputs)
     style_is_free = (expected.action["op"] == 1) | (expected.action["op"] == 2)
     assert 1000 < style_is_free.sum() < ROWS - 1000
 
-    actual = compiled(*inputs)
+    actual = act(compiled, inputs)
 
-    for head in SPEC.head_names:
+    for head in spec.head_names:
         assert torch.equal(actual.action[head], expected.action[head]), head
         torch.testing.assert_close(
             actual.log_prob[head], expected.log_prob[head], atol=FLOAT_ATOL, rtol=0.0
@@ -77,9 +101,9 @@ def test_compiled_step_takes_the_eager_steps_actions_at_every_batch_size() -> No
 
     with torch.compiler.set_stance("fail_on_recompile"):
         for rows in (2, 7, 256):
-            inputs = random_inputs(rows, seed=rows)
-            again, expected = compiled(*inputs), policy.get_action(*inputs)
-            for head in SPEC.head_names:
+            inputs = random_inputs(spec, rows, seed=rows)
+            again, expected = act(compiled, inputs), act(policy.get_action, inputs)
+            for head in spec.head_names:
                 assert torch.equal(again.action[head], expected.action[head]), head
 
 
@@ -91,19 +115,31 @@ class Step(nn.Module):
         self.policy = policy
 
     def forward(
-        self, observation: Tensor, h: Tensor, c: Tensor, mask: Tensor, noise: Tensor
+        self,
+        observation: Tensor,
+        h: Tensor,
+        c: Tensor,
+        mask: Tensor,
+        noise: Tensor,
+        slot_by_op: Tensor | None = None,
+        blueprint_index: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         heads = self.policy.heads
         masks = dict(zip(heads.names, torch.split(mask, heads.sizes, -1), strict=True))
-        choices, value, state, _ = self.policy.step_scores(observation, (h, c), masks)
+        if slot_by_op is not None:
+            masks[SLOT_BY_OP] = slot_by_op
+        choices, value, state, _ = self.policy.step_scores(
+            observation, (h, c), masks, blueprint_index=blueprint_index
+        )
         action, log_prob = choices.choose(heads.spread(noise))
         return action, log_prob, value, *state
 
 
-def step_arguments(rows: int, seed: int = 0) -> tuple[Tensor, ...]:
-    observation, (h, c), masks, noise = random_inputs(rows, seed)
-    by_head = {head: mask.numpy() for head, mask in masks.items()}
-    return observation, h, c, torch.from_numpy(packed(SPEC, by_head)), noise
+def step_arguments(spec: PolicySpec, rows: int, seed: int = 0) -> tuple[Tensor, ...]:
+    observation, (h, c), masks, noise, blueprint_index = random_inputs(spec, rows, seed)
+    by_head = {head: masks[head].numpy() for head in spec.head_names}
+    given = observation, h, c, torch.from_numpy(packed(spec, by_head)), noise
+    return given if blueprint_index is None else (*given, masks[SLOT_BY_OP], blueprint_index)
 
 
 def export(
@@ -131,14 +167,17 @@ def unwanted(names: set[str]) -> set[str]:
 
 
 @lowering_warns
+@every_spec
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
-def test_exported_step_is_one_pure_graph_for_every_batch_size(strict: bool) -> None:
-    step = Step(random_policy(SPEC))
-    program = export(step, step_arguments(3), strict)
+def test_exported_step_is_one_pure_graph_for_every_batch_size(
+    spec: PolicySpec, strict: bool
+) -> None:
+    step = Step(random_policy(spec))
+    program = export(step, step_arguments(spec, 3), strict)
     assert unwanted(operators(program)) == set()
     exported: Callable[..., tuple[Tensor, ...]] = program.module()
     for rows in (2, 3, 64, 1000):
-        arguments = step_arguments(rows, seed=rows)
+        arguments = step_arguments(spec, rows, seed=rows)
         with torch.no_grad():
             actual, expected = exported(*arguments), step(*arguments)
         assert torch.equal(actual[0], expected[0])
