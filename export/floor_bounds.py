@@ -37,10 +37,9 @@ def floor_bounds(
     lower, upper = log_probs + least, log_probs + most
     lower = torch.where(is_near, torch.minimum(lower, limit.log()), lower)
     upper = torch.where(is_near, torch.maximum(upper, limit.log()), upper)
-    has_floor = allowed & (floor > 0)
     lower, upper = (torch.where(is_low, limit.log(), bound) for bound in (lower, upper))
     return LogProbBounds(
-        torch.where(has_floor, lower, log_probs), torch.where(has_floor, upper, log_probs)
+        torch.where(allowed, lower, log_probs), torch.where(allowed, upper, log_probs)
     )
 
 
