@@ -259,10 +259,10 @@ def _chosen(formats: tuple[str, ...] | None, precision: Precision) -> tuple[str,
 
 def _outputs(text: str) -> tuple[str, ...]:
     names = {"value": "value", "q": "q_value", "contribution": "contribution"}
-    for name in text.split(","):
-        if name not in names:
-            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(names)}")
-    return tuple(names[name] for name in names if name in text.split(",") and name != "value")
+    asked = {name.strip() for name in text.split(",")}
+    for name in sorted(asked - names.keys()):
+        raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(names)}")
+    return tuple(names[name] for name in names if name in asked and name != "value")
 
 
 def _floors(text: str) -> Mapping[str, float]:
@@ -333,8 +333,11 @@ def _with_options(spec: PolicySpec, options: argparse.Namespace) -> PolicySpec:
         return spec.model_validate(spec.model_dump() | {"extra_outputs": options.outputs})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        of = f", not {first['input']}" if isinstance(first["input"], float) else ""
-        raise CheckpointError(f"{first['msg'].removeprefix('Value error, ')}{of}") from error
+        sentence = first["msg"].removeprefix("Value error, ")
+        if "probability_floor" in first["loc"]:
+            head = spec.head_names[int(first["loc"][1])]
+            sentence = f"--probability-floors: {head}: {sentence}, not {first['input']}"
+        raise CheckpointError(sentence) from error
     except ValueError as error:
         raise CheckpointError(f"--probability-floors: {error}") from error
 

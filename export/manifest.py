@@ -104,6 +104,8 @@ class FormatParity(Record):
 class Parity(Record):
     """How the formats were compared: `|got - expected| <= atol + rtol * |expected|`.
 
+    The value and Q in the network's own units, before the spec's `value_scale`.
+
     A greedy agreement below the minimum fails; 0 where the score of each action is limit enough.
     """
 

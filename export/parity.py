@@ -14,12 +14,13 @@ from torch import Tensor
 
 from export.floor_bounds import LogProbBounds, floor_bounds
 from export.formats import LoadedStep, first_line
-from export.manifest import FormatParity, Precision, bucket_sizes
+from export.manifest import FormatParity, Precision, bucket_sizes, step_outputs
 from export.step import StepInput, StepOutput
 from model.heads import HeadTable
 from model.normalizer import ObservationNormalizer
-from model.policy import SLOT_BY_OP, FactoredRecurrentActorCritic, Masks, Scores
+from model.policy import FactoredRecurrentActorCritic, Masks, Scores
 from model.recurrence import State
+from model.spec import SLOT_BY_OP
 
 STEPS = 50
 SATURATION = 20.0
@@ -188,7 +189,7 @@ class Reference:
             begins = (torch.rand(batch_size, generator=generator) < RESTART_PROBABILITY).to(device)
             begin_state = self._begin_state(batch_size, generator)
             blueprint_index = self._blueprints(batch_size, generator)
-            slot_by_op = self._slots_by_op(batch_size, generator)
+            slot_by_op = self._slots_by_op(mask, batch_size, generator)
             state = restarted(state, begins, begin_state)
             normal = observation if self.normalizer is None else self.normalizer(observation)
             masks = dict(zip(heads.names, torch.split(mask, heads.sizes, -1), strict=True))
@@ -235,12 +236,21 @@ class Reference:
         shape = (batch_size, spec.num_slots)
         return torch.randint(-1, spec.num_blueprints, shape, generator=generator).to(self.device)
 
-    def _slots_by_op(self, batch_size: int, generator: torch.Generator) -> Tensor | None:
-        spec = self.policy.spec
+    def _slots_by_op(
+        self, mask: Tensor, batch_size: int, generator: torch.Generator
+    ) -> Tensor | None:
+        """No slot at all for ops that are not allowed, as environments send it, nor at times for
+        those that need none.
+        """
+        spec, heads = self.policy.spec, self.policy.heads
         if not spec.has_slot_by_op:
             return None
         allowed = torch.rand(batch_size, spec.num_ops, spec.num_slots, generator=generator) < 0.5
         _allow_one(allowed, generator)
+        needs_slot = heads.relevance[:, heads.names.index("slot")].cpu()
+        is_spared = torch.rand(batch_size, spec.num_ops, generator=generator) < 0.5
+        allowed_ops = torch.split(mask.cpu(), heads.sizes, -1)[heads.op_index]
+        allowed &= (allowed_ops & (needs_slot | is_spared)).unsqueeze(-1)
         return allowed.to(self.device)
 
     def _begin_state(self, batch_size: int, generator: torch.Generator) -> State:
@@ -289,13 +299,17 @@ def _run_step(step: LoadedStep, inputs: StepInput, moment: Step) -> StepOutput:
 
 
 def _judge(reference: Reference, step: Step, outputs: StepOutput, run: ParityRun) -> None:
+    spec, heads, scores = reference.policy.spec, reference.policy.heads, step.scores
+    num_outputs = len(step_outputs(spec))
+    if len(outputs) != num_outputs:
+        raise ParityError(f"the step has {len(outputs)} outputs, expected {num_outputs}")
     action, log_prob, value, h, c, *extra = outputs
-    heads, scores = reference.policy.heads, step.scores
     noise = heads.spread(step.noise)
     best = scores.choices.choose(noise).action
     run.compare("state_h_out", h, scores.state[0], step)
     run.compare("state_c_out", c, scores.state[1], step)
-    run.compare("value", value, scores.value * reference.policy.spec.value_scale, step)
+    # What rounding makes of a value grows with its scale: compared is what the network gives.
+    run.compare("value", value / spec.value_scale, scores.value, step)
     if action.shape != best.shape or action.dtype != best.dtype:
         raise ParityError(
             f"action is {action.dtype} {tuple(action.shape)}, expected {best.dtype} "
@@ -306,7 +320,8 @@ def _judge(reference: Reference, step: Step, outputs: StepOutput, run: ParityRun
     op = action[..., heads.op_index]
     expected_extra = _expected_extra(reference, op, scores)
     for name, got in zip(expected_extra, extra, strict=True):
-        run.compare(name, got, expected_extra[name], step)
+        scale = spec.value_scale if name == "q_value" else 1.0
+        run.compare(name, got / scale, expected_extra[name], step)
     bounds = _log_prob_bounds(reference, op, step)
     _judge_actions(reference, action, best, noise, bounds, step)
     lower, upper = (heads.log_prob_of(bound, action) for bound in bounds)
@@ -321,7 +336,7 @@ def _expected_extra(reference: Reference, op: Tensor, scores: Scores) -> dict[st
     """What the policy's critic says beyond the value, of the op that was taken."""
     policy = reference.policy
     critics = {
-        "q_value": lambda: policy.q_value(scores.output, op) * policy.spec.value_scale,
+        "q_value": lambda: policy.q_value(scores.output, op),
         "contribution": lambda: policy.contribution(scores.output),
     }
     return {name: critics[name]() for name in policy.spec.extra_outputs}

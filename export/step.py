@@ -47,7 +47,9 @@ class PolicyStep(nn.Module):
         self.heads = policy.heads
         self.features = _Features(policy, normalizer, dtype)
         self.recurrence = _Recurrence(policy, dtype)
-        self.outputs = (_Outputs if self.spec.critic == "value" else _DeepOutputs)(policy, dtype)
+        is_deep = any(head.hidden_layers > 1 for head in self.spec.heads)
+        is_deep |= self.spec.critic != "value"
+        self.outputs = (_DeepOutputs if is_deep else _Outputs)(policy, dtype)
         self.extras = nn.ModuleDict(
             {name: EXTRAS[name](policy, dtype) for name in self.spec.extra_outputs}
         )

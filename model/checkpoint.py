@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model.normalizer import VARIANCE_EPSILON, ObservationNormalizer
+from model.observations import BASE_FEATURES, SLOT_FEATURES_V3, UNTRACKED
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 
@@ -25,10 +26,10 @@ COMPILED_PREFIX = "_orig_mod."
 LEAST_RETURNS = 32
 """V2's trainer leaves values as they are until it has normalised this many returns."""
 
-LONGEST_VALUE = 60
+LARGEST_VARIANCE = 1e30
+"""Of returns; float32 holds values up to about 3e38."""
 
-BASE_FEATURES, SLOT_FEATURES, UNKNOWN = 23, 31, -1.0
-"""Obs V3, what V2 reads: features of the run, of each slot, and what stands for "not known"."""
+LONGEST_VALUE = 60
 
 
 class CheckpointError(ValueError):
@@ -200,14 +201,13 @@ def _value_scale(path: Path, content: Mapping[str, Any]) -> float:
         raise CheckpointError(f"{path}: has an unusable value normaliser")
     try:
         var, count = float(statistics["var"]), float(statistics["count"])
-        if count < LEAST_RETURNS:
-            return 1.0
-        scale = math.sqrt(var + VARIANCE_EPSILON)
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{path}: has an unusable value normaliser") from error
-    if not math.isfinite(scale):
-        raise CheckpointError(f"{path}: its value normaliser has variance {var}")
-    return scale
+    if math.isnan(count) or not 0 <= var <= LARGEST_VARIANCE:
+        raise CheckpointError(
+            f"{path}: its value normaliser has variance {var:g} of {count:g} returns"
+        )
+    return 1.0 if count < LEAST_RETURNS else math.sqrt(var + VARIANCE_EPSILON)
 
 
 def _check_contract(path: Path, content: Mapping[str, Any], spec: PolicySpec) -> None:
@@ -226,16 +226,16 @@ def _check_contract(path: Path, content: Mapping[str, Any], spec: PolicySpec) ->
         ("schema_version", contract.get("schema_version"), 1),
         ("slots", len(slot_ids), spec.num_slots),
         ("base_feature_size", contract.get("base_feature_size"), BASE_FEATURES),
-        ("slot_feature_size", contract.get("slot_feature_size"), SLOT_FEATURES),
+        ("slot_feature_size", contract.get("slot_feature_size"), SLOT_FEATURES_V3),
         ("state_dim", contract.get("state_dim"), spec.observation_dim),
-        ("unknown_sentinel", contract.get("unknown_sentinel"), UNKNOWN),
+        ("unknown_sentinel", contract.get("unknown_sentinel"), UNTRACKED),
     ):
         if not isinstance(found, int | float) or found != expected:
             raise CheckpointError(
                 f"{path}: its observation statistics are for {name} {_short(found)}, and the "
                 f"policy's is {expected}"
             )
-    num_features = BASE_FEATURES + SLOT_FEATURES * spec.num_slots
+    num_features = BASE_FEATURES + SLOT_FEATURES_V3 * spec.num_slots
     if spec.observation_dim != num_features:
         raise CheckpointError(
             f"{path}: {spec.num_slots} slots make {num_features} features, and the network reads "
@@ -296,7 +296,7 @@ def load_normalizer(path: Path | str, observation_dim: int) -> ObservationNormal
     if path.suffix == ".json":
         try:
             content = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: cannot be read as JSON") from error
         if not isinstance(content, dict):
             raise CheckpointError(f"{path}: holds a {type(content).__name__}, not mean and var")

@@ -211,10 +211,10 @@ def effective_floor(floor: Tensor, allowed: Tensor) -> Tensor:
 
 
 def raised(log_probs: Tensor, allowed: Tensor, floor: Tensor) -> Tensor:
-    """Log-probs with no allowed choice less likely than `floor`, which broadcasts to `[..., 1]`.
+    """Log-probs with the choices below `floor`, which broadcasts to `[..., 1]`, raised to it.
 
-    Choices below it are raised to it, the others give way in proportion. Where floors for all
-    would take more than 0.99 of the probability, they share 0.99 (esper-lite V2).
+    The others give way in proportion, and may end below it. Where floors for all would take more
+    than 0.99 of the probability, they share 0.99 (esper-lite V2).
     """
     prob = log_probs.exp()
     floor = effective_floor(floor, allowed)

@@ -33,6 +33,8 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
+BASE_FEATURES = 23
+SLOT_FEATURES_V1, SLOT_FEATURES_V1_WITH_TELEMETRY, SLOT_FEATURES_V3 = 39, 65, 31
 HISTORY = 5
 LOSS_CLIP = 10.0
 SYMLOG_SCALE = 7.0

@@ -16,15 +16,13 @@ from model.blueprint_embedding import NO_BLUEPRINT, BlueprintEmbedding
 from model.critic import critic_networks, reset_last_layers
 from model.heads import Choices, HeadTable
 from model.recurrence import LSTM, RECURRENCES, ResidualLSTM, State
-from model.spec import PolicySpec
+from model.spec import SLOT_BY_OP, PolicySpec
 
 Masks = Mapping[str, Tensor]
 """`{head: bool [..., n]}`, True = allowed. A head that is absent has nothing disallowed.
 
 Where the spec has it, `"slot_by_op"` `[..., ops, slots]` stands in for the slot head's, by op.
 """
-
-SLOT_BY_OP = "slot_by_op"
 
 
 class Forward(NamedTuple):

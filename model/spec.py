@@ -10,14 +10,19 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Size = Annotated[int, Field(ge=1)]
 
+SMALLEST_DEEP_CRITIC = 8
+SLOT_BY_OP = "slot_by_op"
+"""Beside the heads' masks, the slot's by op."""
+
 
 class HeadSpec(BaseModel):
     """One factor of the action: `size` choices, of which exactly one is taken each step.
 
     `relevant_ops` are the op indices for which this head matters; None means all of them. For
     every other op the head is forced to `forced_index` (or to the first choice its mask allows),
-    with log-prob 0 and entropy 0. `probability_floor` is what each allowed choice's probability is
-    raised to; 0 leaves them alone. `hidden_layers` is the depth of the head's network.
+    with log-prob 0 and entropy 0. Allowed choices less likely than `probability_floor` are raised
+    to it, and the others give way; 0 leaves them alone. `hidden_layers` is the depth of the head's
+    network.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -92,6 +97,13 @@ class PolicySpec(BaseModel):
             raise ValueError(f"the critic of {self.name!r} has no {self.extra_outputs[0]}")
         if len(set(self.extra_outputs)) != len(self.extra_outputs):
             raise ValueError("an extra output is named twice")
+        if self.has_slot_by_op != (self.blueprint_embedding_dim is not None):
+            raise ValueError("slots by op and blueprints come together, the step's last two inputs")
+        if self.critic == "value_q_contribution" and self.hidden_dim < SMALLEST_DEEP_CRITIC:
+            raise ValueError(
+                f"this critic halves its width three times: hidden_dim is at least "
+                f"{SMALLEST_DEEP_CRITIC}, not {self.hidden_dim}"
+            )
         for name, is_needed in (
             ("slot", self.has_slot_by_op or self.critic == "value_q_contribution"),
             ("slot", self.blueprint_embedding_dim is not None),

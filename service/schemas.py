@@ -2,16 +2,17 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from model.spec import PolicySpec
 
 Identifier = Annotated[str, Field(min_length=1, max_length=256)]
 
-# Without FailFast, pydantic collects an error for every wrong value of a long list: a body at the
+# Without it, pydantic collects an error for every wrong value of a long list: a body at the
 # size limit would hold the event loop for seconds.
-Floats = Annotated[list[float], FailFast()]
-Bools = Annotated[list[bool], FailFast()]
+FAIL_FAST = Field(fail_fast=True)
+Floats = Annotated[list[float], FAIL_FAST]
+Bools = Annotated[list[bool], FAIL_FAST]
 
 
 class HiddenStateBody(BaseModel):
@@ -19,8 +20,8 @@ class HiddenStateBody(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    h: Annotated[list[Floats], FailFast()]
-    c: Annotated[list[Floats], FailFast()]
+    h: Annotated[list[Floats], FAIL_FAST]
+    c: Annotated[list[Floats], FAIL_FAST]
 
 
 class ActRequest(BaseModel):
@@ -66,13 +67,11 @@ class ActRequest(BaseModel):
 
 
 BlueprintIndex = Annotated[
-    list[int],
-    FailFast(),
+    Annotated[list[int], FAIL_FAST] | None,
     Field(description="Which blueprint each slot holds, -1 = none; without it, none in any."),
 ]
 SlotByOpMask = Annotated[
-    list[Bools],
-    FailFast(),
+    Annotated[list[Bools], FAIL_FAST] | None,
     Field(
         description="`[ops][slots]`, true = allowed: which slots each op may take, in place of "
         "`action_mask.slot`, which holds for every op."

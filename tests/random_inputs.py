@@ -21,7 +21,10 @@ ALLOWED_SHARE = 0.6
 
 
 def random_policy(spec: PolicySpec, seed: int = 0) -> FactoredRecurrentActorCritic:
-    """A policy with random biases and LayerNorms and with opinions about its actions."""
+    """A policy with random biases and LayerNorms and with opinions about its actions.
+
+    A deep critic's few units are kept from being all off: its value would be a constant.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         policy = FactoredRecurrentActorCritic(spec)
@@ -31,6 +34,10 @@ def random_policy(spec: PolicySpec, seed: int = 0) -> FactoredRecurrentActorCrit
                     parameter.add_(0.3 * torch.randn_like(parameter))
             for mlp in policy.head_mlps():
                 mlp[-1].get_parameter("weight").mul_(HEAD_GAIN)
+            if spec.critic != "value":
+                for name in policy.critic_names:
+                    before_last = list(policy.get_submodule(name).children())[-3]
+                    before_last.get_parameter("bias").add_(3.0)
     return policy.eval()
 
 
@@ -67,11 +74,18 @@ def random_masks(
     return masks
 
 
-def random_slots_by_op(spec: PolicySpec, rng: np.random.Generator, *lead: int) -> NDArray[np.bool_]:
-    """`[*lead, ops, slots]`, at least one slot allowed for every op."""
-    mask = rng.random((*lead, spec.num_ops, spec.num_slots)) < ALLOWED_SHARE
-    one = rng.integers(spec.num_slots, size=(*lead, spec.num_ops, 1))
+def random_slots_by_op(
+    spec: PolicySpec, rng: np.random.Generator, op_mask: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """`[*lead, ops, slots]`: at least one slot for each op of `op_mask` `[*lead, ops]` but WAIT.
+
+    None for the ops that are not allowed, as environments send it, and at times none for WAIT.
+    """
+    mask = rng.random((*op_mask.shape, spec.num_slots)) < ALLOWED_SHARE
+    one = rng.integers(spec.num_slots, size=(*op_mask.shape, 1))
     np.put_along_axis(mask, one, True, axis=-1)
+    mask &= op_mask[..., None]
+    mask[..., 0, :] &= rng.random(op_mask.shape[:-1])[..., None] < ALLOWED_SHARE
     return mask
 
 

@@ -48,7 +48,7 @@ class EnvironmentClient:
         for _ in range(steps):
             action = await self._act(network, episode, step, tally)
             on_step()
-            if action is None:  # the episode cannot go on without its step: start anew
+            if action is None:  # the episode cannot go on without a legal step: start anew
                 network, episode, step = self._next(network, episode, tally)
                 continue
             network.apply(action)
@@ -81,10 +81,11 @@ class EnvironmentClient:
             tally.errors[f"{status} {answer['error_type']}"] += 1
             return None
         action: dict[str, int] = answer["action"]
-        tally.ops[OP_NAMES[action["op"]]] += 1
-        for head in network.illegal(action):
+        tally.ops[dict(enumerate(OP_NAMES)).get(action["op"], "unknown")] += 1
+        illegal = network.illegal(action)
+        for head in illegal:
             tally.broken_masks.append(f"{self._name}, step {step}: {head} {action[head]}")
-        return action
+        return None if illegal else action
 
     async def _post(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """One step, sent again after a broken connection: its number makes that safe."""

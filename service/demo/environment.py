@@ -40,7 +40,11 @@ from model.lifecycle import (
     WAIT,
 )
 from model.observations import (
+    BASE_FEATURES,
     HISTORY,
+    SLOT_FEATURES_V1,
+    SLOT_FEATURES_V1_WITH_TELEMETRY,
+    SLOT_FEATURES_V3,
     Alpha,
     SeedsV1,
     SeedsV3,
@@ -50,10 +54,8 @@ from model.observations import (
     observe_v1,
     observe_v3,
 )
-from model.spec import PolicySpec
+from model.spec import SLOT_BY_OP, PolicySpec
 
-SLOT_BY_OP = "slot_by_op"
-BASE_FEATURES = 23
 LOSS_AT_NOTHING = 3.0
 
 RecordT = TypeVar("RecordT", bound=Training | Alpha)
@@ -79,10 +81,11 @@ class Game:
         )
 
 
+V1_FEATURES = (SLOT_FEATURES_V1, SLOT_FEATURES_V1_WITH_TELEMETRY)
 GAMES = (
     # V1 judges slots by op too, and leaves it to the policy to find out.
-    Game(PolicySpec.tamiyo_v1, replace(MASKS_V1, has_slot_by_op=True), 25, (39, 65)),
-    Game(PolicySpec.tamiyo_v2, MASKS_V2, 150, (31,)),
+    Game(PolicySpec.tamiyo_v1, replace(MASKS_V1, has_slot_by_op=True), 25, V1_FEATURES),
+    Game(PolicySpec.tamiyo_v2, MASKS_V2, 150, (SLOT_FEATURES_V3,)),
 )
 
 
@@ -215,6 +218,8 @@ class GrowingNetwork:
     def illegal(self, action: Mapping[str, int]) -> list[str]:
         """The heads of an answer that are neither legal nor what they are where they must be."""
         op = action[self.spec.op_head]
+        if not 0 <= op < self.spec.num_ops:
+            return [self.spec.op_head]
         wrong = []
         for head in self.spec.heads:
             mask = self.masks[head.name]

@@ -11,13 +11,13 @@ from torch import Tensor
 from export.__main__ import main
 from export.exporter import export_policy
 from export.formats import FORMATS, LoadedStep, StepSource, load_format
-from export.manifest import Manifest
+from export.manifest import Manifest, Precision
 from export.parity import ParityError, Reference, check_parity
 from export.step import PolicyStep, StepInput, StepOutput
 from export.verify import verify_artifact
 from model.normalizer import ObservationNormalizer
-from model.policy import SLOT_BY_OP, FactoredRecurrentActorCritic
-from model.spec import PROBABILITY_FLOORS_V2, PolicySpec
+from model.policy import FactoredRecurrentActorCritic
+from model.spec import PROBABILITY_FLOORS_V2, SLOT_BY_OP, PolicySpec
 from tests.export.test_step import exported_program, impurities, program_operators
 from tests.golden import GOLDEN, golden_json, golden_tensors, needs_golden
 from tests.machine import needs_bf16
@@ -137,7 +137,7 @@ def test_file_does_what_the_naive_policy_does_over_carried_steps(
         for _ in range(10):
             observation = random_observations(spec, rng, batch_size) * 3
             masks = random_masks(spec, rng, batch_size)
-            slots = random_slots_by_op(spec, rng, batch_size)
+            slots = random_slots_by_op(spec, rng, masks["op"])
             blueprints = random_blueprints(spec, rng, batch_size)
             noise = gumbel_noise(spec, rng, batch_size)
             arrays = (observation, packed(spec, masks), noise, h, c, blueprints, slots)
@@ -194,6 +194,63 @@ def test_a_wrong_output_of_the_critic_is_stopped_and_named(name: str) -> None:
 
     with pytest.raises(ParityError, match=name):
         check_parity(off, reference)
+
+
+def scaled(precision: Precision, value_scale: float) -> tuple[PolicyStep, Reference]:
+    spec = spec_of(num_layers=1).model_copy(update={"value_scale": value_scale})
+    policy = random_policy(spec)
+    reference = Reference(policy, None, batch_sizes=BATCH_SIZES, precision=precision)
+    return PolicyStep(policy, None, precision).eval(), reference
+
+
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=needs_bf16), "fp32"])
+@pytest.mark.parametrize("value_scale", [0.01, 0.1, 100.0, 1e4])
+def test_a_value_is_judged_alike_whatever_a_return_is_worth(
+    value_scale: float, precision: Precision
+) -> None:
+    """In the network's units: the tolerance is for its rounding, not for that of returns."""
+    step, reference = scaled(precision, value_scale)
+    check_parity(step, reference)
+
+    for at, name in ((2, "value"), (5, "q_value")):
+
+        def forgetful(*inputs: Tensor, at: int = at) -> StepOutput:
+            outputs = list(step(*inputs))
+            outputs[at] = torch.zeros_like(outputs[at])
+            return tuple(outputs)
+
+        with pytest.raises(ParityError, match=rf"^{name}\["):
+            check_parity(forgetful, reference)
+
+
+def test_a_step_that_stumbles_over_ops_without_a_slot_is_stopped(
+    policy: FactoredRecurrentActorCritic,
+) -> None:
+    """As environments send them: the row of an op that is not allowed is empty."""
+    step = PolicyStep(policy, None).eval()
+
+    def stumbling(*inputs: Tensor) -> StepOutput:
+        action, *others = step(*inputs)
+        is_empty = ~inputs[SLOT_BY_OP_INPUT].any(-1).all(-1)
+        return torch.where(is_empty[:, None], 0, action), *others
+
+    with pytest.raises(ParityError):
+        check_parity(stumbling, Reference(policy, None, batch_sizes=BATCH_SIZES))
+
+
+def test_a_step_with_an_output_less_is_stopped(policy: FactoredRecurrentActorCritic) -> None:
+    step = PolicyStep(policy, None).eval()
+    with pytest.raises(ParityError, match="the step has 6 outputs, expected 7"):
+        check_parity(
+            lambda *inputs: step(*inputs)[:-1], Reference(policy, None, batch_sizes=BATCH_SIZES)
+        )
+
+
+def test_a_deeper_head_goes_with_a_plain_critic_too() -> None:
+    document = PolicySpec.tamiyo_v1(observation_dim=7, feature_dim=12, hidden_dim=10).model_dump()
+    document["heads"][1]["hidden_layers"] = 2
+    policy = random_policy(PolicySpec.model_validate(document))
+    check_parity(PolicyStep(policy, None).eval(), Reference(policy, None, batch_sizes=BATCH_SIZES))
 
 
 def test_what_is_not_asked_for_is_not_in_the_graph() -> None:

@@ -113,9 +113,14 @@ def test_values_keep_their_scale_until_the_trainer_has_normalised_32_returns(
     ("statistics", "sentence"),
     [
         ({"mean": 0.0}, "has an unusable value normaliser"),
-        ({"var": -1.0, "count": 99.0}, "has an unusable value normaliser"),
         ({"var": 10**400, "count": 99.0}, "has an unusable value normaliser"),
-        ({"var": float("inf"), "count": 99.0}, "its value normaliser has variance inf"),
+        (
+            {"var": float("inf"), "count": 99.0},
+            "its value normaliser has variance inf of 99 returns",
+        ),
+        ({"var": -5e-5, "count": 99.0}, "its value normaliser has variance -5e-05 of 99 returns"),
+        ({"var": 1e300, "count": 99.0}, "its value normaliser has variance 1e+300 of 99 returns"),
+        ({"var": 1.0, "count": float("nan")}, "its value normaliser has variance 1 of nan returns"),
         (torch.ones(3), "has an unusable value normaliser"),
     ],
 )
@@ -146,6 +151,21 @@ def test_statistics_of_another_contract_are_refused(
     content = as_trainer_writes()
     content["metadata"]["obs_normalizer_contract"] = contract(**changes)
     assert sentence in refused(tmp_path, content)
+
+
+def test_statistics_of_a_network_that_reads_more_than_its_slots_are_refused(
+    tmp_path: Path,
+) -> None:
+    """The contract agrees with the network, and neither with Obs V3."""
+    wider = SPEC.model_copy(update={"observation_dim": 86})
+    content = as_trainer_writes(network_state_dict=random_policy(wider).state_dict())
+    statistics = [0.5] * 86
+    content["metadata"] = {
+        "obs_normalizer_mean": statistics,
+        "obs_normalizer_var": statistics,
+        "obs_normalizer_contract": contract(state_dim=86),
+    }
+    assert refused(tmp_path, content) == "2 slots make 85 features, and the network reads 86"
 
 
 def test_statistics_without_a_contract_are_refused(tmp_path: Path) -> None:
@@ -239,6 +259,7 @@ def test_statistics_may_come_from_another_checkpoint(tmp_path: Path) -> None:
         ('{"mean": [1.0, 2.0], "var": [1.0, -2.0]}', "unusable observation statistics"),
         ("[1.0, 2.0]", "holds a list, not mean and var"),
         ('{"mean": [1.0', "cannot be read as JSON"),
+        ("[" * 200_000, "cannot be read as JSON"),
     ],
 )
 def test_unusable_statistics_are_refused(tmp_path: Path, content: str, sentence: str) -> None:

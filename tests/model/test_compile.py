@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.policy import SLOT_BY_OP, Act, FactoredRecurrentActorCritic
-from model.spec import PROBABILITY_FLOORS_V2, PolicySpec
+from model.policy import Act, FactoredRecurrentActorCritic
+from model.spec import PROBABILITY_FLOORS_V2, SLOT_BY_OP, PolicySpec
 from tests.naive import FLOAT_ATOL
 from tests.random_inputs import (
     gumbel_noise,
@@ -73,7 +73,7 @@ def random_inputs(spec: PolicySpec, rows: int, seed: int = 0) -> Inputs:
     noise = torch.from_numpy(gumbel_noise(spec, rng, rows))
     blueprint_index = None
     if spec.has_slot_by_op:
-        masks[SLOT_BY_OP] = torch.from_numpy(random_slots_by_op(spec, rng, rows))
+        masks[SLOT_BY_OP] = torch.from_numpy(random_slots_by_op(spec, rng, masks["op"].numpy()))
         blueprint_index = torch.from_numpy(random_blueprints(spec, rng, rows))
     state = torch.from_numpy(h), torch.from_numpy(c)
     return Inputs(observation, state, masks, noise, blueprint_index)

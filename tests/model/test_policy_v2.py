@@ -10,8 +10,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from model.policy import SLOT_BY_OP, FactoredRecurrentActorCritic
-from model.spec import PROBABILITY_FLOORS_V2, PolicySpec
+from model.policy import FactoredRecurrentActorCritic
+from model.spec import PROBABILITY_FLOORS_V2, SLOT_BY_OP, PolicySpec
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL
 from tests.naive_v2 import NaivePolicyV2
 from tests.random_inputs import (
@@ -30,7 +30,7 @@ from tests.random_inputs import (
 
 SHAPES = {
     "one layer, as wide as its input": PolicySpec.tamiyo_v2(
-        num_slots=3, observation_dim=11, feature_dim=16, hidden_dim=16
+        num_slots=3, observation_dim=11, feature_dim=24, hidden_dim=24
     ),
     "two layers, projected": PolicySpec.tamiyo_v2(
         num_slots=2, observation_dim=7, feature_dim=10, hidden_dim=20, num_layers=2
@@ -63,7 +63,7 @@ def masks_of(
         return {}
     masks = random_masks(spec, rng, *lead)
     if masked == "slots by op":
-        masks[SLOT_BY_OP] = random_slots_by_op(spec, rng, *lead)
+        masks[SLOT_BY_OP] = random_slots_by_op(spec, rng, masks["op"])
     return masks
 
 
@@ -148,3 +148,46 @@ def test_evaluation_is_the_naive_policys(
         (got.contribution, expected.contribution, FLOAT_ATOL),
     ):
         np.testing.assert_allclose(have, want, atol=atol, rtol=0)
+
+
+def test_the_critic_s_other_outputs_send_no_gradient_into_the_recurrence(
+    rng: np.random.Generator,
+) -> None:
+    """And V(s) does: each is checked with the others left out."""
+    shape = SHAPES["two layers, projected"]
+    policy = random_policy(shape)
+    observations = torch.from_numpy(random_observations(shape, rng, 2, 3))
+    actions = tensors(random_actions(shape, rng, random_masks(shape, rng, 2, 3)))
+    reaches = {}
+    for name in ("q_value", "contribution", "value"):
+        policy.zero_grad()
+        getattr(policy.evaluate_actions(observations, actions), name).sum().backward()
+        gradients = [parameter.grad for parameter in policy.lstm.parameters()]
+        reaches[name] = any(gradient is not None and gradient.any() for gradient in gradients)
+    assert reaches == {"q_value": False, "contribution": False, "value": True}
+
+
+def test_fresh_weights_have_the_original_s_gains_and_open_forget_gates() -> None:
+    """Every product orthogonal with sqrt(2), but for the LSTMs' own and what decides."""
+    spec = PolicySpec.tamiyo_v2(feature_dim=20, hidden_dim=32, num_layers=3)
+    state_dict = FactoredRecurrentActorCritic(spec).double().state_dict()
+    last = {"state_value_head.8": 0.1, "q_head.8": 0.1, "contribution_predictor.6": 0.1}
+    last |= {f"{name}_head.2": 0.01 for name in spec.head_names if name != "blueprint"}
+    last |= {"blueprint_head.4": 0.01}
+    matrices = [
+        name
+        for name, tensor in state_dict.items()
+        if tensor.ndim == 2 and not name.startswith("blueprint_embedding")
+    ]
+    for name in matrices:
+        gain = 1.0 if "lstm.layers" in name else last.get(name.removesuffix(".weight"), 2**0.5)
+        matrix = state_dict[name]
+        short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+        expected = gain**2 * torch.eye(len(short), dtype=torch.float64)
+        torch.testing.assert_close(short @ short.T, expected, atol=1e-5 * gain**2, rtol=0)
+    for layer in range(3):
+        for bias in ("bias_ih_l0", "bias_hh_l0"):
+            quarters = state_dict[f"lstm.layers.{layer}.{bias}"].view(4, 32)
+            torch.testing.assert_close(quarters[1], torch.full((32,), 1 + np.log(3.0)).double())
+            assert not quarters[[0, 2, 3]].any()
+    assert 0.015 < state_dict["blueprint_embedding.embedding.weight"].std() < 0.025

@@ -163,6 +163,20 @@ def test_dimension_too_small_for_a_network_is_refused(field: str, value: int) ->
         spec_of(OP, sizes={field: value})
 
 
+def test_slots_by_op_and_blueprints_come_together() -> None:
+    """The exported step takes them as its last two inputs, by position."""
+    for change in ({"has_slot_by_op": False}, {"blueprint_embedding_dim": None}):
+        document = PolicySpec.tamiyo_v2().model_dump() | change
+        with pytest.raises(ValidationError, match="come together"):
+            PolicySpec.model_validate(document)
+
+
+def test_a_critic_that_would_have_layers_of_no_width_is_refused() -> None:
+    PolicySpec.tamiyo_v2(hidden_dim=8)
+    with pytest.raises(ValidationError, match="hidden_dim is at least 8, not 7"):
+        PolicySpec.tamiyo_v2(hidden_dim=7)
+
+
 def test_unknown_field_is_refused() -> None:
     document = PolicySpec.tamiyo_v1().model_dump() | {"dropout": 0.1}
     with pytest.raises(ValidationError, match="dropout"):

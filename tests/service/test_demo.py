@@ -114,9 +114,12 @@ def test_full_network_allows_no_germination() -> None:
 def test_a_seed_in_training_keeps_v2_from_germinating_another() -> None:
     network = GrowingNetwork(V2, np.random.default_rng(0))
     action = {"op": GERMINATE, "slot": 0, "blueprint": 1, "style": 2, "tempo": 0, "alpha_target": 2}
-    network.apply(action)
-    assert not network.masks["op"][GERMINATE]
-    assert GrowingNetwork(V1, np.random.default_rng(0)).masks["op"][GERMINATE]
+    of_v1 = GrowingNetwork(V1, np.random.default_rng(0))
+    for op in (GERMINATE, ADVANCE):
+        network.apply(action | {"op": op})
+        of_v1.apply(action | {"op": op})
+        assert not network.masks["op"][GERMINATE]
+        assert of_v1.masks["op"][GERMINATE]
 
 
 @pytest.mark.parametrize(
@@ -207,13 +210,14 @@ async def demo_against(status: int, op: int) -> tuple[int, dict[str, object]]:
     return process.returncode, json.loads(printed)
 
 
-def test_an_answer_that_breaks_a_mask_is_named_and_fails_the_demo() -> None:
-    code, summary = asyncio.run(demo_against(200, op=4))  # FOSSILIZE, with no seed in HOLDING
+@pytest.mark.parametrize("op", [FOSSILIZE, 9, -1])  # with no seed in HOLDING; and no op at all
+def test_an_answer_that_breaks_a_mask_is_named_and_fails_the_demo(op: int) -> None:
+    code, summary = asyncio.run(demo_against(200, op=op))
     assert code == 1
     broken = summary["broken_masks"]
     assert isinstance(broken, list)
-    assert all("op 4" in line for line in broken)
-    assert broken
+    assert all(f"op {op}" in line for line in broken)
+    assert len(broken) == 150
 
 
 def test_legal_answers_alone_do_not_fail_it() -> None:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -325,6 +326,28 @@ def test_no_output_that_is_not_finite_is_let_through(spec: PolicySpec, where: st
     bench = Bench(spec)
     bench.runtime.spoil = spoil
     answers = bench.engine.step([bench.request(1, name, episode_start=True) for name in "abc"])
+    assert [isinstance(answer, Invalid) for answer in answers] == [False, True, False]
+
+
+@pytest.mark.parametrize("where", ["q_value", "contribution"])
+def test_no_output_of_the_critic_that_is_not_finite_is_let_through(where: str) -> None:
+    spec = PolicySpec.tamiyo_v2(num_slots=2, observation_dim=7, feature_dim=8, hidden_dim=8)
+    spec = spec.model_copy(update={"extra_outputs": ("q_value", "contribution")})
+
+    def spoil(decided: StepOutputs) -> None:
+        decided.extra[where][1:2].flat[-1] = np.nan
+
+    bench = Bench(spec)
+    bench.runtime.spoil = spoil
+    requests = [
+        replace(
+            bench.request(1, name, episode_start=True),
+            blueprint_index=np.full(2, -1, np.int64),
+            slot_by_op_mask=np.ones((6, 2), np.bool_),
+        )
+        for name in "abc"
+    ]
+    answers = bench.engine.step(requests)
     assert [isinstance(answer, Invalid) for answer in answers] == [False, True, False]
 
 
