@@ -9,7 +9,7 @@ import hashlib
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model.spec import PolicySpec
 
@@ -146,6 +146,16 @@ class Manifest(Record):
     source: Source
     versions: dict[str, str]
 
+    @model_validator(mode="after")
+    def _arrays_are_those_of_the_spec(self) -> Self:
+        for name, arrays, expected in (
+            ("inputs", self.inputs, step_inputs(self.spec)),
+            ("outputs", self.outputs, step_outputs(self.spec)),
+        ):
+            if arrays != expected:
+                raise ValueError(f"the {name} are not those of a step of its spec")
+        return self
+
     @property
     def files(self) -> tuple[File, ...]:
         """Every file the artifact vouches for."""
@@ -171,7 +181,8 @@ class Manifest(Record):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"
-            raise ArtifactError(f"{path}: {where}: {first['msg']}") from error
+            sentence = first["msg"].removeprefix("Value error, ")
+            raise ArtifactError(f"{path}: {where}: {sentence}") from error
 
     def write(self, directory: Path) -> None:
         (directory / MANIFEST_FILE).write_text(

@@ -172,10 +172,12 @@ def test_manifest_cut_off_anywhere_is_refused(manifest: Manifest, tmp_path: Path
         (("spec", "op_head"), "nonesuch", "spec"),
         (("spec", "num_layers"), 0, "spec.num_layers"),
         (("parity",), None, "parity"),
+        (("outputs", 0, "name"), "actions", "the file"),
+        (("spec", "hidden_dim"), 999, "the file"),
     ],
 )
 def test_manifest_this_version_does_not_know_is_refused_naming_the_field(
-    where: tuple[str, ...], value: Any, named: str, manifest: Manifest, tmp_path: Path
+    where: tuple[Any, ...], value: Any, named: str, manifest: Manifest, tmp_path: Path
 ) -> None:
     document = json.loads(manifest.model_dump_json())
     inner = document
