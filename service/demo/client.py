@@ -81,11 +81,13 @@ class EnvironmentClient:
             tally.errors[f"{status} {answer['error_type']}"] += 1
             return None
         action: dict[str, int] = answer["action"]
-        tally.ops[dict(enumerate(OP_NAMES)).get(action["op"], "unknown")] += 1
         illegal = network.illegal(action)
         for head in illegal:
             tally.broken_masks.append(f"{self._name}, step {step}: {head} {action[head]}")
-        return None if illegal else action
+        if illegal:
+            return None
+        tally.ops[OP_NAMES[action["op"]]] += 1
+        return action
 
     async def _post(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """One step, sent again after a broken connection: its number makes that safe."""

@@ -326,7 +326,7 @@ class GrowingNetwork:
             "last_action_success": self.last_action_success,
             "last_action_op": self.last_op,
         }
-        return record(**{name.name: np.array([report[name.name]]) for name in fields(record)})
+        return record(**{each.name: np.array([report[each.name]]) for each in fields(record)})
 
     def _seeds(self, record: type[RecordT]) -> RecordT:
         """What is not of a seed's report is zero, as is all of a slot without one."""
@@ -335,4 +335,4 @@ class GrowingNetwork:
         def array(name: str) -> Any:
             return np.array([[report.get(name, 0) for report in reports]])
 
-        return record(**{field.name: array(field.name) for field in fields(record)})
+        return record(**{each.name: array(each.name) for each in fields(record)})

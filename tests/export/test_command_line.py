@@ -385,6 +385,11 @@ def test_outputs_a_policy_has_not_are_refused_in_one_line(
 @pytest.mark.parametrize(
     ("floors", "says"),
     [
+        (
+            "slot=0.1,op=1.5",
+            "export: --probability-floors: op: Input should be less than 1, not 1.5",
+        ),
+        ("op=nan", "export: --probability-floors: op: "),
         ("op=0.1,oops=0.2", "there is no head 'oops'"),
         ("op=1.5", "less than 1, not 1.5"),
         ("op=nan", "not nan"),

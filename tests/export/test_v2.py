@@ -21,7 +21,7 @@ from model.spec import PROBABILITY_FLOORS_V2, SLOT_BY_OP, PolicySpec
 from tests.export.test_step import exported_program, impurities, program_operators
 from tests.golden import GOLDEN, golden_json, golden_tensors, needs_golden
 from tests.machine import needs_bf16
-from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL
+from tests.naive import FLOAT_ATOL
 from tests.naive_v2 import NaivePolicyV2
 from tests.random_inputs import (
     gumbel_noise,
@@ -385,7 +385,7 @@ def test_recorded_steps_are_taken_again_from_every_file(
         for at, head in enumerate(spec.head_names):
             assert torch.equal(action[:, at], recorded[f"step{suffix}.actions.{head}"][:, t])
             expected = recorded[f"step{suffix}.log_probs.{head}"][:, t]
-            torch.testing.assert_close(log_prob[:, at], expected, rtol=0, atol=LOG_PROB_ATOL)
+            torch.testing.assert_close(log_prob[:, at], expected, rtol=0, atol=FLOAT_ATOL)
         for got, expected in (
             (value, recorded["step.values"][:, t]),
             (h, h_after[t].transpose(0, 1)),
@@ -419,7 +419,7 @@ def test_the_recorded_checkpoint_becomes_an_artifact_that_acts_as_it_did(tmp_pat
         for at, head in enumerate(spec.head_names):
             assert torch.equal(action[:, at], recorded[f"out.actions.{head}"]), format_name
             torch.testing.assert_close(
-                log_prob[:, at], recorded[f"out.log_probs.{head}"], rtol=0, atol=LOG_PROB_ATOL
+                log_prob[:, at], recorded[f"out.log_probs.{head}"], rtol=0, atol=FLOAT_ATOL
             )
         for got, expected in (
             (value, recorded["out.values"]),

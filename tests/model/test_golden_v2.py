@@ -10,7 +10,7 @@ from model.policy import FactoredRecurrentActorCritic
 from model.spec import PROBABILITY_FLOORS_V2, PolicySpec
 from tests.golden import GOLDEN, golden_json, golden_tensors, needs_golden
 from tests.model.test_golden_v1 import assert_heads_close, assert_state_close, under
-from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL
+from tests.naive import FLOAT_ATOL
 
 pytestmark = needs_golden
 
@@ -88,7 +88,7 @@ def test_chained_steps_take_the_recorded_actions(
         entropy = scores.choices.entropy(act.action["op"].clone())
         by_head = dict(zip(policy.heads.names, entropy.unbind(-1), strict=True))
         assert_heads_close(act.action, recorded["actions"], 0)
-        assert_heads_close(act.log_prob, recorded["log_probs"], LOG_PROB_ATOL)
+        assert_heads_close(act.log_prob, recorded["log_probs"], FLOAT_ATOL)
         assert_heads_close(by_head, recorded["head_entropies"], FLOAT_ATOL)
         np.testing.assert_allclose(act.value, golden["step.values"][:, t], rtol=0, atol=FLOAT_ATOL)
         assert_state_close(act.state, state[0][t], state[1][t])
@@ -119,7 +119,7 @@ def test_evaluation_scores_the_recorded_actions(
             golden["in.states"], stored, masks, blueprint_index=golden["in.blueprint_indices"]
         )
     prefix = f"eval{suffix}_{recorded}"
-    assert_heads_close(evaluation.log_prob, under(golden, f"{prefix}.log_probs"), LOG_PROB_ATOL)
+    assert_heads_close(evaluation.log_prob, under(golden, f"{prefix}.log_probs"), FLOAT_ATOL)
     assert_heads_close(evaluation.entropy, under(golden, f"{prefix}.entropy"), FLOAT_ATOL)
     assert evaluation.q_value is not None
     assert evaluation.contribution is not None
@@ -168,7 +168,7 @@ def test_the_recorded_checkpoint_acts_as_it_did() -> None:
         blueprint_index=recorded["in.blueprint_indices"],
     )
     assert_heads_close(act.action, under(recorded, "out.actions"), 0)
-    assert_heads_close(act.log_prob, under(recorded, "out.log_probs"), LOG_PROB_ATOL)
+    assert_heads_close(act.log_prob, under(recorded, "out.log_probs"), FLOAT_ATOL)
     np.testing.assert_allclose(act.value, recorded["out.values"], rtol=0, atol=FLOAT_ATOL)
     assert_state_close(act.state, recorded["out.h"], recorded["out.c"])
 
