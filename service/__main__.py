@@ -3,163 +3,20 @@
 Exit codes: 0 asked to stop; 1 the policy failed while warming up; 2 bad settings or artifact.
 """
 
-import asyncio
-import gc
-import logging
 import signal
-import socket
-import sys
 from types import FrameType
 from typing import NoReturn
 
-import uvicorn
-from pydantic import ValidationError
-from pydantic_settings import CliApp
-
-from export.manifest import ArtifactError, Manifest
-from service.app import create_app
-from service.artifact import find_artifact
-from service.http_protocol import ActProtocol
-from service.policy_service import PolicyService
-from service.runtime.auto import choose_runtime
-from service.runtime.device import choose_device
-from service.runtime.load import load_runtime
-from service.settings import Settings
-
-logger = logging.getLogger("service")
-
-ACCEPTS_A_TURN = 16
-"""libuv accepts one connection for each listening descriptor and turn of its loop, and a turn may
-hold a whole batch: with one descriptor, the last of 256 new clients would wait for 256 batches."""
-
-
-class _Server(uvicorn.Server):
-    """Uvicorn, and one line with a working request once `/act` is open."""
-
-    def __init__(self, config: uvicorn.Config, service: PolicyService) -> None:
-        super().__init__(config)
-        self.service = service
-        self.has_failed = False
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
-            reached_at = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-            self._announcing = asyncio.create_task(self._announce(reached_at, port))
-
-    async def _announce(self, host: str, port: int) -> None:
-        assert self.service.warming is not None
-        try:
-            await asyncio.shield(self.service.warming)
-        except Exception:
-            logger.exception("the policy failed while warming up")
-            self.has_failed = self.should_exit = True
-            return
-        _settle_garbage()
-        repeats = self.service.manifest.spec.observation_dim - 1
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        sys.stdout.write(
-            f"ready: curl -s http://{address}/act -H 'Content-Type: application/json' "
-            f"""-d "{{\\"session_id\\":\\"env-0\\",\\"episode_start\\":true,"""
-            f"""\\"observation\\":[$(printf '0.1,%.0s' $(seq {repeats}))0.1]}}"\n"""
-        )
-        sys.stdout.flush()
-
-
-def main() -> int:
-    settings = _settings()
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stdout,
-    )
-    # As a container's first process this one has no default for SIGTERM: it would be lost.
-    signal.signal(signal.SIGTERM, _stop_at_once)
-    try:
-        directory = find_artifact(settings.artifact)
-        manifest = Manifest.read(directory)
-        device = choose_device(settings.device, manifest, settings.runtime)
-        name: str = settings.runtime
-        if name == "auto":
-            name = choose_runtime(
-                directory,
-                manifest,
-                device=device,
-                num_threads=settings.num_threads,
-                max_batch_size=min(settings.max_batch_size, manifest.max_batch_size),
-            )
-        runtime = load_runtime(
-            directory, manifest, name=name, device=device, num_threads=settings.num_threads
-        )
-    except ArtifactError as error:
-        _fail(str(error))
-    service = PolicyService(manifest, runtime, settings)
-    logger.info(
-        "%s %s, %s on %s, batches up to %d",
-        manifest.name,
-        manifest.policy_version[:19],
-        runtime.name,
-        runtime.device,
-        service.max_batch_size,
-    )
-    app = create_app(service)
-    config = uvicorn.Config(
-        app,
-        http=ActProtocol.serving(app.act_endpoint),
-        ws="none",
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,  # nothing here depends on who a client says it is
-        server_header=False,
-        timeout_graceful_shutdown=settings.drain_s,
-    )
-    server = _Server(config, service)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # Uvicorn raises a signal again once it has drained; by then it has done its work.
-        signal.signal(number, lambda *_: None)
-    try:
-        listener = config.bind_socket()
-        server.run(sockets=[listener, *(listener.dup() for _ in range(ACCEPTS_A_TURN - 1))])
-    except SystemExit:
-        _fail(f"cannot listen on {settings.host}:{settings.port}")
-    return 1 if server.has_failed else 0
-
-
-def _settle_garbage() -> None:
-    """What start-up made stays for good, and full collections, which stop every client, are rare.
-
-    Requests leave no cycles behind; what they make is freed as they end.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
-
 
 def _stop_at_once(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(0)
-
-
-def _settings() -> Settings:
-    try:
-        return CliApp.run(Settings)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        option = "--" + "-".join(map(str, first["loc"])).replace("_", "-")
-        if first["type"] == "missing":
-            _fail(f"{option} is required; see python -m service --help")
-        _fail(f"{option}: {first['msg']}, not {first['input']!r}")
-
-
-def _fail(message: str) -> NoReturn:
-    sys.stderr.write(f"service: {message}\n")
-    raise SystemExit(2)
+    raise SystemExit(0 if number == signal.SIGTERM else 130)
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main())
-    except KeyboardInterrupt:  # while the artifact loads; later uvicorn has the signal
-        raise SystemExit(130) from None
+    # First of all, as what follows takes a while to import, and as a container's first process this
+    # one has no default for SIGTERM: it would be lost.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop_at_once)
+    from service.server import main
+
+    raise SystemExit(main())

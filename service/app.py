@@ -24,7 +24,8 @@ class App(FastAPI):
     act_endpoint: ActEndpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == PATH and scope["method"] == "POST":
+        paths = (PATH, self.root_path + PATH)  # a proxy may have taken the prefix off, or not
+        if scope["type"] == "http" and scope["path"] in paths and scope["method"] == "POST":
             await self.act_endpoint(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
@@ -43,6 +44,7 @@ def create_app(service: PolicyService) -> App:
         title="tamiyo-serve",
         description="Actions of a recurrent, factored, action-masked policy, one step at a time.",
         lifespan=lifespan,
+        root_path=service.settings.root_path,
         redirect_slashes=False,
         responses={"default": {"model": ErrorResponse, "description": "Any error"}},
     )

@@ -2,6 +2,10 @@
 
 The next batch is whatever waits when the model is free: a lone item never waits, and while a batch
 runs the next one gathers by itself. There is no timer. Knows nothing of HTTP or of arrays.
+
+A batch holds the event loop, and what arrives meanwhile is read only afterwards. So in the turns of
+the loop that follow a batch, an item counts as having waited since that batch began, and its batch
+forms one turn later than it would: by then the loop has read, too, whether its client hung up.
 """
 
 import asyncio
@@ -9,6 +13,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from itertools import chain
+from math import inf
 from typing import Generic, NamedTuple, TypeVar
 
 from service.errors import DeadlineExceeded, Disconnected, Draining, Overloaded, ServiceError
@@ -20,12 +26,17 @@ logger = logging.getLogger(__name__)
 
 PACE_WEIGHT = 0.1
 """Of the latest batch, in the pace that a `Retry-After` is told from."""
+TURNS_BEHIND = 3
+"""Turns of the loop after a batch in which it reads what arrived while the batch ran: a new
+connection is accepted in one and read in the next. An idle loop goes through them in microseconds.
+"""
 
 
 class _Waiting(NamedTuple, Generic[Item, Result]):
     item: Item
     key: Hashable
     deadline_s: float
+    read_in_turn: int
     is_wanted: Callable[[], bool]
     settle: Callable[[Result | ServiceError], None]
 
@@ -43,13 +54,19 @@ class Batcher(Generic[Item, Result]):
         *,
         max_batch_size: int,
         max_waiting: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run_batch = run_batch
+        self._clock = clock
         self._max_batch_size = max_batch_size
         self._max_waiting = max_waiting
         self._waiting: deque[_Waiting[Item, Result]] = deque()  # of each key, only the first
         self._behind: dict[Hashable, deque[_Waiting[Item, Result]]] = {}  # the others, by key
         self._num_waiting = 0
+        self._first_deadline_s = inf  # of all that wait, or earlier
+        self._turn = 0
+        self._turns_behind = 0
+        self._batch_began_s = 0.0
         self._seconds_per_item = 0.0  # of late, while there was always more to do
         self._busy_since_s: float | None = None
         self._is_scheduled = False
@@ -64,7 +81,7 @@ class Batcher(Generic[Item, Result]):
         *,
         is_wanted: Callable[[], bool],
         key: Hashable = None,
-        timeout_s: float = float("inf"),
+        timeout_s: float = inf,
     ) -> None:
         """Has `settle` called once, later, with the item's result or the error in its stead.
 
@@ -74,9 +91,13 @@ class Batcher(Generic[Item, Result]):
         Draining after `drain`; then nothing is called.
         """
         self.check_room()
-        loop = asyncio.get_running_loop()
-        deadline_s = loop.time() + timeout_s
-        waiting: _Waiting[Item, Result] = _Waiting(item, key, deadline_s, is_wanted, settle)
+        arrived_s = self._batch_began_s if self._turns_behind else self._clock()
+        deadline_s = arrived_s + timeout_s
+        if deadline_s < self._first_deadline_s:
+            self._first_deadline_s = deadline_s
+        waiting: _Waiting[Item, Result] = _Waiting(
+            item, key, deadline_s, self._turn, is_wanted, settle
+        )
         if key is None or key not in self._behind:
             self._waiting.append(waiting)
             if key is not None:
@@ -84,7 +105,8 @@ class Batcher(Generic[Item, Result]):
         else:
             self._behind[key].append(waiting)
         self._num_waiting += 1
-        self._schedule(loop)
+        self._drained.clear()
+        self._schedule(asyncio.get_running_loop())
 
     def check_room(self) -> None:
         """Raises what `submit` would, before there is an item to submit."""
@@ -109,49 +131,72 @@ class Batcher(Generic[Item, Result]):
         # Called back after all I/O that is ready now: what arrived together rides together.
         if not self._is_scheduled:
             self._is_scheduled = True
-            self._drained.clear()
-            loop.call_soon(self._run_next, loop)
+            loop.call_soon(self._run_turn, loop)
 
-    def _run_next(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _run_turn(self, loop: asyncio.AbstractEventLoop) -> None:
         self._is_scheduled = False
-        batch = self._take(loop.time())
+        self._turn += 1
+        now_s = self._clock()
+        if now_s >= self._first_deadline_s:
+            self._expire(now_s)
+        batch = self._take()
         if batch:
+            self._batch_began_s = now_s
+            self._turns_behind = TURNS_BEHIND
             results = self._results(batch)
             for waiting in reversed(batch):
                 self._release(waiting.key)
             for waiting, result in zip(batch, results, strict=True):
                 _settle(waiting, result)
             self._measure(len(batch))
-        if self._waiting:
-            self._schedule(loop)
-        else:
+        elif self._turns_behind:
+            self._turns_behind -= 1
+        if not self._waiting:
             self._drained.set()
+        if self._waiting or self._turns_behind:
+            self._schedule(loop)
 
     def _measure(self, num_items: int) -> None:
         """Keeps the pace of full work: from one batch to the next, whatever else takes time."""
-        now_s = time.monotonic()
+        now_s = self._clock()
         if self._busy_since_s is not None:
             seconds = (now_s - self._busy_since_s) / num_items
             known = self._seconds_per_item or seconds
             self._seconds_per_item = known + PACE_WEIGHT * (seconds - known)
         self._busy_since_s = now_s if self._waiting else None
 
-    def _take(self, now_s: float) -> list[_Waiting[Item, Result]]:
+    def _expire(self, now_s: float) -> None:
+        """Settles all whose time is up, wherever they wait: they are in nobody's way any more."""
+        everybody = [*self._waiting, *chain.from_iterable(self._behind.values())]
+        expired = [waiting for waiting in everybody if waiting.deadline_s <= now_s]
+        in_time = [waiting.deadline_s for waiting in everybody if waiting.deadline_s > now_s]
+        self._first_deadline_s = min(in_time, default=inf)
+        if not expired:
+            return
+        first_of_key = [waiting for waiting in self._waiting if waiting.deadline_s <= now_s]
+        self._waiting = deque(waiting for waiting in self._waiting if waiting.deadline_s > now_s)
+        for key, behind in self._behind.items():
+            self._behind[key] = deque(waiting for waiting in behind if waiting.deadline_s > now_s)
+        for waiting in reversed(first_of_key):
+            self._release(waiting.key)
+        self._num_waiting -= len(expired)
+        for waiting in expired:
+            error = DeadlineExceeded("the time allowed passed before the model was free")
+            _settle(waiting, error)
+
+    def _take(self) -> list[_Waiting[Item, Result]]:
         batch: list[_Waiting[Item, Result]] = []
         while self._waiting and len(batch) < self._max_batch_size:
-            waiting = self._waiting.popleft()
+            waiting = self._waiting[0]
+            if self._turns_behind and waiting.read_in_turn == self._turn - 1:
+                break  # its client may have hung up since, which the loop reads in this turn
+            self._waiting.popleft()
             self._num_waiting -= 1
-            if not waiting.is_wanted():
+            if waiting.is_wanted():
+                batch.append(waiting)
+            else:
                 self._release(waiting.key)
                 _settle(waiting, Disconnected("the client hung up"))
-            elif waiting.deadline_s <= now_s:
-                self._release(waiting.key)
-                _settle(
-                    waiting,
-                    DeadlineExceeded("the time allowed passed before the model was free"),
-                )
-            else:
-                batch.append(waiting)
         return batch
 
     def _release(self, key: Hashable) -> None:

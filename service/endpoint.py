@@ -1,7 +1,7 @@
 """`POST /act` as bare ASGI, ahead of FastAPI's routing: for any server and any test client.
 
 The route of the same name in `service.app` is its documentation; `service.schemas` is what both
-validate and show. `python -m service` has a shorter way for most requests: `service.http_protocol`.
+validate and show. `python -m service` has a shorter way: `service.connection`.
 """
 
 import asyncio
@@ -30,13 +30,13 @@ class ActEndpoint:
 
     def __init__(self, service: PolicyService) -> None:
         self.service = service
-        self._max_body_bytes = service.settings.max_body_bytes
+        self.max_body_bytes = service.settings.max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         response: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
         exchange = _AsgiExchange(self.service, receive, response)
         try:
-            self.check_headers(scope["headers"])
+            self.open(exchange, scope["headers"])
             body = await self._read_body(receive)
         except ServiceError as error:
             exchange.refuse(error)
@@ -54,29 +54,37 @@ class ActEndpoint:
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": content})
 
-    def check_headers(self, headers: Headers) -> None:
-        """Raises the error of a request that is not to be read: names are in lower case."""
-        content_type, length = b"", b"0"
+    def open(self, exchange: Exchange, headers: Headers) -> None:
+        """Raises why a request with these headers, names in lower case, need not be read."""
+        content_type = content_length = None
         for name, value in headers:
             if name == b"content-type":
                 content_type = value
             elif name == b"content-length":
-                length = value
+                content_length = value
+            elif name == b"x-session-id":
+                if exchange.session_header not in (None, value):
+                    raise Malformed("`X-Session-Id` is given twice, with two names")
+                exchange.session_header = value
+            elif name in (b"content-encoding", b"transfer-encoding"):
+                _check_encoding(name, value)
+            elif name == b"expect":
+                exchange.expects_continue = value.lower() == b"100-continue"
         if content_type != b"application/json":
             _check_content_type(content_type)
-        if not length.isdigit():
-            raise Malformed("the Content-Length is not a number")
-        if len(length) > LONGEST_LENGTH:
-            raise self._too_large()
-        self.check_length(int(length))
+        if content_length is not None:
+            self._check_announced(content_length)
+        self.service.check_open()
 
     def check_length(self, num_bytes: int) -> None:
         """Raises TooLarge for a body, or the part of one, that is more than anybody needs."""
-        if num_bytes > self._max_body_bytes:
-            raise self._too_large()
+        if num_bytes > self.max_body_bytes:
+            raise TooLarge(f"the body is larger than {self.max_body_bytes} bytes")
 
-    def _too_large(self) -> TooLarge:
-        return TooLarge(f"the body is larger than {self._max_body_bytes} bytes")
+    def _check_announced(self, length: bytes) -> None:
+        if not length.isdigit():
+            raise Malformed("the Content-Length is not a number")
+        self.check_length(int(length[: LONGEST_LENGTH + 1]))
 
     async def _read_body(self, receive: Receive) -> bytearray:
         body = bytearray()
@@ -110,9 +118,18 @@ class _AsgiExchange(Exchange):
             self._response.set_result((status, headers, content))
 
 
-def _check_content_type(given: bytes) -> None:
+def _check_content_type(given: bytes | None) -> None:
+    if given is None:
+        raise UnsupportedContentType(f"there is no Content-Type; send {CONTENT_TYPE}")
     content_type = given.decode("latin-1").partition(";")[0].strip().lower()
     if content_type != CONTENT_TYPE:
-        raise UnsupportedContentType(
-            f"the content type is {content_type or 'missing'!r}; send {CONTENT_TYPE}"
-        )
+        raise UnsupportedContentType(f"the content type is {content_type!r}; send {CONTENT_TYPE}")
+
+
+def _check_encoding(header: bytes, given: bytes) -> None:
+    plain = "chunked" if header == b"transfer-encoding" else "identity"
+    encodings = [token.strip().lower() for token in given.decode("latin-1").split(",")]
+    for encoding in encodings:
+        if encoding not in ("", plain):
+            name = "-".join(word.capitalize() for word in header.decode().split("-"))
+            raise UnsupportedContentType(f"the {name} is {encoding[:80]!r}; send the body as it is")

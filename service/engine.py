@@ -106,11 +106,12 @@ class Engine:
     def max_batch_size(self) -> int:
         return self._buckets[-1]
 
-    def warm_up(self, times: int = 3) -> None:
-        """Runs every bucket, so that no request pays for a first run."""
+    def warm_up(self, times: int = 3, *, is_wanted: Callable[[], bool] = lambda: True) -> None:
+        """Runs every bucket, so that no request pays for a first run; until it is not wanted."""
         for bucket in self._buckets:
             for _ in range(times):
-                self._run(bucket)
+                if is_wanted():
+                    self._run(bucket)
 
     def step(self, requests: Sequence[StepRequest]) -> list[StepAnswer | ServiceError]:
         """Answers each request, or says why not, in order; one request's error is its own."""

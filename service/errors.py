@@ -3,12 +3,14 @@
     ServiceError                500 internal
         Malformed               400 malformed
         UnknownSession          404 unknown_session
+        RequestTimeout          408 request_timeout
         StepConflict            409 step_conflict
         SessionLost             410 session_lost
         TooLarge                413 too_large
         UnsupportedContentType  415 unsupported_content_type
         Invalid                 422 invalid
         Overloaded              429 overloaded
+        HeadersTooLarge         431 headers_too_large
         NotReady                503 not_ready
         Draining                503 draining
         DeadlineExceeded        504 deadline_exceeded
@@ -44,6 +46,12 @@ class UnknownSession(ServiceError):
     status_code, error_type = 404, "unknown_session"
 
 
+class RequestTimeout(ServiceError):
+    """The request has not arrived in the time allowed for it."""
+
+    status_code, error_type = 408, "request_timeout"
+
+
 class StepConflict(ServiceError):
     """The request is not the session's next step, nor a retry of its last one."""
 
@@ -63,7 +71,7 @@ class TooLarge(ServiceError):
 
 
 class UnsupportedContentType(ServiceError):
-    """The body is of a kind this server does not read."""
+    """The body is of a kind, or encoded in a way, that this server does not read."""
 
     status_code, error_type = 415, "unsupported_content_type"
 
@@ -82,6 +90,12 @@ class Overloaded(ServiceError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.headers = {"Retry-After": str(max(1, ceil(retry_after_s)))}
+
+
+class HeadersTooLarge(ServiceError):
+    """The request line and headers are larger than any client of ours needs."""
+
+    status_code, error_type = 431, "headers_too_large"
 
 
 class NotReady(ServiceError):

@@ -18,10 +18,13 @@ REPLAYED = (b"replayed", b"true")
 class Exchange(ABC):
     """Somebody waits for an answer; exactly one of the methods that give one is called, once."""
 
-    __slots__ = ("_metrics",)
+    __slots__ = ("_metrics", "expects_continue", "session_header")
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self.session_header: bytes | None = None
+        """`X-Session-Id`, by which a load balancer may have chosen this server."""
+        self.expects_continue = False
 
     @abstractmethod
     def is_wanted(self) -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator
+from math import inf
 
 from prometheus_client import (
     CollectorRegistry,
@@ -51,6 +52,25 @@ class Metrics:
         waiting.set_function(num_waiting)
         tasks = Gauge("tamiyo_tasks", "Tasks on the event loop.", registry=self._registry)
         tasks.set_function(lambda: len(asyncio.all_tasks()))
+        self._connections = Gauge(
+            "tamiyo_connections", "Open connections.", registry=self._registry
+        )
+        self._connections_limit = Gauge(
+            "tamiyo_connections_limit",
+            "Connections there are file descriptors for; more are refused.",
+            registry=self._registry,
+        )
+        self._unread = Counter(
+            "tamiyo_unread_requests_total",
+            "Requests refused before they could be read: no HTTP, too slow, headers too large.",
+            ["result"],
+            registry=self._registry,
+        )
+        self.connections_refused = Counter(
+            "tamiyo_connections_refused_total",
+            "Connections closed at once, for want of file descriptors.",
+            registry=self._registry,
+        )
         ProcessCollector(registry=self._registry)
 
     def count(self, result: str) -> None:
@@ -59,6 +79,15 @@ class Metrics:
         if counter is None:
             counter = self._by_result[result] = self.requests.labels(result)
         counter.inc()
+
+    def count_unread(self, error_type: str) -> None:
+        """One more request of which it is not known what it was."""
+        self._unread.labels(error_type).inc()
+
+    def watch_connections(self, num_open: Callable[[], int], limit: int | None) -> None:
+        """Says how many connections are open, and how many may be."""
+        self._connections.set_function(num_open)
+        self._connections_limit.set(inf if limit is None else limit)
 
     def render(self) -> bytes:
         return generate_latest(self._registry)

@@ -32,6 +32,14 @@ class Settings(BaseSettings):
     port: Annotated[
         int, Field(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     ] = 8000
+    root_path: Annotated[
+        str,
+        Field(
+            pattern=r"^(/[\w.~-]+)*$",
+            description="The path a proxy has this service under, such as /tamiyo, so that /docs "
+            "finds its way; the proxy may take it off requests or leave it on.",
+        ),
+    ] = ""
     runtime: Annotated[
         Literal["auto", "onnx", "torchscript", "aoti", "eager", "compile"],
         Field(
@@ -79,6 +87,21 @@ class Settings(BaseSettings):
     max_body_bytes: Annotated[
         int, Field(ge=1024, description="Larger bodies get 413; one step of V1 is some 3 kB.")
     ] = 262_144
+    keep_alive_s: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="A connection without a request for so long is closed; longer than an "
+            "environment's slowest step, its clients need not reconnect.",
+        ),
+    ] = 75.0
+    read_timeout_s: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="A request that has not all arrived so long after its first byte gets 408.",
+        ),
+    ] = 30.0
     drain_s: Annotated[
         int, Field(ge=0, description="On SIGTERM, time for requests under way before the exit.")
     ] = 10

@@ -1,7 +1,6 @@
 import asyncio
 import logging
 from collections.abc import Hashable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -363,17 +362,16 @@ def test_an_answer_that_cannot_be_given_costs_the_others_nothing(
 
 @pytest.mark.parametrize(("seconds_per_item", "retry_after"), [(0.001, "1"), (0.4, "3")])
 def test_a_full_queue_says_when_it_will_have_been_worked_off(
-    monkeypatch: pytest.MonkeyPatch, seconds_per_item: float, retry_after: str
+    seconds_per_item: float, retry_after: str
 ) -> None:
     clock = FakeClock()
-    monkeypatch.setattr("service.batcher.time", SimpleNamespace(monotonic=clock))
 
     async def scenario() -> None:
         def step(items: list[int]) -> list[int | ServiceError]:
             clock.now_s += seconds_per_item * len(items)
             return list(items)
 
-        batcher = Batcher(step, max_batch_size=2, max_waiting=6)
+        batcher = Batcher(step, max_batch_size=2, max_waiting=6, clock=clock)
         await outcomes([submitted(batcher, item) for item in range(6)])
         clock.now_s += 1000  # with nothing to do, which says nothing about its pace
         await submitted(batcher, 0)

@@ -5,7 +5,7 @@ import pytest
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
-from service.__main__ import main
+from service.server import main
 from service.settings import Settings
 
 REQUIRED = ["--artifact", "somewhere"]
@@ -23,6 +23,9 @@ ANOTHER = {
     "session_idle_s": ("1.5", 1.5),
     "timeout_ms": ("2.5", 2.5),
     "max_body_bytes": ("2048", 2048),
+    "root_path": ("/tamiyo/v1", "/tamiyo/v1"),
+    "keep_alive_s": ("5.5", 5.5),
+    "read_timeout_s": ("3.5", 3.5),
     "drain_s": ("0", 0),
     "seed": ("13", 13),
     "log_level": ("debug", "debug"),

@@ -1,4 +1,4 @@
-"""`POST /act` on real sockets, by both its ways: each request must be answered alike on both."""
+"""Connections on real sockets; `POST /act` by both its ways, which must answer alike."""
 
 import asyncio
 import gc
@@ -11,15 +11,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from model.spec import PolicySpec
-from service.http_protocol import ActProtocol
+from service.connections import Connections
+from service.incoming import AsgiRequest, DirectRequest
 from tests.service.conftest import MakeClient
 from tests.service.fakes import AppClient, SummingRuntime
 
-DRAIN_S = 10
 MAX_BODY_BYTES = 4096
 
 
@@ -58,9 +57,9 @@ class Connection:
 class Server:
     """The application on a socket of its own, by one way or the other."""
 
-    def __init__(self, address: tuple[str, int], state: ServerState) -> None:
+    def __init__(self, address: tuple[str, int], connections: Connections) -> None:
         self.address = address
-        self.connections: set[Any] = state.connections
+        self.connections = connections
 
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[Connection]:
@@ -80,28 +79,26 @@ class Server:
 
 @asynccontextmanager
 async def serving(
-    client: AppClient, *, direct: bool = True, drain_s: int = DRAIN_S
+    client: AppClient, *, direct: bool = True, limit: int | None = None
 ) -> AsyncIterator[Server]:
-    protocol = ActProtocol.serving(client.app.act_endpoint) if direct else HttpToolsProtocol
+    connections = Connections(client.app.act_endpoint, limit=limit)
+    if not direct:
+        connections.act_targets.clear()
     config = uvicorn.Config(
-        client.app,
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        ws="none",
-        timeout_graceful_shutdown=drain_s,
+        client.app, lifespan="off", log_config=None, proxy_headers=False, ws="none"
     )
     config.load()
     state = ServerState()
     state.default_headers = [(b"date", b"today")]
     listener = await asyncio.get_running_loop().create_server(
-        lambda: protocol(config=config, server_state=state, app_state={}), "127.0.0.1", 0
+        lambda: connections.accept(config, state, {}), "127.0.0.1", 0
     )
     try:
-        yield Server(listener.sockets[0].getsockname()[:2], state)
+        yield Server(listener.sockets[0].getsockname()[:2], connections)
     finally:
         listener.close()
+        for connection in connections:
+            connection.transport.abort()
 
 
 @pytest.fixture
@@ -216,15 +213,15 @@ def test_both_ways_answer_a_request_alike(
 def test_a_good_request_takes_the_short_way(client: AppClient, spec: PolicySpec) -> None:
     """Or all of this module would compare uvicorn with itself."""
 
-    async def play(server: Server) -> list[bool]:
+    async def play(server: Server) -> type[Any]:
         async with server.connect() as connection:
             connection.send(post(body_of(spec)))
             await connection.answer()
             (served,) = server.connections
-            return [hasattr(served.cycle, "give_up"), hasattr(served.cycle, "run_asgi")]
+            return type(served.current)
 
-    assert scenario(client, play) == [True, False]
-    assert scenario(client, play, direct=False) == [False, True]
+    assert scenario(client, play) is DirectRequest
+    assert scenario(client, play, direct=False) is AsgiRequest
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -325,7 +322,7 @@ def test_a_closed_connection_is_freed_without_a_garbage_collection(
                 connection.send(post(body_of(spec)))
                 await connection.answer()
                 seen += [weakref.ref(served) for served in server.connections]
-            while server.connections:
+            while len(server.connections):
                 await asyncio.sleep(0)
         for _ in range(3):  # what the loop itself still holds
             await asyncio.sleep(0)
@@ -339,22 +336,25 @@ def test_a_closed_connection_is_freed_without_a_garbage_collection(
         gc.enable()
 
 
+@pytest.mark.parametrize("direct", [True, False])
 def test_a_body_that_arrives_after_the_shutdown_began_is_answered(
-    client: AppClient, spec: PolicySpec
+    client: AppClient, spec: PolicySpec, direct: bool
 ) -> None:
-    answer = answer_to_a_request_in_two_parts(client, spec, drain_s=DRAIN_S, sends_the_rest=True)
+    answer = answer_to_a_request_in_two_parts(client, spec, direct=direct, sends_the_rest=True)
     assert answer.status == 200
 
 
+@pytest.mark.parametrize("direct", [True, False])
 def test_a_body_that_never_arrives_is_refused_before_the_drain_ends(
-    client: AppClient, spec: PolicySpec
+    make_client: MakeClient, spec: PolicySpec, direct: bool
 ) -> None:
-    answer = answer_to_a_request_in_two_parts(client, spec, drain_s=0, sends_the_rest=False)
+    client = make_client(drain_s=0)
+    answer = answer_to_a_request_in_two_parts(client, spec, direct=direct, sends_the_rest=False)
     assert (answer.status, json.loads(answer.content)["error_type"]) == (503, "draining")
 
 
 def answer_to_a_request_in_two_parts(
-    client: AppClient, spec: PolicySpec, *, drain_s: int, sends_the_rest: bool
+    client: AppClient, spec: PolicySpec, *, direct: bool, sends_the_rest: bool
 ) -> Answer:
     """Between the two the server begins to shut down; after the answer it hangs up."""
     request = post(body_of(spec))
@@ -369,12 +369,12 @@ def answer_to_a_request_in_two_parts(
             return await connection.answer(), await connection.is_closed()
 
     answer: Answer
-    answer, is_closed = scenario(client, play, drain_s=drain_s)
+    answer, is_closed = scenario(client, play, direct=direct)
     assert answer.headers["connection"] == "close"
     assert is_closed
     return answer
 
 
 async def until_it_is_read(server: Server) -> None:
-    while not any(connection.cycle for connection in server.connections):
+    while not any(connection.current for connection in server.connections):
         await asyncio.sleep(0)
