@@ -7,8 +7,11 @@ import signal
 from types import FrameType
 from typing import NoReturn
 
+asked_to_stop: list[int] = []
+
 
 def _stop_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    asked_to_stop.append(number)
     raise SystemExit(0 if number == signal.SIGTERM else 130)
 
 
@@ -19,4 +22,4 @@ if __name__ == "__main__":
         signal.signal(number, _stop_at_once)
     from service.server import main
 
-    raise SystemExit(main())
+    raise SystemExit(main(asked_to_stop))

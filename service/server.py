@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 import uvicorn
@@ -22,6 +23,7 @@ from service.policy_service import PolicyService
 from service.runtime.auto import choose_runtime
 from service.runtime.device import choose_device
 from service.runtime.load import load_runtime
+from service.runtime.protocol import Runtime
 from service.settings import Settings
 
 logger = logging.getLogger("service")
@@ -69,8 +71,12 @@ class _Server(uvicorn.Server):
         sys.stdout.flush()
 
 
-def main() -> int:
-    """Serves until it is asked to stop; the exit code."""
+def main(asked_to_stop: Sequence[int] = ()) -> int:
+    """Serves until it is asked to stop; the exit code. In the main thread.
+
+    `asked_to_stop` has the signals that came since the process began, which a handler of the
+    caller's is to raise SystemExit for; one raised while Python runs a destructor is lost.
+    """
     settings = _settings()
     logging.basicConfig(
         level=settings.log_level.upper(),
@@ -95,6 +101,13 @@ def main() -> int:
         )
     except ArtifactError as error:
         _fail(str(error))
+    return serve(settings, manifest, runtime, asked_to_stop)
+
+
+def serve(
+    settings: Settings, manifest: Manifest, runtime: Runtime, asked_to_stop: Sequence[int] = ()
+) -> int:
+    """What `main` does once there is a runtime."""
     service = PolicyService(manifest, runtime, settings)
     logger.info(
         "%s %s, %s on %s, batches up to %d",
@@ -123,6 +136,7 @@ def main() -> int:
         # Uvicorn has handlers of its own while it runs, and raises a signal again once it has
         # drained. Before that, these tell it to end as soon as it has begun; afterwards, nothing.
         signal.signal(number, server.stop)
+    server.should_exit = bool(asked_to_stop)
     try:
         listener = config.bind_socket()
         server.run(sockets=[listener, *(listener.dup() for _ in range(ACCEPTS_A_TURN - 1))])

@@ -67,25 +67,27 @@ class _Output(threading.Thread):
         super().__init__(daemon=True)
         self.stream = stream
         self.lines: list[str] = []
-        self._ready: queue.Queue[str] = queue.Queue()
+        self._unseen: queue.Queue[str] = queue.Queue()
         self.start()
 
     def run(self) -> None:
         with self.stream:
             for line in self.stream:
                 self.lines.append(line)
-                if line.startswith("ready: "):
-                    self._ready.put(line)
-        self._ready.put("")
+                self._unseen.put(line)
+        self._unseen.put("")
 
-    def wait_until_ready(self) -> str:
-        try:
-            line = self._ready.get(timeout=START_TIMEOUT_S)
-        except queue.Empty:
-            line = ""
-        if not line:
-            raise RuntimeError(f"the server did not start, it said: {''.join(self.lines)}")
-        return line
+    def wait_for(self, text: str) -> str:
+        """The next line with this in it; those before it are not looked at again."""
+        while True:
+            try:
+                line = self._unseen.get(timeout=START_TIMEOUT_S)
+            except queue.Empty:
+                line = ""
+            if not line:
+                raise RuntimeError(f"no {text!r} in what it said: {''.join(self.lines)}")
+            if text in line:
+                return line
 
 
 @contextmanager
@@ -96,10 +98,14 @@ def running_server(artifact: Path, *flags: str) -> Iterator[RunningServer]:
 
 
 @contextmanager
-def running(command: Sequence[str]) -> Iterator[RunningServer]:
-    """The server that `command` runs, in a process of its own or in a container's."""
+def running(command: Sequence[str], *, until: str = "ready: ") -> Iterator[RunningServer]:
+    """The server that `command` runs, in a process of its own or in a container's.
+
+    It has said a line with `until` in it; nothing has been written to its stdin.
+    """
     process = subprocess.Popen(
         command,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -109,12 +115,14 @@ def running(command: Sequence[str]) -> Iterator[RunningServer]:
     assert process.stdout is not None
     output = _Output(process.stdout)
     try:
-        server = RunningServer(process, output, output.wait_until_ready())
+        server = RunningServer(process, output, output.wait_for(until))
         yield server
         server.stop()
     finally:
         process.kill()
         process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
         output.join(STOP_TIMEOUT_S)
 
 

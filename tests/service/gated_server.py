@@ -1,0 +1,57 @@
+"""A server whose steps take as long as the test wants: a program, over the fake policy.
+
+`python -m tests.service.gated_server MODE FLAGS` is `python -m service FLAGS`, but a step says so on
+stdout, `step N settled` for a batch of N where the garbage of start-up is, and waits for a
+line on stdin: in MODE `gated` the steps of requests do, in `warm-up` those of the warm-up. In
+`broken` none does, and all fail.
+"""
+
+import gc
+import logging
+import sys
+import threading
+from collections.abc import Callable
+
+from pydantic_settings import CliApp
+
+from export.manifest import Manifest
+from model.spec import PolicySpec
+from service.artifact import find_artifact
+from service.runtime.protocol import StepInputs, StepOutputs
+from service.server import serve
+from service.settings import Settings
+from tests.service.fakes import SummingRuntime
+
+
+class GatedRuntime(SummingRuntime):
+    def __init__(self, spec: PolicySpec, mode: str) -> None:
+        super().__init__(spec)
+        self.waits_in_warm_up = mode == "warm-up"
+        if mode == "broken":
+            self.failure = RuntimeError("broken")
+
+    def bind(self, inputs: StepInputs, outputs: StepOutputs) -> Callable[[], None]:
+        step = super().bind(inputs, outputs)
+
+        def run() -> None:
+            is_warm_up = threading.current_thread() is not threading.main_thread()
+            if is_warm_up == self.waits_in_warm_up:
+                settled = "settled" if gc.get_freeze_count() else "unsettled"
+                sys.stdout.write(f"step {len(inputs.observation)} {settled}\n")
+                sys.stdout.flush()
+                sys.stdin.readline()
+            step()
+
+        return run
+
+
+def main() -> int:
+    mode = sys.argv.pop(1)
+    settings = CliApp.run(Settings)
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+    manifest = Manifest.read(find_artifact(settings.artifact))
+    return serve(settings, manifest, GatedRuntime(manifest.spec, mode))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
