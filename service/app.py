@@ -22,9 +22,12 @@ class App(FastAPI):
     """FastAPI, but for `POST /act`, which is answered before any middleware or routing."""
 
     act_endpoint: ActEndpoint
+    prefix: str
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        paths = (PATH, self.root_path + PATH)  # a proxy may have taken the prefix off, or not
+        if self.prefix:  # which a proxy may have taken off the path, or not: both find their route
+            scope["root_path"] = self.prefix
+        paths = (PATH, self.prefix + PATH)
         if scope["type"] == "http" and scope["path"] in paths and scope["method"] == "POST":
             await self.act_endpoint(scope, receive, send)
         else:
@@ -44,7 +47,6 @@ def create_app(service: PolicyService) -> App:
         title="tamiyo-serve",
         description="Actions of a recurrent, factored, action-masked policy, one step at a time.",
         lifespan=lifespan,
-        root_path=service.settings.root_path,
         redirect_slashes=False,
         responses={"default": {"model": ErrorResponse, "description": "Any error"}},
     )
@@ -53,6 +55,7 @@ def create_app(service: PolicyService) -> App:
     app.add_exception_handler(Exception, _unknown_error)
 
     app.act_endpoint = ActEndpoint(service)
+    app.prefix = service.settings.root_path
 
     spec = service.manifest.spec
 

@@ -35,9 +35,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LARGEST_HEAD = 65536
-"""Bytes of a request line and headers, of trailers, or between two pieces of a body."""
+"""Bytes of a request line and headers, of trailers, or of what stands between pieces of a body."""
 LINGER_S = 2.0
-"""A connection closed with input unread is reset, and its client may lose the answer by that."""
+LINGER_BYTES = 32 * 1024 * 1024
+"""A connection closed with input unread is reset, and its client may lose the answer by that: so
+much is read, unheeded, of what a client still sends after its last answer."""
 NEVER = float("inf")
 
 STATUS_LINES = {
@@ -78,7 +80,7 @@ class Connection(asyncio.Protocol):
         self._is_reading = False  # a request, of which not all has come
         self._incoming: DirectRequest | AsgiRequest | None = None  # that request, once its head has
         self._is_upgrade = False
-        self._overhead = 0  # bytes since the last one of a body, or the request's first
+        self._overhead = 0  # bytes since the request's first, its head's last, or one of its body
         self._discarded = 0  # bytes of a request that was answered before it was whole
         self._is_lingering = False
         self._is_draining = False
@@ -138,6 +140,7 @@ class Connection(asyncio.Protocol):
             return
         if self._last_words is not None or self.transport.is_closing():
             return
+        self._overhead += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -148,10 +151,10 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserError:
             self._refuse(Malformed("this is not an HTTP/1.1 request"))
         else:
-            if self._is_reading:
-                self._overhead += len(data)
-                if self._overhead > LARGEST_HEAD:
-                    self._refuse(HeadersTooLarge(f"the headers exceed {LARGEST_HEAD} bytes"))
+            if not self._is_reading:
+                self._overhead = 0
+            elif self._overhead >= LARGEST_HEAD:
+                self._refuse(HeadersTooLarge(f"the headers exceed {LARGEST_HEAD} bytes"))
 
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Reads the request as if it had not offered another protocol (RFC 9110, 7.8).
@@ -181,7 +184,6 @@ class Connection(asyncio.Protocol):
         self._url = b""
         self.headers = []
         self._is_reading = True
-        self._overhead = 0
         self.deadline_s = self.loop.time() + self.shared.read_timeout_s
 
     def on_url(self, url: bytes) -> None:
@@ -192,6 +194,7 @@ class Connection(asyncio.Protocol):
             self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
+        self._overhead = 0
         if self._parser.should_upgrade():
             self._is_upgrade = True
         elif not (self._is_lingering or self._last_words):
@@ -231,6 +234,7 @@ class Connection(asyncio.Protocol):
         if self._is_upgrade:
             return
         self._is_reading = False
+        self._overhead = 0
         request, self._incoming = self._incoming, None
         if request is None:
             return
@@ -304,6 +308,8 @@ class Connection(asyncio.Protocol):
     def _refuse(self, error: ServiceError) -> None:
         """Has what is being read answered in its turn, and nothing after it."""
         request, current = self._incoming, self.current
+        if self._is_lingering or self.transport.is_closing():
+            return
         if request is not None and request.response_complete:
             self.end()
         elif request is not None and request is current:
@@ -362,8 +368,8 @@ class Connection(asyncio.Protocol):
 
     def _discard(self, num_bytes: int) -> None:
         self._discarded += num_bytes
-        if self._discarded > self.shared.max_body_bytes:
-            if self._is_lingering:
+        if self._is_lingering:
+            if self._discarded > LINGER_BYTES:
                 self.transport.abort()
-            else:
-                self.end()
+        elif self._discarded > self.shared.max_body_bytes:
+            self.end()

@@ -1,9 +1,9 @@
 """A server whose steps take as long as the test wants: a program, over the fake policy.
 
-`python -m tests.service.gated_server MODE FLAGS` is `python -m service FLAGS`, but a step says so on
-stdout, `step N settled` for a batch of N where the garbage of start-up is, and waits for a
-line on stdin: in MODE `gated` the steps of requests do, in `warm-up` those of the warm-up. In
-`broken` none does, and all fail.
+`python -m tests.service.gated_server MODE FLAGS` is `python -m service FLAGS`, but a step says on
+stdout `step N settled`, for N rows and where the garbage of the start is, and waits for a line
+on stdin: in MODE `gated` the steps of requests do, in `warm-up` those of the warm-up. In `broken`
+none does, and all fail.
 """
 
 import gc

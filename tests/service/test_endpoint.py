@@ -1,5 +1,6 @@
 """`POST /act` as bare ASGI: what httpx's transport cannot do to it."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -48,6 +49,32 @@ def test_a_client_that_hangs_up_before_its_turn_costs_no_model_time(
     assert sent == []
     assert 'tamiyo_act_requests_total{result="disconnected"} 1.0' in client.get("/metrics").text
     assert client.service.sessions.find("a") is None
+
+
+def test_a_request_whose_task_is_cancelled_costs_no_model_time(
+    client: AppClient, runtime: SummingRuntime, spec: PolicySpec
+) -> None:
+    body = {"session_id": "a", "episode_start": True, "observation": [1.0] * spec.observation_dim}
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+
+    async def send(message: Any) -> None:
+        raise AssertionError("it is answered")
+
+    async def cancel() -> None:
+        task = asyncio.ensure_future(
+            ActEndpoint(client.service)({"headers": HEADERS}, receive, send)
+        )
+        while not len(client.service.batcher):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task})
+        await client.service.stop()
+
+    runtime.batch_sizes.clear()
+    client.run(cancel())
+    assert runtime.batch_sizes == []
 
 
 def test_uvicorn_still_says_that_a_client_hung_up_where_we_look_for_it() -> None:
