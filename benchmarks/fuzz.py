@@ -45,6 +45,8 @@ NUM_RECENT = 300
 DOCUMENTED = {
     *(200, 204, 400, 401, 403, 404, 405, 408, 409, 410, 413, 414, 415, 422, 429, 431, 503, 504)
 }
+RAISED = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Group)\b.*", re.MULTILINE)
+"""The line a traceback ends with."""
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s
 
 
@@ -306,10 +308,12 @@ async def fuzz_artifact(artifact: Path, seconds: float, seed: int, failures: Pat
                 found.fail("descriptors that stay open", detail=f"{left} more than before")
         if await server.stop() != 0:
             found.fail("an exit code other than 0 on SIGTERM", detail=server.log()[-2000:])
-        if "Traceback" in server.log():
-            tail = server.log()[server.log().index("Traceback") :][:2000]
-            found.fail("a traceback in the log", *found.recent, detail=tail)
-        num_lines = server.log().count("\n")
+        log = server.log()
+        if "Traceback" in log:
+            last_lines = Counter(re.sub("0x[0-9a-f]+", "0x", line) for line in RAISED.findall(log))
+            detail = f"{last_lines}, the first:\n{log[log.index('Traceback') :][:2000]}"
+            found.fail("a traceback in the log", *found.recent, detail=detail)
+        num_lines = log.count("\n")
     half = len(resident_mib) // 2
     start_mib, half_mib, end_mib = resident_mib[0], max(resident_mib[: half + 1]), resident_mib[-1]
     if max(resident_mib[half:]) - half_mib > LEVEL_MIB:
