@@ -32,6 +32,7 @@ START_TIMEOUT_S = 30.0
 TIMEOUT_S = 30.0
 NUM_STEPS = 3
 NUM_SESSIONS = 24
+TOO_MANY_BYTES = 300_000
 Json = dict[str, Any]
 Configure = Callable[[Path, str, list[RunningServer]], list[str]]
 
@@ -265,7 +266,7 @@ def test_a_body_too_large_is_refused_through_a_proxy_and_the_next_request_is_ser
     headers = {"Content-Type": "application/json"}
     with behind(proxy, "kept alive", tmp_path, servers[0]) as client:
         for _ in range(3):
-            refused = client.post("/act", content=b" " * 500_000, headers=headers)
+            refused = client.post("/act", content=b" " * TOO_MANY_BYTES, headers=headers)
             assert (refused.status_code, refused.json()["error_type"]) == (413, "too_large")
             assert client.post("/act", json={"observation": [0.0] * dimension}).status_code == 200
 
