@@ -242,7 +242,8 @@ class Connection(asyncio.Protocol):
         if request.response_complete:
             self._rest()
         else:
-            self.deadline_s = NEVER
+            if not self.flow.write_paused:
+                self.deadline_s = NEVER
             request.finish()
 
     # Turns

@@ -776,9 +776,11 @@ def test_a_client_that_reads_nothing_is_given_up(
             served.transport.get_extra_info("socket").setsockopt(
                 socket.SOL_SOCKET, socket.SO_SNDBUF, 4096
             )
+            while not served.flow.write_paused:
+                connection.send(request)
+                await asyncio.sleep(0)
+            connection.send(request)  # some of this is still read
             while len(server.connections):
-                with suppress(ConnectionError):
-                    connection.send(request)
                 await asyncio.sleep(0)
 
     scenario(client, play, direct=direct)
