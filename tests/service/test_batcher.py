@@ -1,13 +1,14 @@
 import asyncio
 import logging
 from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.batcher import Batcher
+from service.batcher import TURNS_BEHIND, Batcher
 from service.errors import (
     DeadlineExceeded,
     Disconnected,
@@ -132,6 +133,88 @@ def test_an_item_whose_time_is_up_is_never_run(timeout_s: float) -> None:
             await late
         assert await other == 4
         assert doubling.batches == [[2]]
+
+    run(scenario())
+
+
+def test_a_deadline_ends_at_its_very_moment() -> None:
+    async def scenario() -> None:
+        clock, doubling = FakeClock(), Doubling()
+        batcher = Batcher(doubling, max_batch_size=8, max_waiting=8, clock=clock)
+        ends_now = submitted(batcher, 1, timeout_s=0.5)
+        ends_later = submitted(batcher, 2, timeout_s=0.75)
+        clock.now_s += 0.5
+        assert await ends_later == 4
+        assert isinstance(ends_now.exception(), DeadlineExceeded)
+
+    run(scenario())
+
+
+def test_the_time_of_the_batch_before_counts_for_what_is_read_after_it() -> None:
+    async def scenario() -> None:
+        clock = FakeClock()
+
+        def step(items: list[int]) -> list[int | ServiceError]:
+            clock.now_s += 0.5
+            return list(items)
+
+        batcher = Batcher(step, max_batch_size=8, max_waiting=8, clock=clock)
+        for _ in range(2):
+            assert await submitted(batcher, 0) == 0
+            late, patient = (submitted(batcher, 1, timeout_s=s) for s in (0.5, 0.75))
+            with pytest.raises(DeadlineExceeded):
+                await late
+            assert await patient == 1
+            for _ in range(2 * TURNS_BEHIND):  # an idle loop has read all there was
+                await asyncio.sleep(0)
+        assert await submitted(batcher, 2, timeout_s=0.25) == 2
+
+    run(scenario())
+
+
+def test_what_is_read_right_after_a_batch_is_looked_at_once_more_before_it_runs() -> None:
+    async def scenario() -> None:
+        doubling = Doubling()
+        batcher = doubling.batcher()
+        assert await submitted(batcher, 1) == 2
+        leaves, stays = submitted(batcher, 2), submitted(batcher, 3)
+        await asyncio.sleep(0)
+        leaves.cancel()
+        assert await stays == 6
+        assert doubling.batches == [[1], [3]]
+
+    run(scenario())
+
+
+def test_whose_time_is_up_is_told_at_the_next_batch_wherever_it_waits() -> None:
+    """Ahead in the queue, behind others, or behind another one of its key."""
+
+    async def scenario() -> None:
+        clock = FakeClock()
+        batches: list[list[int]] = []
+
+        def step(items: list[int]) -> list[int | ServiceError]:
+            batches.append(items)
+            clock.now_s += 1.0
+            return list(items)
+
+        batcher = Batcher(step, max_batch_size=1, max_waiting=8, clock=clock)
+        told: list[tuple[int, int]] = []
+
+        def tell(item: int, future: asyncio.Future[int]) -> None:
+            assert isinstance(future.exception(), DeadlineExceeded)
+            told.append((item, len(batches)))
+
+        in_time = [submitted(batcher, item, key=key) for item, key in enumerate("abc")]
+        for item, key in ((3, "a"), (4, "b"), (5, None), (6, None)):
+            late = submitted(batcher, item, key=key, timeout_s=0.5)
+            late.add_done_callback(partial(tell, item))
+        assert len(batcher) == 7
+        assert await outcomes(in_time) == [0, 1, 2]
+        assert batches == [[0], [1], [2]]
+        assert sorted(told) == [(item, 2) for item in (3, 4, 5, 6)]
+        assert len(batcher) == 0
+        assert await submitted(batcher, 7, key="b") == 7
 
     run(scenario())
 

@@ -20,6 +20,7 @@ from model.spec import PolicySpec
 from service.engine import Engine, StepAnswer, StepRequest
 from service.noise import gumbel_noise
 from service.runtime.load import FORMAT_OF, load_runtime
+from service.runtime.onnx import OnnxRuntime
 from service.runtime.protocol import Runtime, StepInputs, StepOutputs
 from service.runtime.torch_formats import LOADERS
 from service.sessions import SessionTable
@@ -214,6 +215,16 @@ def test_onnx_is_measured_and_runs_where_torch_is_not_even_imported(all_formats:
         "sys.exit('torch' in sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code, str(all_formats)], check=True, timeout=60)
+
+
+def test_onnx_s_threads_do_not_spin_while_they_wait(all_formats: Path) -> None:
+    """They would take the cores that the event loop and the clients need."""
+    manifest = Manifest.read(all_formats)
+    runtime = load_runtime(all_formats, manifest, name="onnx", device="cpu", num_threads=2)
+    assert isinstance(runtime, OnnxRuntime)
+    options = runtime._session.get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert options.intra_op_num_threads == 2
 
 
 def test_torchscript_runs_where_nothing_can_be_written(all_formats: Path) -> None:
