@@ -271,7 +271,7 @@ class Connection(asyncio.Protocol):
         elif self._last_words is not None:
             self.write_refusal(self._last_words)
         elif self._is_reading:
-            self.flow.resume_reading()
+            self._read_on()
         else:
             self._rest()
 
@@ -283,7 +283,7 @@ class Connection(asyncio.Protocol):
             self.transport.close()
 
     def _read_on(self) -> None:
-        if not self._pipeline:
+        if self.flow.read_paused and not (self._pipeline or self.flow.write_paused):
             self.flow.resume_reading()
             if self._is_reading:  # what could not be read did not come late
                 self.deadline_s = self.loop.time() + self.shared.read_timeout_s

@@ -357,27 +357,36 @@ def test_a_replay_says_so(client: AppClient, spec: PolicySpec) -> None:
     assert second.content == first.content
 
 
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("kind", ["answered at once", "waiting for one another"])
 def test_a_client_that_reads_nothing_is_not_written_to_without_end(
-    client: AppClient, spec: PolicySpec
+    client: AppClient, spec: PolicySpec, direct: bool, kind: str
 ) -> None:
-    """Its answers stay in the socket and in uvicorn's flow control, not in ever more memory."""
-    request = post(b'{"observation": [1], "' + b"x" * 2000 + b'": 0}')
+    """Its answers stay in the socket and in a buffer of some size, not in ever more memory."""
+    requests = {
+        "answered at once": post(b'{"observation": [1], "' + b"x" * 2000 + b'": 0}'),
+        "waiting for one another": post(body_of(spec)) * 3,
+    }[kind]
 
     async def play(server: Server) -> None:
         async with server.connect() as connection:
-            connection.send(request)
+            connection.send(post(b"{"))
             await connection.answer()
             (served,) = server.connections
             served.transport.get_extra_info("socket").setsockopt(
                 socket.SOL_SOCKET, socket.SO_SNDBUF, 4096
             )
             connection.stop_reading()
-            while not served.flow.read_paused:
-                connection.send(request)
+            while not served.flow.write_paused:
+                connection.send(requests)
                 await asyncio.sleep(0)
-            assert served.transport.get_write_buffer_size() < 1_000_000
+            for _ in range(1000):
+                connection.send(requests)
+                await asyncio.sleep(0)
+            assert served.transport.get_write_buffer_size() < 200_000
+            assert served.flow.read_paused
 
-    scenario(client, play)
+    scenario(client, play, direct=direct)
 
 
 @pytest.mark.parametrize("direct", [True, False])
