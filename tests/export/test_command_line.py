@@ -21,9 +21,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from safetensors.torch import save_file
 from torch import Tensor
 
-from export.__main__ import PRESETS, _chosen, main
-from export.formats import FORMATS, PORTABLE_FORMATS, LoadedStep, StepSource
+from export.__main__ import main
+from export.format_kinds import PORTABLE_FORMATS
+from export.formats import FORMATS, LoadedStep, StepSource
 from export.manifest import Manifest, Precision
+from export.options import PRESETS, chosen_formats
 from export.report import Report
 from export.signature import check_signature
 from export.step import PolicyStep
@@ -436,7 +438,7 @@ def test_bad_arguments_are_refused_in_one_line(
 def test_all_means_every_format_that_has_the_precision(
     precision: Precision, expected: set[str]
 ) -> None:
-    assert set(_chosen(("all",), precision) or ()) == expected
+    assert set(chosen_formats(("all",), precision) or ()) == expected
 
 
 def test_output_is_required(tiny_preset: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -493,9 +495,9 @@ def test_format_that_differs_from_the_policy_is_exit_code_one(
 ) -> None:
     right = FORMATS["torchscript"]
 
-    def write_another(source: StepSource, path: Path) -> None:
+    def write_another(source: StepSource) -> bytes:
         another = random_policy(PRESETS[tiny_preset](), seed=9)
-        right.write(StepSource(PolicyStep(another, None).eval(), max_batch_size=64), path)
+        return right.write(StepSource(PolicyStep(another, None).eval(), max_batch_size=64))
 
     monkeypatch.setitem(FORMATS, "torchscript", right._replace(write=write_another))
     with pytest.raises(SystemExit) as exit_:
