@@ -8,10 +8,8 @@ conversion.
 """
 
 import argparse
-import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import get_args
 
 import torch
@@ -161,10 +159,7 @@ def random_inputs(spec: PolicySpec, batch_size: int, device: torch.device) -> St
 
 def loaded(format_name: str, step: PolicyStep, device: torch.device) -> LoadedStep:
     written = FORMATS[format_name]
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / written.file
-        written.write(StepSource(step, max(BATCH_SIZES)), path)
-        return written.load(path.read_bytes(), device)
+    return written.load(written.write(StepSource(step, max(BATCH_SIZES))), device)
 
 
 def check(name: str, got: StepOutput, expected: StepOutput, precision: Precision) -> None:

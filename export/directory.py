@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from export.manifest import MANIFEST_FILE
@@ -21,13 +21,13 @@ def staged(output: Path, *, overwrite: bool) -> Iterator[Path]:
     is set; it is asked again at the end.
     """
     _check_replaceable(output, overwrite)
-    _make_parent(output)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        yield staging
-        _publish(staging, output, overwrite)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with _parent_made(output):
+        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        try:
+            yield staging
+            _publish(staging, output, overwrite)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _check_replaceable(output: Path, overwrite: bool) -> None:
@@ -37,6 +37,20 @@ def _check_replaceable(output: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{output} exists already; --overwrite replaces it")
     if not _is_artifact(output):
         raise FileExistsError(f"{output} is not an artifact, so it is not overwritten")
+
+
+@contextmanager
+def _parent_made(output: Path) -> Iterator[None]:
+    """What had to be made of the directories above goes again where the block does not end well."""
+    missing = [parent for parent in output.parents if not parent.exists()]
+    try:
+        _make_parent(output)
+        yield
+    except BaseException:
+        for parent in missing:
+            with suppress(OSError):  # never made, or somebody else's by now
+                parent.rmdir()
+        raise
 
 
 def _make_parent(output: Path) -> None:
@@ -61,7 +75,7 @@ def _is_artifact(directory: Path) -> bool:
 def _publish(staging: Path, output: Path, overwrite: bool) -> None:
     """Puts the finished directory in place; an older one is gone only once the new one stands."""
     _check_replaceable(output, overwrite)
-    staging.chmod(0o755)  # mkdtemp's and safetensors' files are the owner's alone
+    staging.chmod(0o755)  # mkdtemp's are the owner's alone
     for file in staging.iterdir():
         file.chmod(0o644)
     if not output.exists():

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 
 from export.directory import staged
+from export.format_kinds import PORTABLE_FORMATS
 from export.formats import (
     FORMATS,
-    PORTABLE_FORMATS,
     LoadedStep,
     StepSource,
     check_formats,
@@ -234,13 +234,13 @@ def _write_weights(
             tensors[f"{NORMALIZER_PREFIX}{name}"] = tensor
     # Without defaults: what a later release adds to the spec leaves old policies' versions alone.
     spec = policy.spec.model_dump_json(exclude_defaults=True)
-    save_file(tensors, path, metadata={"spec": spec})
+    path.write_bytes(to_safetensors(tensors, metadata={"spec": spec}))
     return File.describe(path)
 
 
 def _write_format(format_name: str, step: StepSource, directory: Path) -> FormatFile:
     written = FORMATS[format_name]
     path = directory / written.file
-    written.write(step, path)
+    path.write_bytes(written.write(step))
     requires = machine_requirement(step.example[0].device) if written.is_native else None
     return FormatFile(**File.describe(path).model_dump(), requires=requires)

@@ -1,6 +1,6 @@
 """The file formats of an exported step: how each is written, and how it is loaded back.
 
-A new format is one pair of functions and one row in FORMATS.
+A new format is one row in `export.format_kinds`, and here a pair of functions with its name.
 """
 
 import io
@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 import torch
 import torch._inductor
 from torch import Tensor
+from torch._inductor.exc import InductorError
 from torch.export import Dim, ExportedProgram
 
+from export.format_kinds import FORMAT_KINDS
 from export.manifest import ArtifactError, FormatFile, Precision, step_inputs, step_outputs
 from export.step import PolicyStep, StepInput, StepOutput
 
@@ -51,24 +53,25 @@ class StepSource:
 
 
 class Format(NamedTuple):
-    """`write` puts the step into a file; `load` makes it callable from the file's bytes.
+    """A format's kind, and its two ways: the step to the file's bytes, and these to a callable.
 
-    `is_native` says that the file holds machine code, for the kind of machine that wrote it;
-    `precisions` what the format's runtime has products for.
+    `write` leaves nothing on disk: who writes the bytes there hears of a full disk from Python.
     """
 
     file: str
-    write: Callable[[StepSource, Path], None]
+    is_native: bool
+    precisions: tuple[Precision, ...]
+    write: Callable[[StepSource], bytes]
     load: Callable[[bytes, torch.device], LoadedStep]
-    is_native: bool = False
-    precisions: tuple[Precision, ...] = ("fp32", "bf16")
 
 
-def write_torchscript(source: StepSource, path: Path) -> None:
+def write_torchscript(source: StepSource) -> bytes:
     """A traced and frozen TorchScript module."""
+    content = io.BytesIO()
     with _torch_speaks_of_itself(), torch.no_grad():
         traced = torch.jit.trace(source.step, source.example)  # type: ignore[no-untyped-call]
-        torch.jit.save(torch.jit.freeze(traced), str(path))
+        torch.jit.save(torch.jit.freeze(traced), content)
+    return content.getvalue()
 
 
 def load_torchscript(content: bytes, device: torch.device) -> LoadedStep:
@@ -77,10 +80,12 @@ def load_torchscript(content: bytes, device: torch.device) -> LoadedStep:
     return loaded
 
 
-def write_pt2(source: StepSource, path: Path) -> None:
+def write_pt2(source: StepSource) -> bytes:
     """torch.export's own archive: the captured graph, to run, compile or lower elsewhere."""
+    content = io.BytesIO()
     with _torch_speaks_of_itself():
-        torch.export.save(source.program, path)
+        torch.export.save(source.program, content)
+    return content.getvalue()
 
 
 def load_pt2(content: bytes, device: torch.device) -> LoadedStep:
@@ -89,19 +94,25 @@ def load_pt2(content: bytes, device: torch.device) -> LoadedStep:
     return loaded
 
 
-def write_aoti(source: StepSource, path: Path) -> None:
+def write_aoti(source: StepSource) -> bytes:
     """AOTInductor's package: what torch.compile makes, ahead of time; needs a C++ compiler.
 
     Freezing stores the weights as oneDNN's kernels want them: bf16 products need that on each call
     otherwise. In float32 MKL takes weights as they are, and oneDNN's calls cost more at small
     batches (docs/performance.md).
     """
+    content = io.BytesIO()
     is_cpu = source.example[0].device.type == "cpu"
     freezing = is_cpu and source.step.product_dtype == torch.bfloat16
-    with _torch_speaks_of_itself(), torch.no_grad():
-        torch._inductor.aoti_compile_and_package(
-            source.program, package_path=str(path), inductor_configs={"freezing": freezing}
-        )
+    program = source.program
+    try:
+        with _torch_speaks_of_itself(), torch.no_grad():
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=content, inductor_configs={"freezing": freezing}
+            )
+    except InductorError as error:  # no compiler, or no room for what it writes
+        raise FormatError(f"aoti cannot be compiled here: {first_line(error)}") from error
+    return content.getvalue()
 
 
 def load_aoti(content: bytes, device: torch.device) -> LoadedStep:
@@ -113,7 +124,7 @@ def load_aoti(content: bytes, device: torch.device) -> LoadedStep:
     return loaded
 
 
-def write_onnx(source: StepSource, path: Path) -> None:
+def write_onnx(source: StepSource) -> bytes:
     """ONNX, optimised, with the manifest's names; checked by `onnx.checker`."""
     import onnx
 
@@ -129,8 +140,9 @@ def write_onnx(source: StepSource, path: Path) -> None:
             output_names=[array.name for array in step_outputs(spec)],
         )
     assert program is not None
-    program.save(str(path), external_data=False)
-    onnx.checker.check_model(str(path), full_check=True)
+    content: bytes = program.model_proto.SerializeToString()
+    onnx.checker.check_model(content, full_check=True)
+    return content
 
 
 def load_onnx(content: bytes, device: torch.device) -> LoadedStep:
@@ -249,11 +261,11 @@ def _torch_speaks_of_itself() -> Iterator[None]:
         registration.setLevel(level)
 
 
-FORMATS: dict[str, Format] = {
-    "torchscript": Format("policy.ts", write_torchscript, load_torchscript),
-    "pt2": Format("policy.pt2", write_pt2, load_pt2),
-    "aoti": Format("policy.aoti.pt2", write_aoti, load_aoti, is_native=True),
-    "onnx": Format("policy.onnx", write_onnx, load_onnx, precisions=("fp32",)),
+_WRITE_AND_LOAD: dict[str, tuple[Callable[[StepSource], bytes], Any]] = {
+    "torchscript": (write_torchscript, load_torchscript),
+    "pt2": (write_pt2, load_pt2),
+    "aoti": (write_aoti, load_aoti),
+    "onnx": (write_onnx, load_onnx),
 }
 
-PORTABLE_FORMATS = tuple(name for name, written in FORMATS.items() if not written.is_native)
+FORMATS = {name: Format(*kind, *_WRITE_AND_LOAD[name]) for name, kind in FORMAT_KINDS.items()}

@@ -1,27 +1,26 @@
 """A trainer's file -> spec, weights and observation statistics.
 
-The only place that knows esper-lite's checkpoint keys. Nothing in the file is ever executed:
-pickles load with `weights_only=True`, which refuses code.
+The only place that knows esper-lite's checkpoint keys. Knows nothing of file formats.
 """
 
-import json
 import math
-import pickle
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from model.checkpoint_file import CheckpointError, read_file, short
 from model.normalizer import VARIANCE_EPSILON, ObservationNormalizer
 from model.observations import BASE_FEATURES, SLOT_FEATURES_V3, UNTRACKED
 from model.policy import FactoredRecurrentActorCritic
+from model.policy_weights import PolicyWeights, find_weights
 from model.spec import PolicySpec
 
-COMPILED_PREFIX = "_orig_mod."
+__all__ = ["CheckpointError", "load_checkpoint", "load_normalizer"]
+
+TRAINERS_ENTRY = "network_state_dict"
 
 LEAST_RETURNS = 32
 """V2's trainer leaves values as they are until it has normalised this many returns."""
@@ -29,83 +28,37 @@ LEAST_RETURNS = 32
 LARGEST_VARIANCE = 1e30
 """Of returns; float32 holds values up to about 3e38."""
 
-LONGEST_VALUE = 60
-
-
-class CheckpointError(ValueError):
-    """The file is not a policy this version can read; the message says why, in one sentence."""
-
 
 def load_checkpoint(
     path: Path | str,
 ) -> tuple[PolicySpec, dict[str, Tensor], ObservationNormalizer | None]:
-    """Reads a V1 or V2 trainer's checkpoint, or a bare state_dict (`.pt`, or `.safetensors`).
+    """Reads a V1 or V2 trainer's checkpoint, or a state_dict, alone or beside other entries.
 
     Dimensions are read off the weights, since the trainer stores neither feature width nor layer
     count (esper-lite's own loader assumes one layer). The spec's `value_scale` is V2's value
     normaliser's. The normaliser is None where the file holds no observation statistics: the V1
     trainer loses them (esper-lite B5-PT-02).
-    Raises CheckpointError for a missing, damaged, foreign or non-finite file, for one from between
-    V1 and V2 or of another version, and for a pickle that holds anything but tensors and plain
-    containers.
+    Raises CheckpointError for a missing, damaged, foreign or non-finite file, for one that holds
+    two policies, for one from between V1 and V2 or of another version, and for a pickle that holds
+    anything but tensors, NumPy's numbers and arrays, and plain containers.
     """
     path = Path(path)
-    content = _read(path)
-    state_dict = {
-        name.removeprefix(COMPILED_PREFIX): tensor for name, tensor in _weights(path, content)
-    }
-    if _generation(path, content, state_dict) == 2:
-        spec = _infer_v2(path, content, state_dict)
-        _check_contract(path, content, spec)
-    else:
-        spec = _infer_v1(path, state_dict)
-    _check_weights(path, spec, state_dict)
-    return spec, state_dict, _normalizer(path, content, spec.observation_dim)
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's advice on how to load what is refused here
-            if path.suffix == ".safetensors":
-                content = load_file(path)
-            else:
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: holds Python objects beyond tensors and plain containers, or is damaged; "
-            "nothing in it was run"
-        ) from error
-    except Exception as error:  # whatever the parsers trip over in a damaged file
-        raise CheckpointError(
-            f"{path}: cannot be read, it is truncated or no checkpoint"
-        ) from error  # fmt: skip
+    content = read_file(path)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
-    return content
+    found = find_weights(path, content)
+    if _generation(path, found) == 2:
+        spec = _infer_v2(path, found)
+        _check_contract(path, found.beside, spec)
+    else:
+        spec = _infer_v1(path, found.weights)
+    _check_weights(path, spec, found.weights)
+    return spec, found.weights, _normalizer(path, found.beside, spec.observation_dim)
 
 
-def _weights(path: Path, content: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    weights = content.get("network_state_dict", content)
-    if not isinstance(weights, Mapping) or not weights:
-        raise CheckpointError(f"{path}: has no weights under 'network_state_dict'")
-    for name, tensor in weights.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise CheckpointError(
-                f"{path}: is neither a checkpoint with 'network_state_dict' nor a state_dict; "
-                f"its entry {name!r} is a {type(tensor).__name__}"
-            )
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
-            raise CheckpointError(
-                f"{path}: {name!r} is no plain tensor: {tensor.layout} on {tensor.device}"
-            )
-    return list(weights.items())
-
-
-def _generation(path: Path, content: Mapping[str, Any], weights: Mapping[str, Tensor]) -> int:
+def _generation(path: Path, found: PolicyWeights) -> int:
     """1 or 2; CheckpointError for what was trained between the two, or says another version."""
+    weights, beside = found.weights, found.beside
     has_residual = any(name.startswith("lstm.layers.") for name in weights)
     has_state_value = any(name.startswith("state_value_head.") for name in weights)
     curve = weights.get("alpha_curve_head.2.weight")
@@ -121,21 +74,20 @@ def _generation(path: Path, content: Mapping[str, Any], weights: Mapping[str, Te
             f"{between}it chooses among 5 alpha curves, V1 among 3 (from 2025-12-28 on)"
         )
     generation = 2 if has_residual else 1
-    if "network_state_dict" not in content:
-        return generation
-    version = content.get("checkpoint_version", generation)
+    version = beside.get("checkpoint_version", generation)
     if not isinstance(version, int) or version not in (1, 2):
         raise CheckpointError(
-            f"{path}: is checkpoint version {_short(version)}; 1 and 2 can be read"
+            f"{path}: is checkpoint version {short(version)}; 1 and 2 can be read"
         )
     if version != generation:
         raise CheckpointError(
             f"{path}: says it is checkpoint version {version}, and holds a V{generation} policy"
         )
-    schema = content.get("value_head_schema_version")
+    is_trainers = found.entry[-1:] == (TRAINERS_ENTRY,)
+    schema = beside.get("value_head_schema_version", None if is_trainers else 2)
     if generation == 2 and not (isinstance(schema, int) and schema == 2):
         raise CheckpointError(
-            f"{path}: has value-head schema version {_short(schema)}; 2 can be read"
+            f"{path}: has value-head schema version {short(schema)}; 2 can be read"
         )
     return generation
 
@@ -157,7 +109,8 @@ def _infer_v1(path: Path, weights: Mapping[str, Tensor]) -> PolicySpec:
         raise CheckpointError(f"{path}: its weights have an impossible shape") from error
 
 
-def _infer_v2(path: Path, content: Mapping[str, Any], weights: Mapping[str, Tensor]) -> PolicySpec:
+def _infer_v2(path: Path, found: PolicyWeights) -> PolicySpec:
+    weights = found.weights
     hidden = "lstm.layers.0.weight_hh_l0"
     embedding = "blueprint_embedding.embedding.weight"
     _check_matrices(
@@ -166,7 +119,7 @@ def _infer_v2(path: Path, content: Mapping[str, Any], weights: Mapping[str, Tens
     feature_dim, input_dim = weights["feature_net.0.weight"].shape
     num_slots = weights["slot_head.2.weight"].shape[0]
     layers = {name.split(".")[2] for name in weights if name.startswith("lstm.layers.")}
-    value_scale = _value_scale(path, content)
+    value_scale = _value_scale(path, found.beside)
     try:
         return PolicySpec.tamiyo_v2(
             num_slots=num_slots,
@@ -232,7 +185,7 @@ def _check_contract(path: Path, content: Mapping[str, Any], spec: PolicySpec) ->
     ):
         if not isinstance(found, int | float) or found != expected:
             raise CheckpointError(
-                f"{path}: its observation statistics are for {name} {_short(found)}, and the "
+                f"{path}: its observation statistics are for {name} {short(found)}, and the "
                 f"policy's is {expected}"
             )
     num_features = BASE_FEATURES + SLOT_FEATURES_V3 * spec.num_slots
@@ -243,17 +196,13 @@ def _check_contract(path: Path, content: Mapping[str, Any], spec: PolicySpec) ->
         )
     architecture = content.get("architecture")
     own_ids = architecture.get("slot_ids") if isinstance(architecture, Mapping) else None
-    if isinstance(own_ids, list | tuple) and list(map(str, own_ids)) != list(map(str, slot_ids)):
+    if isinstance(own_ids, list | tuple) and list(map(short, own_ids)) != list(
+        map(short, slot_ids)
+    ):
         raise CheckpointError(
-            f"{path}: its observation statistics are for the slots {_short(slot_ids)}, and the "
-            f"policy has {_short(own_ids)}"
+            f"{path}: its observation statistics are for the slots {short(slot_ids)}, and the "
+            f"policy has {short(own_ids)}"
         )
-
-
-def _short(value: object) -> str:
-    """A value out of the file, as far as a sentence needs it."""
-    text = repr(value).replace("\n", " ")
-    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
 
 
 def _check_weights(path: Path, spec: PolicySpec, weights: Mapping[str, Tensor]) -> None:
@@ -287,21 +236,15 @@ def _check_weights(path: Path, spec: PolicySpec, weights: Mapping[str, Tensor]) 
 
 
 def load_normalizer(path: Path | str, observation_dim: int) -> ObservationNormalizer:
-    """Observation statistics from a file of their own, `.json` or `.safetensors`: mean and var.
+    """Observation statistics from a file of their own, JSON, safetensors or torch: mean and var.
 
     A checkpoint that holds them will do too. Raises CheckpointError where they are missing, for
     another number of features, or unusable.
     """
     path = Path(path)
-    if path.suffix == ".json":
-        try:
-            content = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: cannot be read as JSON") from error
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{path}: holds a {type(content).__name__}, not mean and var")
-    else:
-        content = _read(path)
+    content = read_file(path)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not mean and var")
     if {"mean", "var"} <= content.keys():
         found = {f"obs_normalizer_{name}": content[name] for name in ("mean", "var")}
         content = {"metadata": found}
@@ -319,9 +262,9 @@ def _normalizer(
     if not isinstance(metadata, Mapping) or not needed & metadata.keys():
         return None
     try:
-        mean = torch.as_tensor(metadata["obs_normalizer_mean"], dtype=torch.float32)
-        var = torch.as_tensor(metadata["obs_normalizer_var"], dtype=torch.float32)
-        normalizer = ObservationNormalizer(mean, var)
+        normalizer = ObservationNormalizer(
+            _vector(metadata["obs_normalizer_mean"]), _vector(metadata["obs_normalizer_var"])
+        )
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(f"{path}: has unusable observation statistics: {reason}") from error
@@ -331,3 +274,12 @@ def _normalizer(
             f"the network reads {observation_dim}"
         )
     return normalizer
+
+
+def _vector(values: Any) -> Tensor:
+    """float32 of a tensor, an array or a list of numbers; TypeError for a list of anything else."""
+    if isinstance(values, list | tuple):
+        for value in values:
+            if not isinstance(value, int | float | Tensor):
+                raise TypeError(f"{short(value)} is no number")
+    return torch.as_tensor(values, dtype=torch.float32)

@@ -21,9 +21,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from safetensors.torch import save_file
 from torch import Tensor
 
-from export.__main__ import PRESETS, _chosen, main
-from export.formats import FORMATS, PORTABLE_FORMATS, LoadedStep, StepSource
+from export.__main__ import main
+from export.format_kinds import PORTABLE_FORMATS
+from export.formats import FORMATS, LoadedStep, StepSource
 from export.manifest import Manifest, Precision
+from export.options import PRESETS, chosen_formats
 from export.report import Report
 from export.signature import check_signature
 from export.step import PolicyStep
@@ -286,12 +288,12 @@ def statistics_of_another_width(inputs: Path, good: Mapping[str, Any]) -> Path:
     ("make", "says"),
     [
         (missing, "there is no such file"),
-        (directory, "there is no such file"),
+        (directory, "is a directory, not a file"),
         (empty, "truncated or no checkpoint"),
-        (text, "damaged"),
+        (text, "is text, not a checkpoint; it begins with 'not a checkpoint'"),
         (truncated, "truncated or no checkpoint"),
         (truncated_safetensors, "truncated or no checkpoint"),
-        (foreign_keys, "has no 'feature_net.0.weight', so it is not a Tamiyo V1 policy"),
+        (foreign_keys, "has no 'feature_net.0.weight' anywhere, so it holds no Tamiyo policy"),
         (one_key_missing, "it lacks tempo_head.2.bias"),
         (one_key_too_many, "it has the unknown q_head.0.bias"),
         (wrong_shape, "'tempo_head.2.bias' has shape (4,), expected (3,)"),
@@ -436,7 +438,7 @@ def test_bad_arguments_are_refused_in_one_line(
 def test_all_means_every_format_that_has_the_precision(
     precision: Precision, expected: set[str]
 ) -> None:
-    assert set(_chosen(("all",), precision) or ()) == expected
+    assert set(chosen_formats(("all",), precision) or ()) == expected
 
 
 def test_output_is_required(tiny_preset: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -493,9 +495,9 @@ def test_format_that_differs_from_the_policy_is_exit_code_one(
 ) -> None:
     right = FORMATS["torchscript"]
 
-    def write_another(source: StepSource, path: Path) -> None:
+    def write_another(source: StepSource) -> bytes:
         another = random_policy(PRESETS[tiny_preset](), seed=9)
-        right.write(StepSource(PolicyStep(another, None).eval(), max_batch_size=64), path)
+        return right.write(StepSource(PolicyStep(another, None).eval(), max_batch_size=64))
 
     monkeypatch.setitem(FORMATS, "torchscript", right._replace(write=write_another))
     with pytest.raises(SystemExit) as exit_:

@@ -421,9 +421,9 @@ class Wrong(torch.nn.Module):
 def faulty_format(monkeypatch: pytest.MonkeyPatch) -> None:
     right = FORMATS[FORMAT]
 
-    def write_wrong(source: StepSource, path: Path) -> None:
+    def write_wrong(source: StepSource) -> bytes:
         source.step = cast(PolicyStep, Wrong(source.step).eval())
-        right.write(source, path)
+        return right.write(source)
 
     monkeypatch.setitem(FORMATS, FORMAT, right._replace(write=write_wrong))
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from export.exporter import export_policy
+from export.format_kinds import PORTABLE_FORMATS
 from export.formats import (
     FORMATS,
-    PORTABLE_FORMATS,
     FormatError,
     LoadedStep,
     load_format,

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -99,12 +98,10 @@ def random_step_input(spec: PolicySpec, rng: np.random.Generator, batch_size: in
     return step_input(spec, rows, torch.from_numpy(h), torch.from_numpy(c))
 
 
-def written_and_loaded(step: PolicyStep, directory: Path) -> LoadedStep:
+def written_and_loaded(step: PolicyStep) -> LoadedStep:
     """The step by way of a frozen TorchScript file."""
     torchscript = FORMATS["torchscript"]
-    with torch.no_grad():
-        torchscript.write(StepSource(step, max_batch_size=512), directory / torchscript.file)
-    content = (directory / torchscript.file).read_bytes()
+    content = torchscript.write(StepSource(step, max_batch_size=512))
     return torchscript.load(content, torch.device("cpu"))
 
 
@@ -143,10 +140,8 @@ def step(policy: FactoredRecurrentActorCritic) -> PolicyStep:
 def scripted(
     spec: PolicySpec,
     policy: FactoredRecurrentActorCritic,
-    tmp_path_factory: pytest.TempPathFactory,
 ) -> LoadedStep:
-    directory = tmp_path_factory.mktemp("scripted")
-    return written_and_loaded(PolicyStep(policy, None).eval(), directory)
+    return written_and_loaded(PolicyStep(policy, None).eval())
 
 
 @pytest.mark.parametrize("normalized", [False, True], ids=["bare", "normalised"])
@@ -233,12 +228,12 @@ def test_lone_legal_choice_is_taken_for_certain_whatever_the_noise(
 
 @torch.inference_mode()
 def test_frozen_torchscript_chooses_as_eager_does_over_ten_thousand_rows(
-    rng: np.random.Generator, tmp_path: Path
+    rng: np.random.Generator,
 ) -> None:
     """At the real dimensions, in carried batches of 1000, every choice of every head taken."""
     spec = PolicySpec.tamiyo_v1()
     policy = random_policy(spec)
-    scripted = written_and_loaded(PolicyStep(policy, None).eval(), tmp_path)
+    scripted = written_and_loaded(PolicyStep(policy, None).eval())
     state = eager_state = policy.initial_state(1000)
     taken: set[tuple[int, int]] = set()
     styles: set[tuple[int, int]] = set()

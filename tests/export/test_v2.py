@@ -359,9 +359,7 @@ def recorded_inputs(recorded: dict[str, Tensor], spec: PolicySpec, t: int) -> tu
 @pytest.mark.parametrize("suffix", ["", "f"], ids=["without floors", "with floors"])
 @pytest.mark.parametrize("format_name", FORMATS)
 @torch.inference_mode()
-def test_recorded_steps_are_taken_again_from_every_file(
-    format_name: str, suffix: str, tmp_path: Path
-) -> None:
+def test_recorded_steps_are_taken_again_from_every_file(format_name: str, suffix: str) -> None:
     spec = PolicySpec.tamiyo_v2()
     if suffix:
         spec = spec.with_probability_floors(golden_json("v2_a")["probability_floor"])
@@ -371,8 +369,7 @@ def test_recorded_steps_are_taken_again_from_every_file(
         {name: w if w.dtype == torch.int64 else w.float() for name, w in weights.items()}
     )
     written = FORMATS[format_name]
-    written.write(StepSource(PolicyStep(policy, None).eval(), 64), tmp_path / written.file)
-    step = written.load((tmp_path / written.file).read_bytes(), CPU)
+    step = written.load(written.write(StepSource(PolicyStep(policy, None).eval(), 64)), CPU)
 
     recorded = golden_tensors("io_v2_a")
     h_after = golden_tensors("io_v2_a_hidden_h")["step.h"]

@@ -1,0 +1,45 @@
+"""What a command says: lines and a table on stdout, and one last line on stderr. Torch-free."""
+
+import sys
+from collections.abc import Mapping
+from typing import NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from export.manifest import FormatParity, Manifest
+from export.report import Report
+
+SHOWN = (1, 32, 256)
+"""The batch sizes whose speed the table shows."""
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    sys.stderr.write(f"export: {' '.join(message.split())}\n")
+    raise SystemExit(code)
+
+
+def summarize(
+    manifest: Manifest, parity: Mapping[str, FormatParity], report: Report | None = None
+) -> None:
+    table = Table("format", "file", "size", "error", "equal", box=None, pad_edge=False)
+    sizes = [] if report is None else [size for size in SHOWN if size <= manifest.max_batch_size]
+    for size in sizes:
+        table.add_column(f"B={size}")
+    for name, file in manifest.formats.items():
+        speedup = {} if report is None else report.speedup(name)
+        table.add_row(
+            name,
+            file.file,
+            f"{file.bytes / 1e6:.2f} MB",
+            f"{max(parity[name].max_error.values()):.1e}",
+            f"{parity[name].action_agreement:.2%}",
+            *(f"{speedup[size]:.1f}x" for size in sizes),
+        )
+    Console(soft_wrap=True, highlight=False).print(table)
+    legend = "error: largest of any output; equal: share of actions that are eager's"
+    say(legend + ("; B: times as fast as eager at that batch size" if sizes else ""))

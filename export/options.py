@@ -1,0 +1,183 @@
+"""What the command line may say. Torch-free: it can be asked for help where nothing else runs."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NoReturn, get_args
+
+from export.console import fail
+from export.format_kinds import FORMAT_KINDS, PORTABLE_FORMATS
+from export.manifest import Device, Precision
+from model.spec import PROBABILITY_FLOORS_V2, PolicySpec
+
+PRESETS: dict[str, Callable[[], PolicySpec]] = {
+    "tamiyo-v1": PolicySpec.tamiyo_v1,
+    "tamiyo-v2": PolicySpec.tamiyo_v2,
+}
+IDENTITY = "identity"
+
+EXAMPLES = """examples:
+  python -m export --checkpoint best.pt --output artifacts/best
+  python -m export --preset tamiyo-v1 --seed 0 --output artifacts/fresh --overwrite
+  python -m export --checkpoint best.pt --output artifacts/best --formats onnx --sign key.pem
+  python -m export verify artifacts/best --trusted key.pub
+  python -m export inspect artifacts/best
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message}; see python -m export --help")
+
+
+def export_parser() -> Parser:
+    parser = Parser(
+        prog="python -m export",
+        description="Exports a recurrent, action-masked policy into verified artifacts.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    origin = parser.add_mutually_exclusive_group(required=True)
+    origin.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="a trainer's checkpoint or state_dict (.pt, .safetensors); code in it is refused",
+    )
+    origin.add_argument("--preset", help=f"a freshly initialised policy: {', '.join(PRESETS)}")
+    parser.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="initialises a preset (default 0)"
+    )
+    parser.add_argument(
+        "--normaliser",
+        metavar=f"FILE|{IDENTITY}",
+        help="the observation statistics of a checkpoint that has none: a .json or .safetensors "
+        f"with mean and var, or another checkpoint; {IDENTITY} says that there are none to apply",
+    )
+    parser.add_argument(
+        "--probability-floors",
+        type=_floors,
+        default={},
+        metavar="default|HEAD=P,...",
+        help="raise each allowed choice's probability to this, as V2's trainer does to explore "
+        "(default: none; with the trainer's own, `default`, sampling is nearly uniform)",
+    )
+    parser.add_argument(
+        "--outputs",
+        type=_outputs,
+        default=(),
+        metavar="value,q,contribution",
+        help="what the step gives of the critic: beside V(s), V2's Q(s, op) of the op taken, and "
+        "each slot's predicted contribution (default: value)",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="the artifact directory to write"
+    )
+    parser.add_argument("--name", help="the policy's name (default: that of its source)")
+    parser.add_argument(
+        "--formats",
+        type=_formats,
+        metavar="LIST",
+        help=f"which of {','.join(FORMAT_KINDS)} to write, or all; aoti is machine code for this "
+        f"kind of machine and takes a C++ compiler (default: {','.join(PORTABLE_FORMATS)})",
+    )
+    parser.add_argument(
+        "--device",
+        type=_device,
+        default="cpu",
+        help="cpu or cuda: where the artifact is traced and compared, and will run (default cpu)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default="fp32",
+        help="of weights and products (default fp32); everything between stays fp32. onnx has no "
+        "bf16",
+    )
+    parser.add_argument(
+        "--max-batch-size",
+        type=_batch_size,
+        default=256,
+        metavar="N",
+        help="largest batch the artifact takes and is checked with (default 256)",
+    )
+    parser.add_argument(
+        "--sign", type=Path, metavar="KEY", help="sign the manifest with this Ed25519 key (PEM)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the manifest, for a machine")
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    return parser
+
+
+def verify_parser() -> Parser:
+    parser = Parser(
+        prog="python -m export verify",
+        description="Checks an artifact: signature, hashes, then what it does, on this machine.",
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument(
+        "--trusted", type=Path, metavar="KEY.pub", help="refuse what this key has not signed"
+    )
+    return parser
+
+
+def inspect_parser() -> Parser:
+    parser = Parser(
+        prog="python -m export inspect", description="Says what an artifact is; runs nothing of it."
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument("--json", action="store_true", help="print the manifest")
+    return parser
+
+
+def chosen_formats(formats: tuple[str, ...] | None, precision: Precision) -> tuple[str, ...] | None:
+    """`all` is every format that has the precision; None is left to `export_policy`."""
+    if formats == ("all",):
+        return tuple(name for name, kind in FORMAT_KINDS.items() if precision in kind.precisions)
+    return formats
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _outputs(text: str) -> tuple[str, ...]:
+    names = {"value": "value", "q": "q_value", "contribution": "contribution"}
+    asked = {name.strip() for name in text.split(",")}
+    for name in sorted(asked - names.keys()):
+        raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(names)}")
+    return tuple(names[name] for name in names if name in asked and name != "value")
+
+
+def _floors(text: str) -> Mapping[str, float]:
+    if text == "default":
+        return PROBABILITY_FLOORS_V2
+    floors = {}
+    for part in text.split(","):
+        head, _, number = part.partition("=")
+        try:
+            floors[head.strip()] = float(number)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{part!r} is not HEAD=PROBABILITY") from None
+    return floors
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 2**63 - 1")
+    return int(text)
+
+
+def _batch_size(text: str) -> int:
+    if not text.isdecimal() or not 2 <= int(text) <= 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 2 to 65536")
+    return int(text)
+
+
+def _device(text: str) -> str:
+    if text not in get_args(Device):
+        devices = ", ".join(get_args(Device))
+        raise argparse.ArgumentTypeError(f"unknown device {text!r}; the devices are {devices}")
+    return text
