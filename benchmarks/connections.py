@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import uvloop
 
-from benchmarks.process import ServerProcess, options_of_service, server_process
+from benchmarks.process import ServerProcess, server_process
 from benchmarks.serving import Server
 from export.manifest import Manifest
 from model.spec import PolicySpec
@@ -56,9 +56,7 @@ RESET = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s
 async def slow(artifact: Path, seconds: float) -> dict[str, Any]:
     """Rounds without and with the slow ones, then what becomes of them."""
     rounds: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
-    has_timeout = "--read-timeout-s" in options_of_service()
-    options = ("--read-timeout-s", str(READ_TIMEOUT_S)) if has_timeout else ()
-    async with server_process(artifact, *options) as server:
+    async with server_process(artifact, "--read-timeout-s", str(READ_TIMEOUT_S)) as server:
         served = Server(server.url, Manifest.read(artifact))
         clients, sessions = served.clients(NUM_CLIENTS), new_sessions(NUM_CLIENTS, SEED)
         await clients.closed(sessions, 3.0)
@@ -84,7 +82,6 @@ async def slow(artifact: Path, seconds: float) -> dict[str, Any]:
         "slow_connections": NUM_SLOW,
         **rounds,
         "p99_ratio": p99_ms["with"] / p99_ms["without"],
-        "has_read_timeout": has_timeout,
         "slow_ones": ended,
     }
 
@@ -155,9 +152,7 @@ def drip(pipe: Pipe, address: Address, again: bool) -> None:
 
 async def reset(artifact: Path, number: int) -> dict[str, Any]:
     """One connection after another: a request, its answer, a reset."""
-    has_keep_alive = "--keep-alive-s" in options_of_service()
-    options = ("--keep-alive-s", str(KEEP_ALIVE_S)) if has_keep_alive else ()
-    async with server_process(artifact, *options) as server:
+    async with server_process(artifact, "--keep-alive-s", str(KEEP_ALIVE_S)) as server:
         request = act_request(Manifest.read(artifact).spec)
         with socket.create_connection(server.address) as kept:
             for _ in range(2000):  # so that what a server keeps of any request is there
@@ -174,7 +169,7 @@ async def reset(artifact: Path, number: int) -> dict[str, Any]:
     return {
         "connections": number,
         "per_s": number / elapsed_s,
-        "keep_alive_s": KEEP_ALIVE_S if has_keep_alive else "no such setting",
+        "keep_alive_s": KEEP_ALIVE_S,
         "before": before,
         "after": after,
         "grown_mib": after["resident_mib"] - before["resident_mib"],

@@ -86,10 +86,3 @@ async def server_process(
         finally:
             process.kill()
             process.wait()
-
-
-def options_of_service() -> str:
-    """What `python -m service --help` says, to use an option only where it exists."""
-    return subprocess.run(
-        [sys.executable, "-m", "service", "--help"], capture_output=True, text=True, check=True
-    ).stdout

@@ -20,12 +20,9 @@ import pytest
 from export.exporter import export_policy
 from model.policy import FactoredRecurrentActorCritic
 from tests.running_server import (
-    ROOT,
     STOP_TIMEOUT_S,
     RunningServer,
-    clean_environment,
     running_server,
-    service_command,
 )
 
 START_TIMEOUT_S = 30.0
@@ -295,23 +292,8 @@ def num_sessions(server: RunningServer) -> int:
     return int(float(found.group(1)))
 
 
-def has_root_path() -> bool:
-    done = subprocess.run(
-        service_command("--help"),
-        cwd=ROOT,
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=True,
-    )
-    return "--root-path" in done.stdout
-
-
 @pytest.fixture(scope="module")
 def prefixed(artifact: Path) -> Iterator[RunningServer]:
-    if not has_root_path():
-        pytest.skip("this service has no --root-path")
     with running_server(artifact, "--root-path", "/tamiyo") as server:
         yield server
         assert server.stop() == 0
