@@ -338,11 +338,12 @@ class Connection(asyncio.Protocol):
 
     def give_up(self) -> None:
         """Its patience has ended, or the server's with what has not arrived yet."""
-        is_answering = self.current is not None and not self.current.response_complete
+        current = self.current
+        is_answering = current is not None and not current.response_complete
         if self._is_lingering or self.transport.get_write_buffer_size():
             self.transport.abort()
-        elif is_answering and self.flow.read_paused:
-            self.deadline_s = self.loop.time() + self.shared.read_timeout_s  # our own doing
+        elif is_answering and (current is not self._incoming or self.flow.read_paused):
+            self.deadline_s = self.loop.time() + self.shared.read_timeout_s  # it waits for us
         elif not self._is_reading or (self._incoming and self._incoming.response_complete):
             self.transport.close()
         elif self._is_draining:

@@ -3,11 +3,12 @@
 `python -m tests.service.gated_server MODE FLAGS` is `python -m service FLAGS`, but a step says on
 stdout `step N settled`, for N rows and where the garbage of the start is, and waits for a line
 on stdin: in MODE `gated` the steps of requests do, in `warm-up` those of the warm-up. In `broken`
-none does, and all fail.
+none does, and all fail; in `asked` the server has been asked to stop before it runs.
 """
 
 import gc
 import logging
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -50,7 +51,8 @@ def main() -> int:
     settings = CliApp.run(Settings)
     logging.basicConfig(level=logging.INFO, stream=sys.stdout)
     manifest = Manifest.read(find_artifact(settings.artifact))
-    return serve(settings, manifest, GatedRuntime(manifest.spec, mode))
+    asked_to_stop = [signal.SIGTERM] if mode == "asked" else []
+    return serve(settings, manifest, GatedRuntime(manifest.spec, mode), asked_to_stop)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import struct
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, NamedTuple
 
 import pytest
@@ -692,6 +692,28 @@ def test_a_body_too_large_is_not_read_to_its_end(client: AppClient, direct: bool
 
 
 @BOTH_WAYS
+@pytest.mark.parametrize("limit", ["LINGER_S", "LINGER_BYTES"])
+def test_a_connection_lingers_for_a_while_and_for_some_megabytes(
+    client: AppClient, direct: bool, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its client has its last answer, and neither closes nor (the first one) sends."""
+    limits = {"LINGER_S": 1000.0, "LINGER_BYTES": 10**9} | {limit: 0}
+    for name, value in limits.items():
+        monkeypatch.setattr(f"service.connection.{name}", value)
+
+    async def play(server: Server) -> None:
+        async with server.connect() as connection:
+            connection.send(HEAD, b"Content-Length: 300000000\r\n\r\n")
+            await connection.answer()
+            while len(server.connections):
+                if limit == "LINGER_BYTES":
+                    connection.send(b" ")
+                await asyncio.sleep(0)
+
+    scenario(client, play, direct=direct)
+
+
+@BOTH_WAYS
 def test_a_body_without_end_is_not_read_on_for_a_refusal_s_sake(
     client: AppClient, direct: bool
 ) -> None:
@@ -815,14 +837,57 @@ def test_what_cannot_be_read_is_answered_after_what_came_before_it(
 def test_a_thousand_requests_in_one_packet_are_answered_in_order(
     client: AppClient, spec: PolicySpec, direct: bool
 ) -> None:
-    requests = [post(b"{"), b"GET /healthz HTTP/1.1\r\nHost: test\r\n\r\n"] * 500
+    healthz = b"GET /healthz HTTP/1.1\r\nHost: test\r\n\r\n"
+    requests = [post(body_of(spec)), *[post(b"{")] * 500, *[post(b"{"), healthz] * 250]
 
     async def play(server: Server) -> list[int]:
         async with server.connect() as connection:
             connection.send(*requests)
             return [(await connection.answer()).status for _ in requests]
 
-    assert scenario(client, play, direct=direct) == [400, 200] * 500
+    assert scenario(client, play, direct=direct) == [200, *[400] * 500, *[400, 200] * 250]
+
+
+@BOTH_WAYS
+def test_a_body_too_large_is_so_behind_another_request_too(
+    client: AppClient, spec: PolicySpec, direct: bool
+) -> None:
+    requests = [post(body_of(spec)), post(b" " * (MAX_BODY_BYTES + 1))]
+    chunks = [post(body_of(spec)), chunked(b" " * (MAX_BODY_BYTES + 1), 1000)]
+
+    async def play(server: Server) -> list[int]:
+        statuses = []
+        for pair in (requests, chunks):
+            async with server.connect() as connection:
+                connection.send(*pair)
+                statuses += [(await connection.answer()).status for _ in pair]
+                assert await connection.is_closed()
+        return statuses
+
+    assert scenario(client, play, direct=direct) == [200, 413, 200, 413]
+
+
+@BOTH_WAYS
+def test_half_a_request_behind_one_that_waits_is_not_late_by_that(
+    make_client: MakeClient, runtime: SummingRuntime, spec: PolicySpec, direct: bool
+) -> None:
+    """While the first one waits for the model, the server itself does not read on."""
+    client = make_client(read_timeout_s=SHORT_S, max_batch_size=1)
+    runtime.spoil = lambda decided: time.sleep(SHORT_S / 2)
+    request = post(body_of(spec))
+
+    async def play(server: Server) -> list[int]:
+        async with AsyncExitStack() as stack:
+            ahead = [await stack.enter_async_context(server.connect()) for _ in range(8)]
+            connection = await stack.enter_async_context(server.connect())
+            for other in ahead:
+                other.send(request)
+            connection.send(request, request[:-10])
+            statuses = [(await connection.answer()).status]
+            connection.send(request[-10:])
+            return [*statuses, (await connection.answer()).status]
+
+    assert scenario(client, play, direct=direct) == [200, 200]
 
 
 @BOTH_WAYS

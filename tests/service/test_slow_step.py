@@ -180,6 +180,22 @@ def test_who_is_out_of_time_hears_it_before_those_ahead_have_run(
         assert [client.answer()[0] for client in (first, *others, late)] == [200] * 4
 
 
+def test_what_arrives_during_a_step_is_not_late_by_it(artifact: Path, spec: PolicySpec) -> None:
+    with gated(artifact, spec, "--read-timeout-s", "1") as server:
+        first, halting = server.connect(), server.connect()
+        halting.begin_to_act()
+        assert first.act(session_id="a").answer()[0] == 404  # the half is read by now
+        first.act()
+        server.step_begins()
+        halting.finish_acting()
+        longer_than(500)  # the time of that half is up, and the timer is due
+        server.let_it_go()
+        assert first.answer()[0] == 200
+        server.step_begins()
+        server.let_it_go()
+        assert halting.answer()[0] == 200
+
+
 LEAVING: dict[str, Callable[[Client], None]] = {
     "closes": Client.close,
     "closes one way": Client.half_close,

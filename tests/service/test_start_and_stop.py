@@ -1,6 +1,7 @@
 """Signals in every phase of a server's life, and what is left behind at its end: real processes."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from export.exporter import export_policy
@@ -86,9 +88,10 @@ def test_a_signal_while_auto_measures_ends_it_and_what_it_measures(
         env=clean_environment(),
     )
     try:
-        while not any(has_loaded(child, "numpy") for child in children_of(process)):
+        children: list[int] = []
+        while not any(has_loaded(child, "numpy") for child in children):
             assert process.poll() is None
-        children = children_of(process)
+            children = children_of(process)
         process.send_signal(number)
         output, _ = process.communicate(timeout=STOP_TIMEOUT_S)
         assert process.returncode == EXIT_CODES[number]
@@ -109,6 +112,22 @@ def test_sigterm_between_the_first_line_and_the_last_of_a_start_is_heeded(
     with running(service_command(*flags(artifact)), until=line) as server:
         server.terminate()
         assert server.wait() == 0
+
+
+def test_a_signal_whose_exception_was_lost_is_heeded_once_the_server_runs(artifact: Path) -> None:
+    with running([*GATED, "asked", *flags(artifact)], until="Started server process") as server:
+        assert server.wait() == 0
+        assert "Shutting down" in server.log()
+
+
+def test_a_server_takes_all_descriptors_it_may_have(artifact: Path) -> None:
+    limited = ["sh", "-c", 'ulimit -Sn 256 && ulimit -Hn 512 && exec "$0" "$@"']
+    with running([*limited, *service_command(*flags(artifact))]) as server:
+        limits = Path(f"/proc/{server.process.pid}/limits").read_text()
+        assert re.search(r"^Max open files +512 +512 ", limits, re.MULTILINE)
+        metrics = httpx.get(f"{server.address}/metrics", timeout=STOP_TIMEOUT_S).text
+        (limit,) = re.findall(r"^tamiyo_connections_limit (\S+)$", metrics, re.MULTILINE)
+        assert 256 < float(limit) < 512
 
 
 def test_sigterm_during_the_warm_up_waits_for_no_step(artifact: Path) -> None:
