@@ -79,10 +79,7 @@ class Connections:
             connection.give_up_reading()
 
     def _tick(self) -> None:
-        # A batch may have held the loop: first it reads what came meanwhile, in its next two turns.
-        self._loop.call_soon(self._loop.call_soon, self._give_up_late)
-
-    def _give_up_late(self) -> None:
+        # Where a batch has held the loop, it reads what came meanwhile before it heeds its timers.
         now_s = self._loop.time()
         for connection in self:
             if connection.deadline_s <= now_s:
