@@ -18,6 +18,7 @@ from service.documentation import (
     every_error,
     json_content,
     text_content,
+    with_whole_bounds,
 )
 from service.endpoint import PATH, ActEndpoint
 from service.errors import ServiceError
@@ -65,6 +66,12 @@ class App(FastAPI):
             # Routed as GET; the server, which has the other scope, leaves the body out.
             scope = {**scope, "method": "GET"}
         await super().__call__(scope, receive, send)
+
+    def openapi(self) -> dict[str, Any]:
+        """The document of `/openapi.json`; made once."""
+        if self.openapi_schema is None:
+            self.openapi_schema = with_whole_bounds(super().openapi())
+        return self.openapi_schema
 
 
 def create_app(service: PolicyService) -> App:

@@ -14,6 +14,7 @@ Responses = dict[int | str, Json]
 
 ANYWHERE = (408, 431, 500)
 """What any request may get, whatever its route."""
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 REPLAYED = {
     "Replayed": {
         "description": "On the answer to a retry: the stored one, byte for byte.",
@@ -90,6 +91,25 @@ def act_answer(spec: PolicySpec, policy_version: str) -> Json:
         "policy_version": policy_version,
         **{name: extra[name] for name in spec.extra_outputs},
     }
+
+
+def with_whole_bounds(node: Any) -> Any:
+    """The same document with bounds of integers written as such.
+
+    FastAPI makes floats of them, and validators then take 2**64 for less than 2**64.
+    """
+    if isinstance(node, list):
+        return [with_whole_bounds(value) for value in node]
+    if not isinstance(node, dict):
+        return node
+    return {
+        name: int(value) if name in BOUNDS and _is_whole(value) else with_whole_bounds(value)
+        for name, value in node.items()
+    }
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer() and abs(value) <= 2**64
 
 
 def _sent_errors(root: type[ServiceError] = ServiceError) -> Iterator[type[ServiceError]]:

@@ -6,7 +6,6 @@ have; the models here are what every policy has in common.
 
 from typing import Annotated, Any, Literal, cast
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, create_model
 from pydantic_core import CoreSchema
 from typing_extensions import TypedDict
@@ -21,8 +20,10 @@ FAIL_FAST = Field(fail_fast=True)
 # What is required and absent is empty, as nothing that is given can be: an error of pydantic's own
 # would make Python objects of all that is there instead.
 ABSENT: Any = Field(default_factory=list)
-FLOAT32_MAX = float(np.finfo(np.float32).max)
-Float = Annotated[float, Field(json_schema_extra={"minimum": -FLOAT32_MAX, "maximum": FLOAT32_MAX})]
+BEYOND_FLOAT32 = 2.0**128 - 2.0**103
+"""The least number that rounds to no finite float32."""
+FLOAT32 = {"exclusiveMinimum": -BEYOND_FLOAT32, "exclusiveMaximum": BEYOND_FLOAT32}
+Float = Annotated[float, Field(json_schema_extra={**FLOAT32})]
 Floats = Annotated[list[Float], FAIL_FAST]
 
 

@@ -1,6 +1,7 @@
 """`/openapi.json` says what is accepted and answered: no more, no less, and for this policy."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from export.manifest import Manifest
 from model.spec import HeadSpec, PolicySpec
 from service.errors import Disconnected, ServiceError
 from service.policy_service import PolicyService
-from service.schemas import act_request, act_response
+from service.schemas import BEYOND_FLOAT32, act_request, act_response
 from service.settings import Settings
 from tests.service.conftest import MakeClient
 from tests.service.fakes import AppClient, SummingRuntime
@@ -103,6 +104,7 @@ def test_lengths_heads_and_bounds_are_the_policy_s(openapi: Json, spec: PolicySp
     for name in ("step", "seed"):
         number, null = fields[name]["anyOf"]
         assert (number["minimum"], number["exclusiveMaximum"]) == (0, 2**64)
+        assert isinstance(number["exclusiveMaximum"], int), "a validator may compare it as a float"
         assert null == {"type": "null"}
     rows = schemas["HiddenStateBody"]["properties"]["h"]
     assert (rows["minItems"], rows["maxItems"]) == (spec.num_layers, spec.num_layers)
@@ -110,6 +112,7 @@ def test_lengths_heads_and_bounds_are_the_policy_s(openapi: Json, spec: PolicySp
 
 
 ROW = [[0.5] * 10]
+LARGEST = math.nextafter(BEYOND_FLOAT32, 0)
 ACCEPTED: dict[str, Json] = {
     "an observation": {},
     "nulls for what is absent": {"action_mask": None, "session_id": None, "step": None}
@@ -123,12 +126,13 @@ ACCEPTED: dict[str, Json] = {
     "a mask": {"action_mask": {"op": [True, 0, 1, False, 0, 0], "tempo": [0, 0, 1]}},
     "an empty mask": {"action_mask": {}},
     "the longest name": {"session_id": "x" * 256, "episode_start": True},
-    "the largest float32": {"observation": [3.4e38, -3.4e38] + [0.0] * 9},
+    "the largest float32": {"observation": [LARGEST, -LARGEST] + [0.0] * 9},
 }
 REFUSED: dict[str, Json] = {
     "too short": {"observation": [0.0] * 10},
     "too long": {"observation": [0.0] * 12},
-    "no float32": {"observation": [3.5e38] + [0.0] * 10},
+    "no float32": {"observation": [BEYOND_FLOAT32] + [0.0] * 10},
+    "none below either": {"observation": [-BEYOND_FLOAT32] + [0.0] * 10},
     "an unknown field": {"sesion_id": "s"},
     "a state in a session": {"session_id": "s", "episode_start": True}
     | {"state": {"h": ROW, "c": ROW}},
