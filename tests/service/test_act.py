@@ -248,6 +248,9 @@ ZEROS = [[0.0] * 10]
 MANY_MISTAKES: dict[str, Json] = {
     "values of another type": {"observation": [""] * 1000},
     "too many values": {"observation": [0] * 1000},
+    "as many as there should be, of another type": {"observation": [""] * 11},
+    "a mask of another type": {"action_mask": {"blueprint": [2] * 13}},
+    "a row of another type": {"state": {"h": ZEROS, "c": [[""] * 10]}},
     "masks of another type": {"action_mask": {"op": [2] * 1000}},
     "unknown heads": {"action_mask": {name: [True] for name in MANY}},
     "unknown heads of another type": {"action_mask": MANY},
