@@ -21,6 +21,7 @@ from service.schemas import ActRequest, HiddenStateBody, act_request
 
 CONTENT_TYPE = "application/json"
 LONGEST_NAME = 80
+WRONG_LENGTH = ("too_short", "too_long")
 
 
 class ActCodec:
@@ -34,9 +35,10 @@ class ActCodec:
         for head in spec.heads:
             self._columns[head.name] = slice(start, start + head.size)
             start += head.size
-        self._observation_dim = spec.observation_dim
+        self._observation_shape = (spec.observation_dim,)
+        self._state_shape = (spec.num_layers, spec.hidden_dim)
         self._request = act_request(spec)
-        self._has_more_inputs = self._request is not ActRequest
+        self._has_more_inputs = spec.has_slot_by_op or spec.blueprint_embedding_dim is not None
         ops = spec.heads[spec.op_index]
         slot = next((head for head in spec.heads if head.name == "slot"), None)
         self._ops_that_need_a_slot = np.ones(ops.size, dtype=np.bool_)
@@ -54,14 +56,14 @@ class ActCodec:
         try:
             act = self._request.model_validate_json(body)
         except ValidationError as error:
-            raise Malformed(_sentence(error)) from error
+            raise _refusal(error) from error
         self._check_combination(act)
         action_mask = self._action_mask(act.action_mask)
         blueprint_index = slot_by_op_mask = None
         if self._has_more_inputs:
             blueprint_index, slot_by_op_mask = self._more_inputs(act, action_mask)
         request = StepRequest(
-            observation=self._observation(act.observation),
+            observation=_finite("observation", act.observation, self._observation_shape),
             action_mask=action_mask,
             deterministic=act.deterministic,
             session_id=act.session_id,
@@ -96,6 +98,10 @@ class ActCodec:
 
     @staticmethod
     def _check_combination(act: ActRequest) -> None:
+        if act.model_extra:
+            raise _unknown_field("", act.model_extra)
+        if not act.observation:
+            raise Malformed("`observation` is required")
         if act.session_id is not None and act.state is not None:
             raise Invalid("`state` is for stateless requests; the server keeps a session's state")
         if act.session_id is None:
@@ -108,13 +114,6 @@ class ActCodec:
         if act.episode_start and act.step:
             raise Invalid(f"an episode starts at step 0, not {act.step}")
 
-    def _observation(self, values: list[float]) -> NDArray[np.float32]:
-        if len(values) != self._observation_dim:
-            raise Invalid(
-                f"`observation` has {len(values)} values, the policy reads {self._observation_dim}"
-            )
-        return _finite("observation", values, (len(values),))
-
     def _action_mask(self, by_head: dict[str, list[bool]] | None) -> NDArray[np.bool_]:
         if not by_head:
             return self._everything
@@ -125,11 +124,6 @@ class ActCodec:
                 raise Invalid(
                     f"`action_mask` names an unknown head {_short(name)!r}; the heads are "
                     f"{', '.join(self._columns)}"
-                )
-            size = columns.stop - columns.start
-            if len(allowed) != size:
-                raise Invalid(
-                    f"`action_mask.{name}` has {len(allowed)} values, the head has {size}"
                 )
             if not any(allowed):
                 raise Invalid(f"`action_mask.{name}` allows nothing")
@@ -148,13 +142,9 @@ class ActCodec:
         return blueprint_index, slot_by_op_mask
 
     def _blueprint_index(self, values: list[int] | None) -> NDArray[np.int64]:
-        num_slots, num_blueprints = self._spec.num_slots, self._spec.num_blueprints
+        num_blueprints = self._spec.num_blueprints
         if values is None:
-            return np.full(num_slots, -1, dtype=np.int64)
-        if len(values) != num_slots:
-            raise Invalid(
-                f"`blueprint_index` has {len(values)} values, there are {num_slots} slots"
-            )
+            return np.full(self._spec.num_slots, -1, dtype=np.int64)
         for slot, value in enumerate(values):
             if not -1 <= value < num_blueprints:
                 raise Invalid(
@@ -166,11 +156,8 @@ class ActCodec:
     def _slot_by_op_mask(
         self, rows: list[list[bool]] | None, action_mask: NDArray[np.bool_]
     ) -> NDArray[np.bool_]:
-        num_ops, num_slots = self._spec.num_ops, self._spec.num_slots
         if rows is None:  # one mask for every op
-            return np.tile(action_mask[self._columns["slot"]], (num_ops, 1))
-        if len(rows) != num_ops or any(len(row) != num_slots for row in rows):
-            raise Invalid(f"`slot_by_op_mask` is not {num_ops} rows of {num_slots} values")
+            return np.tile(action_mask[self._columns["slot"]], (self._spec.num_ops, 1))
         mask = np.array(rows, dtype=np.bool_)
         allowed_ops = action_mask[self._columns[self._spec.op_head]]
         empty = allowed_ops & self._ops_that_need_a_slot & ~mask.any(axis=1)
@@ -180,10 +167,12 @@ class ActCodec:
         return mask
 
     def _state(self, body: HiddenStateBody) -> HiddenState:
-        shape = (self._spec.num_layers, self._spec.hidden_dim)
+        if body.model_extra:
+            raise _unknown_field("state.", body.model_extra)
         for name, rows in (("h", body.h), ("c", body.c)):
-            if len(rows) != shape[0] or any(len(row) != shape[1] for row in rows):
-                raise Invalid(f"`state.{name}` is not {shape[0]} rows of {shape[1]} values")
+            if not rows:
+                raise Malformed(f"`state.{name}` is required")
+        shape = self._state_shape
         return (
             _finite("state.h", list(chain.from_iterable(body.h)), shape),
             _finite("state.c", list(chain.from_iterable(body.c)), shape),
@@ -206,16 +195,29 @@ def _finite(name: str, values: list[float], shape: tuple[int, ...]) -> NDArray[n
     raise Invalid(f"`{name}{where}` is not a finite float32")
 
 
-def _sentence(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = _short(".".join(map(str, first["loc"])))
+def _refusal(error: ValidationError) -> Malformed | Invalid:
+    """Of another form than the documented one; or of that form, with a length not the policy's."""
+    errors = error.errors(include_url=False, include_input=False)
+    first = next((found for found in errors if found["type"] not in WRONG_LENGTH), errors[0])
+    where = _path(first["loc"])
+    if first["type"] in WRONG_LENGTH:
+        of = first["ctx"]
+        length = of.get("min_length", of.get("max_length"))
+        return Invalid(f"`{where}` has {of['actual_length']} values, the policy reads {length}")
     if first["type"] == "json_invalid":
-        return f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}"
-    if first["type"] == "extra_forbidden":
-        return f"`{where}` is not a field of the request"
-    if first["type"] == "missing":
-        return f"`{where}` is required"
-    return f"`{where}`: {first['msg']}" if where else f"the body: {first['msg']}"
+        return Malformed(f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
+    return Malformed(f"`{where}`: {first['msg']}" if where else f"the body: {first['msg']}")
+
+
+def _unknown_field(parent: str, given: dict[str, Any]) -> Malformed:
+    return Malformed(f"`{parent}{_short(next(iter(given)))}` is not a field of the request")
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """As JavaScript and Python write it: `state.h[0]`."""
+    return "".join(
+        f"[{name}]" if isinstance(name, int) else f".{name}" for name in location
+    ).removeprefix(".")
 
 
 def _short(name: str) -> str:

@@ -2,20 +2,54 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Body, FastAPI, Header, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from model.spec import PolicySpec
-from service.act import CONTENT_TYPE
+from service.documentation import (
+    ANYWHERE,
+    REPLAYED,
+    act_answer,
+    act_examples,
+    error_responses,
+    every_error,
+    json_content,
+    text_content,
+    with_whole_bounds,
+)
 from service.endpoint import PATH, ActEndpoint
 from service.errors import ServiceError
+from service.front_page import as_html, front_page, respond
 from service.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
 from service.policy_service import PolicyService
-from service.schemas import ErrorResponse, PolicyResponse, act_request, act_response
+from service.schemas import (
+    Alive,
+    FrontPage,
+    Identifier,
+    Limits,
+    PolicyResponse,
+    Ready,
+    act_request,
+    act_response,
+)
+
+DESCRIPTION = """
+Actions of a recurrent, factored, action-masked policy, one step at a time.
+
+Every error is `{"error": sentence, "error_type": word}`. A request to `POST /act` that has a `step`
+may be sent again after any network error: it counts once. `HEAD` works wherever `GET` does.
+"""
+SESSION_ID = {
+    "name": "session_id",
+    "in": "path",
+    "required": True,
+    "description": "Percent-encoded; it may have slashes.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 256},
+    "example": "env-17",
+}
 
 
 class App(FastAPI):
@@ -30,8 +64,17 @@ class App(FastAPI):
         paths = (PATH, self.prefix + PATH)
         if scope["type"] == "http" and scope["path"] in paths and scope["method"] == "POST":
             await self.act_endpoint(scope, receive, send)
-        else:
-            await super().__call__(scope, receive, send)
+            return
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            # Routed as GET; the server, which has the other scope, leaves the body out.
+            scope = {**scope, "method": "GET"}
+        await super().__call__(scope, receive, send)
+
+    def openapi(self) -> dict[str, Any]:
+        """The document of `/openapi.json`; made once."""
+        if self.openapi_schema is None:
+            self.openapi_schema = with_whole_bounds(super().openapi())
+        return self.openapi_schema
 
 
 def create_app(service: PolicyService) -> App:
@@ -45,10 +88,10 @@ def create_app(service: PolicyService) -> App:
 
     app = App(
         title="tamiyo-serve",
-        description="Actions of a recurrent, factored, action-masked policy, one step at a time.",
+        description=DESCRIPTION,
         lifespan=lifespan,
         redirect_slashes=False,
-        responses={"default": {"model": ErrorResponse, "description": "Any error"}},
+        responses=error_responses(*ANYWHERE),
     )
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -57,61 +100,94 @@ def create_app(service: PolicyService) -> App:
     app.act_endpoint = ActEndpoint(service)
     app.prefix = service.settings.root_path
 
-    spec = service.manifest.spec
+    manifest, settings = service.manifest, service.settings
+    spec = manifest.spec
+    act_body: Any = act_request(spec)
+    answer = act_answer(spec, manifest.policy_version)
 
-    @app.post(PATH, response_model=act_response(spec), openapi_extra=_act_body(spec))
-    async def act() -> Response:
+    @app.post(
+        PATH,
+        response_model=act_response(spec),
+        responses={200: {"content": json_content(answer), "headers": REPLAYED}, **every_error()},
+    )
+    async def act(
+        body: Annotated[act_body, Body(openapi_examples=act_examples(spec))],
+        x_session_id: Annotated[
+            Identifier | None,
+            Header(description="For load balancers; equal to `session_id` of the body."),
+        ] = None,
+    ) -> Response:
         """Takes one step of one environment."""
         raise AssertionError("ActEndpoint has answered already; this is its documentation")
 
-    @app.delete("/sessions/{session_id:path}", status_code=204)
-    async def end_session(session_id: str) -> None:
+    @app.delete(
+        "/sessions/{session_id:path}",
+        status_code=204,
+        responses=error_responses(404, 410),
+        openapi_extra={"parameters": [SESSION_ID]},
+    )
+    async def end_session(request: Request) -> None:
         """Ends a session and frees its state."""
-        service.sessions.end(session_id)
+        service.sessions.end(request.path_params["session_id"])
 
-    @app.get("/healthz")
-    async def healthz() -> dict[str, bool]:
+    @app.get("/healthz", responses={200: {"content": json_content({"alive": True})}})
+    async def healthz() -> Alive:
         """The process is alive."""
-        return {"alive": True}
+        return Alive()
 
-    @app.get("/readyz")
-    async def readyz() -> dict[str, bool]:
+    @app.get(
+        "/readyz",
+        responses={200: {"content": json_content({"ready": True})}, **error_responses(503)},
+    )
+    async def readyz() -> Ready:
         """Every batch size has run once: `/act` answers at full speed."""
         service.check_ready()
-        return {"ready": True}
+        return Ready()
 
-    @app.get("/policy")
-    async def policy() -> PolicyResponse:
-        """What is served, and within which limits."""
-        settings, manifest = service.settings, service.manifest
+    def policy_response() -> PolicyResponse:
         return PolicyResponse(
             name=manifest.name,
             policy_version=manifest.policy_version,
-            spec=manifest.spec.model_dump(mode="json"),
+            spec=spec,
             runtime=service.runtime.name,
             device=service.runtime.device,
-            limits={
-                "max_batch_size": service.max_batch_size,
-                "max_waiting": settings.max_waiting,
-                "max_sessions": settings.max_sessions,
-                "session_idle_s": settings.session_idle_s,
-                "timeout_ms": settings.timeout_ms,
-                "max_body_bytes": settings.max_body_bytes,
-            },
+            limits=Limits(
+                max_batch_size=service.max_batch_size,
+                max_waiting=settings.max_waiting,
+                max_sessions=settings.max_sessions,
+                session_idle_s=settings.session_idle_s,
+                timeout_ms=settings.timeout_ms,
+                max_body_bytes=settings.max_body_bytes,
+            ),
         )
 
-    @app.get("/metrics", response_class=Response)
+    served = policy_response().model_dump(mode="json")
+
+    @app.get("/policy", responses={200: {"content": json_content(served)}})
+    async def policy() -> PolicyResponse:
+        """What is served, and within which limits."""
+        return policy_response()
+
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": text_content("text/plain", "tamiyo_sessions 1.0\n")}},
+    )
     async def metrics() -> Response:
         """Prometheus metrics."""
         return Response(service.metrics.render(), media_type=METRICS_CONTENT_TYPE)
 
+    def page(prefix: str) -> FrontPage:
+        return front_page(manifest.name, manifest.policy_version, prefix)
+
+    either = json_content(page("").model_dump()) | text_content("text/html", as_html(page("")))
+
+    @app.get("/", response_model=FrontPage, responses={200: {"content": either}})
+    async def index(request: Request) -> Response:
+        """What this is and where to go, as JSON or, where `Accept` would rather have it, HTML."""
+        return respond(page(request.scope.get("root_path", "")), request)
+
     return app
-
-
-def _act_body(spec: PolicySpec) -> dict[str, Any]:
-    schema = act_request(spec).model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs")  # HiddenStateBody is a component already, by way of ActResponse
-    return {"requestBody": {"required": True, "content": {CONTENT_TYPE: {"schema": schema}}}}
 
 
 async def _service_error(request: Request, error: Exception) -> Response:
@@ -124,7 +200,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     error_type = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "malformed")
     sentence = f"{request.method} {request.url.path}: {error.detail}"
     body = {"error": sentence, "error_type": error_type}
-    return JSONResponse(body, error.status_code, error.headers)
+    headers = dict(error.headers or {})
+    methods = headers.get("Allow", "").split(", ")
+    if "GET" in methods:
+        headers["Allow"] = ", ".join(sorted({*methods, "HEAD"}))
+    return JSONResponse(body, error.status_code, headers)
 
 
 async def _unknown_error(request: Request, error: Exception) -> Response:

@@ -1,8 +1,14 @@
-"""The wire types of the HTTP interface: what `/docs` shows is what is read and written."""
+"""The wire types of the HTTP interface: what `/docs` shows is what is read and written.
 
-from typing import Annotated, Any
+`act_request` and `act_response` make them for one policy, whose lengths, heads and bounds they
+have; the models here are what every policy has in common.
+"""
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, create_model
+from pydantic_core import CoreSchema
+from typing_extensions import TypedDict
 
 from model.spec import PolicySpec
 
@@ -11,30 +17,97 @@ Identifier = Annotated[str, Field(min_length=1, max_length=256)]
 # Without it, pydantic collects an error for every wrong value of a long list: a body at the
 # size limit would hold the event loop for seconds.
 FAIL_FAST = Field(fail_fast=True)
-Floats = Annotated[list[float], FAIL_FAST]
-Bools = Annotated[list[bool], FAIL_FAST]
+# What is required and absent is empty, as nothing that is given can be: an error of pydantic's own
+# would make Python objects of all that is there instead.
+ABSENT: Any = Field(default_factory=list)
+BEYOND_FLOAT32 = 2.0**128 - 2.0**103
+"""The least number that rounds to no finite float32."""
+FLOAT32 = {"exclusiveMinimum": -BEYOND_FLOAT32, "exclusiveMaximum": BEYOND_FLOAT32}
+Float = Annotated[float, Field(json_schema_extra={**FLOAT32})]
+Floats = Annotated[list[Float], FAIL_FAST]
+
+
+class _OneError:
+    """A union that is refused in one sentence instead of one for each of its members."""
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        schema = {
+            **handler(source),
+            "custom_error_type": "allowed_type",
+            "custom_error_message": "Input should be true, false, 1 or 0",
+        }
+        return cast(CoreSchema, schema)
+
+
+Allowed = Annotated[bool | Annotated[int, Field(ge=0, le=1)], _OneError()]
+"""Whether a choice is; gymnasium's masks are of integers."""
+
+
+def _config(**schema: Any) -> ConfigDict:
+    # No unknown name is accepted: the codec refuses the first, where `forbid` would list them all.
+    extra: Any = {"additionalProperties": False, **schema}
+    return ConfigDict(strict=True, extra="allow", json_schema_extra=extra)
 
 
 class HiddenStateBody(BaseModel):
     """A recurrent state the client carries itself: each `[layers][hidden]`."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = _config(required=["h", "c"])
 
-    h: Annotated[list[Floats], FAIL_FAST]
-    c: Annotated[list[Floats], FAIL_FAST]
+    h: Annotated[list[Floats], FAIL_FAST, ABSENT]
+    c: Annotated[list[Floats], FAIL_FAST, ABSENT]
 
 
 class ActRequest(BaseModel):
-    """One step of one environment. Only `observation` is required."""
+    """One step of one environment. Only `observation` is required.
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    With a `session_id` the server keeps the recurrent state: `episode_start` starts an episode, at
+    step 0. Without one the request is stateless: it starts from zeros or from `state`, and has no
+    `episode` and no `episode_start`.
+    """
+
+    model_config = _config(
+        required=["observation"],
+        oneOf=[
+            {
+                "title": "A step of a session",
+                "required": ["session_id"],
+                "properties": {"session_id": {"type": "string"}, "state": {"type": "null"}},
+            },
+            {
+                "title": "A stateless step",
+                "properties": {
+                    "session_id": {"type": "null"},
+                    "episode": {"type": "null"},
+                    "episode_start": {"const": False},
+                },
+            },
+        ],
+        **{
+            "not": {
+                "title": "An episode starts at step 0",
+                "required": ["episode_start", "step"],
+                "properties": {
+                    "episode_start": {"const": True},
+                    "step": {"type": "integer", "minimum": 1},
+                },
+            }
+        },
+    )
 
     observation: Annotated[
-        Floats, Field(description="Raw, as the environment gives it; the policy normalises.")
+        Floats,
+        ABSENT,
+        Field(description="Raw, as the environment gives it; the policy normalises."),
     ]
     action_mask: Annotated[
-        dict[str, Bools] | None,
-        Field(description="Per head, true = allowed. A head left out has everything allowed."),
+        Any,
+        Field(
+            description="Per head, true or 1 = allowed. A head left out has everything allowed; "
+            "one that is here allows at least one choice."
+        ),
     ] = None
     session_id: Annotated[
         Identifier | None,
@@ -42,53 +115,108 @@ class ActRequest(BaseModel):
     ] = None
     episode: Annotated[
         Identifier | None,
-        Field(description="The client's name for the episode; makes a start safe to retry."),
+        Field(
+            description="The client's name for the episode; makes a start safe to retry. Needs a "
+            "`session_id`."
+        ),
     ] = None
     step: Annotated[
         int | None,
         Field(ge=0, lt=2**64, description="Index in the episode; makes a step safe to retry."),
     ] = None
     episode_start: Annotated[
-        bool, Field(description="Starts the session, or starts it anew, from zero state.")
+        bool,
+        Field(
+            description="Starts the session, or starts it anew, from zero state. Needs a "
+            "`session_id`, and no `step` but 0."
+        ),
     ] = False
     seed: Annotated[
         int | None,
-        Field(ge=0, lt=2**64, description="Of the episode's noise; read at its start."),
+        Field(
+            ge=0,
+            lt=2**64,
+            description="Of the episode's noise; read at its start, and the same or absent later.",
+        ),
     ] = None
     deterministic: Annotated[
         bool, Field(description="Take the most likely action instead of sampling.")
     ] = False
     timeout_ms: Annotated[
-        float | None, Field(gt=0, description="Give up (504) if the model was not free by then.")
+        float | None,
+        Field(
+            gt=0,
+            allow_inf_nan=False,
+            description="Give up (504) if the model was not free by then; without it, after "
+            "`limits.timeout_ms` of `GET /policy`.",
+        ),
     ] = None
     state: Annotated[
-        HiddenStateBody | None, Field(description="Stateless only: `state` of the last answer.")
+        HiddenStateBody | None,
+        Field(description="Stateless only, without `session_id`: `state` of the last answer."),
     ] = None
-
-
-BlueprintIndex = Annotated[
-    Annotated[list[int], FAIL_FAST] | None,
-    Field(description="Which blueprint each slot holds, -1 = none; without it, none in any."),
-]
-SlotByOpMask = Annotated[
-    Annotated[list[Bools], FAIL_FAST] | None,
-    Field(
-        description="`[ops][slots]`, true = allowed: which slots each op may take, in place of "
-        "`action_mask.slot`, which holds for every op."
-    ),
-]
 
 
 def act_request(spec: PolicySpec) -> type[ActRequest]:
-    """The request for this policy: `ActRequest`, and a field for each input that it alone has."""
-    fields: dict[str, Any] = {}
+    """`ActRequest` with this policy's lengths and heads, and a field for each input of its own."""
+    narrower: dict[str, Any] = {
+        "observation": _exactly(spec.observation_dim, Float),
+        "action_mask": _action_mask(spec) | None,
+        "state": _hidden_state(spec) | None,
+    }
+    fields: dict[str, Any] = {
+        name: Annotated[values, ActRequest.model_fields[name]] for name, values in narrower.items()
+    }
     if spec.blueprint_embedding_dim is not None:
-        fields["blueprint_index"] = (BlueprintIndex, None)
+        fields["blueprint_index"] = (_blueprint_index(spec), None)
     if spec.has_slot_by_op:
-        fields["slot_by_op_mask"] = (SlotByOpMask, None)
-    if not fields:
-        return ActRequest
+        fields["slot_by_op_mask"] = (_slot_by_op_mask(spec), None)
     return create_model("ActRequest", __base__=ActRequest, __doc__=ActRequest.__doc__, **fields)
+
+
+def _exactly(length: int, of: Any) -> Any:
+    return Annotated[list[of], Field(min_length=length, max_length=length), FAIL_FAST]
+
+
+def _by_head(name: str, doc: str, fields: dict[str, Any], *, total: bool) -> Any:
+    # Not a model: a head may be called what one of its methods is.
+    make: Any = TypedDict
+    by_head = make(name, fields, total=total)
+    by_head.__doc__ = doc
+    by_head.__pydantic_config__ = _config()
+    return by_head
+
+
+def _action_mask(spec: PolicySpec) -> Any:
+    allows_one = Field(json_schema_extra={"contains": {"enum": [True, 1]}})
+    fields = {head.name: Annotated[_exactly(head.size, Allowed), allows_one] for head in spec.heads}
+    return _by_head("ActionMask", "What each head may choose.", fields, total=False)
+
+
+def _hidden_state(spec: PolicySpec) -> Any:
+    rows = _exactly(spec.num_layers, _exactly(spec.hidden_dim, Float))
+    fields: Any = dict.fromkeys(("h", "c"), Annotated[rows, ABSENT])
+    doc = HiddenStateBody.__doc__
+    return create_model("HiddenStateBody", __base__=HiddenStateBody, __doc__=doc, **fields)
+
+
+def _blueprint_index(spec: PolicySpec) -> Any:
+    bounds = Field(json_schema_extra={"minimum": -1, "maximum": spec.num_blueprints - 1})
+    return Annotated[
+        _exactly(spec.num_slots, Annotated[int, bounds]) | None,
+        Field(description="Which blueprint each slot holds, -1 = none; without it, none in any."),
+    ]
+
+
+def _slot_by_op_mask(spec: PolicySpec) -> Any:
+    return Annotated[
+        _exactly(spec.num_ops, _exactly(spec.num_slots, Allowed)) | None,
+        Field(
+            description="`[ops][slots]`, true or 1 = allowed: which slots each op may take, in "
+            "place of `action_mask.slot`, which holds for every op. An op that is allowed and "
+            "needs a slot has at least one."
+        ),
+    ]
 
 
 class ActResponse(BaseModel):
@@ -103,28 +231,46 @@ class ActResponse(BaseModel):
     state: HiddenStateBody | None = None
 
 
-EXTRA_FIELDS: dict[str, Any] = {
-    "q_value": Annotated[float, Field(description="Q(s, op) in returns, of the op taken.")],
-    "contribution": Annotated[
-        list[float], Field(description="What each slot is predicted to contribute.")
-    ],
-}
-
-
 def act_response(spec: PolicySpec) -> type[ActResponse]:
-    """The answer of this policy: `ActResponse`, and what else its step gives of the critic."""
-    fields = {name: (EXTRA_FIELDS[name], ...) for name in spec.extra_outputs}
-    if not fields:
-        return ActResponse
-    of: Any = fields
-    return create_model("ActResponse", __base__=ActResponse, __doc__=ActResponse.__doc__, **of)
+    """`ActResponse` with this policy's heads, and what else its step gives of the critic."""
+    choices: dict[str, Any] = {
+        head.name: Annotated[int, Field(ge=0, lt=head.size)] for head in spec.heads
+    }
+    log_probs: dict[str, Any] = {head.name: float for head in spec.heads}
+    fields: dict[str, Any] = {
+        "action": (_by_head("Action", "The choice of each head.", choices, total=True), ...),
+        "log_prob": (
+            _by_head("LogProb", "Of each choice; 0 where it was forced.", log_probs, total=True),
+            ...,
+        ),
+        "state": (_hidden_state(spec) | None, None),
+    }
+    extra: dict[str, Any] = {
+        "q_value": Annotated[float, Field(description="Q(s, op) in returns, of the op taken.")],
+        "contribution": Annotated[
+            list[float], Field(description="What each slot is predicted to contribute.")
+        ],
+    }
+    fields |= {name: (extra[name], ...) for name in spec.extra_outputs}
+    return create_model("ActResponse", __base__=ActResponse, __doc__=ActResponse.__doc__, **fields)
 
 
 class ErrorResponse(BaseModel):
-    """Every answer that is not 2xx."""
+    """Every answer that is not 2xx: a sentence for a person, and a word for a program."""
 
     error: str
     error_type: str
+
+
+class Limits(BaseModel):
+    """What the server holds and waits for at most."""
+
+    max_batch_size: int
+    max_waiting: int
+    max_sessions: int
+    session_idle_s: float
+    timeout_ms: float
+    max_body_bytes: int
 
 
 class PolicyResponse(BaseModel):
@@ -132,7 +278,29 @@ class PolicyResponse(BaseModel):
 
     name: str
     policy_version: str
-    spec: dict[str, Any]
+    spec: PolicySpec
     runtime: str
     device: str
-    limits: dict[str, int | float]
+    limits: Limits
+
+
+class Alive(BaseModel):
+    """The process answers."""
+
+    alive: Literal[True] = True
+
+
+class Ready(BaseModel):
+    """`POST /act` answers at full speed."""
+
+    ready: Literal[True] = True
+
+
+class FrontPage(BaseModel):
+    """What this is and where to go."""
+
+    service: str
+    summary: str
+    policy: str
+    policy_version: str
+    links: dict[str, str]

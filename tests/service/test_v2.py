@@ -159,6 +159,8 @@ def test_without_slots_by_op_the_slot_s_own_mask_holds_for_every_op(v2_client: A
     by_op = v2_client.act(body(deterministic=True, slot_by_op_mask=[[False, True]] * 6)).json()
     assert own == by_op
     assert own["action"]["slot"] == 1
+    integers = v2_client.act(body(deterministic=True, slot_by_op_mask=[[0, 1], [False, 1]] * 3))
+    assert integers.json() == own
 
 
 def test_slots_by_op_take_the_place_of_the_slot_s_own_mask(v2_client: AppClient) -> None:
@@ -173,14 +175,14 @@ def test_slots_by_op_take_the_place_of_the_slot_s_own_mask(v2_client: AppClient)
 @pytest.mark.parametrize(
     ("fields", "status", "sentence"),
     [
-        ({"blueprint_index": [0]}, 422, "`blueprint_index` has 1 values, there are 2 slots"),
+        ({"blueprint_index": [0]}, 422, "`blueprint_index` has 1 values, the policy reads 2"),
         ({"blueprint_index": [0, 13]}, 422, "`blueprint_index[1]` is not -1 (none) or one of"),
         ({"blueprint_index": [-2, 0]}, 422, "`blueprint_index[0]` is not -1 (none) or one of"),
         ({"blueprint_index": [2**70, 0]}, 422, "`blueprint_index[0]` is not -1 (none) or one"),
-        ({"blueprint_index": [0.5, 0]}, 400, "`blueprint_index.0`: Input should be a valid int"),
-        ({"slot_by_op_mask": [[True, True]] * 5}, 422, "is not 6 rows of 2 values"),
-        ({"slot_by_op_mask": [[True]] * 6}, 422, "is not 6 rows of 2 values"),
-        ({"slot_by_op_mask": [[1, 0]] * 6}, 400, "`slot_by_op_mask.0.0`: Input should be a valid"),
+        ({"blueprint_index": [0.5, 0]}, 400, "`blueprint_index[0]`: Input should be a valid int"),
+        ({"slot_by_op_mask": [[True, True]] * 5}, 422, "_mask` has 5 values, the policy reads 6"),
+        ({"slot_by_op_mask": [[True]] * 6}, 422, "_mask[0]` has 1 values, the policy reads 2"),
+        ({"slot_by_op_mask": [[1, 2]] * 6}, 400, "`slot_by_op_mask[0][1]`: Input should be true,"),
         (
             {"slot_by_op_mask": [[True, True]] * 3 + [[False, False]] * 3},
             422,
@@ -264,11 +266,7 @@ def test_the_documentation_shows_what_the_policy_reads(
 ) -> None:
     added = {"blueprint_index", "slot_by_op_mask"}
     shown = [
-        set(
-            client.get("/openapi.json").json()["paths"]["/act"]["post"]["requestBody"]["content"][
-                "application/json"
-            ]["schema"]["properties"]
-        )
+        set(client.get("/openapi.json").json()["components"]["schemas"]["ActRequest"]["properties"])
         for client in (v2_client, make_client())
     ]
     assert shown[0] - shown[1] == added

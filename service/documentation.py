@@ -1,0 +1,137 @@
+"""What `/openapi.json` says beside the models: each route's answers, and examples that work."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from math import log
+from typing import Any
+
+from model.spec import PolicySpec
+from service.errors import Disconnected, ServiceError
+from service.schemas import ErrorResponse
+
+Json = dict[str, Any]
+Responses = dict[int | str, Json]
+
+ANYWHERE = (408, 431, 500)
+"""What any request may get, whatever its route."""
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+REPLAYED = {
+    "Replayed": {
+        "description": "On the answer to a retry: the stored one, byte for byte.",
+        "schema": {"const": "true"},
+    }
+}
+RETRY_AFTER = {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}}
+
+
+def error_responses(*statuses: int) -> Responses:
+    """The errors of these statuses, in the one form, with the words and headers each comes with.
+
+    A status no `ServiceError` has is left out.
+    """
+    by_status: dict[int, list[type[ServiceError]]] = defaultdict(list)
+    for error in _sent_errors():
+        by_status[error.status_code].append(error)
+    return {
+        status: _response(by_status[status]) for status in sorted(statuses) if by_status[status]
+    }
+
+
+def every_error() -> Responses:
+    """Everything that `POST /act` may answer but 200."""
+    return error_responses(*{error.status_code for error in _sent_errors()})
+
+
+def json_content(example: Any) -> Json:
+    """A response's `content`, by what one looks like; its schema is the route's model."""
+    return {"application/json": {"example": example}}
+
+
+def text_content(media_type: str, example: str) -> Json:
+    """The same of a response that is no JSON."""
+    return {media_type: {"schema": {"type": "string"}, "example": example}}
+
+
+def act_examples(spec: PolicySpec) -> dict[str, Json]:
+    """Bodies of `POST /act` that this policy answers, as they are."""
+    observation = [0.1] * spec.observation_dim
+    masks = {head.name: [True] * head.size for head in spec.heads}
+    if spec.num_ops > 1:
+        masks[spec.op_head][-1] = False
+    inputs: Json = {"observation": observation, "action_mask": masks}
+    if spec.blueprint_embedding_dim is not None:
+        inputs["blueprint_index"] = [-1] * spec.num_slots
+    if spec.has_slot_by_op:
+        inputs["slot_by_op_mask"] = [[True] * spec.num_slots] * spec.num_ops
+    turn: Json = {"session_id": "env-17", "episode": "7"}
+    return {
+        "start": {
+            "summary": "The first step of an episode",
+            "value": {**turn, "step": 0, "episode_start": True, "seed": 42, **inputs},
+        },
+        "step": {"summary": "The one after it", "value": {**turn, "step": 1, **inputs}},
+        "stateless": {
+            "summary": "A step without a session, and the most likely action",
+            "value": {"observation": observation, "deterministic": True},
+        },
+    }
+
+
+def act_answer(spec: PolicySpec, policy_version: str) -> Json:
+    """What the first step of an episode may be answered."""
+    extra: Json = (
+        {"q_value": 0.2, "contribution": [0.0] * spec.num_slots} if (spec.extra_outputs) else {}
+    )
+    return {
+        "session_id": "env-17",
+        "step": 0,
+        "action": dict.fromkeys(spec.head_names, 0),
+        "log_prob": {head.name: round(-log(head.size), 4) for head in spec.heads},
+        "value": 0.12,
+        "policy_version": policy_version,
+        **{name: extra[name] for name in spec.extra_outputs},
+    }
+
+
+def with_whole_bounds(node: Any) -> Any:
+    """The same document with bounds of integers written as such.
+
+    FastAPI makes floats of them, and validators then take 2**64 for less than 2**64.
+    """
+    if isinstance(node, list):
+        return [with_whole_bounds(value) for value in node]
+    if not isinstance(node, dict):
+        return node
+    return {
+        name: int(value) if name in BOUNDS and _is_whole(value) else with_whole_bounds(value)
+        for name, value in node.items()
+    }
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer() and abs(value) <= 2**64
+
+
+def _sent_errors(root: type[ServiceError] = ServiceError) -> Iterator[type[ServiceError]]:
+    if root is not Disconnected:
+        yield root
+    for error in root.__subclasses__():
+        yield from _sent_errors(error)
+
+
+def _response(errors: list[type[ServiceError]]) -> Json:
+    examples = {
+        error.error_type: {"value": error((error.__doc__ or "").splitlines()[0]).body()}
+        for error in errors
+    }
+    response: Json = {
+        "model": ErrorResponse,
+        "description": " ".join(
+            f"`{name}`: {of['value']['error']}" for name, of in examples.items()
+        ),
+        "content": {"application/json": {"examples": examples}},
+    }
+    may_retry = ["Retry-After" in error("").headers for error in errors]
+    if any(may_retry):
+        response["headers"] = {"Retry-After": RETRY_AFTER | {"required": all(may_retry)}}
+    return response
