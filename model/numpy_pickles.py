@@ -4,7 +4,6 @@ These stand in for the constructors a pickle names: NumPy's own believe what a p
 dtype's fields, and read any memory for it.
 """
 
-import math
 import re
 from collections.abc import Callable
 from typing import Any, Self
@@ -37,7 +36,10 @@ class NumpyDtype:
 
 
 class NumpyArray(np.ndarray[Any, Any]):
-    """An array of a plain dtype, in this machine's byte order; empty until it is built."""
+    """An array of a plain dtype, in this machine's byte order; empty until it is built.
+
+    NumPy itself holds the shape against the bytes.
+    """
 
     def __new__(cls, *_: object) -> Self:
         return super().__new__(cls, 0, np.uint8)
@@ -46,10 +48,7 @@ class NumpyArray(np.ndarray[Any, Any]):
         _, shape, stored, is_fortran, content = state
         if not isinstance(stored, NumpyDtype) or not isinstance(content, bytes):
             raise ValueError("an array of something else than plain numbers or text")
-        if min(shape, default=0) < 0 or math.prod(shape) * stored.dtype.itemsize != len(content):
-            raise ValueError(f"{len(content)} bytes are no array of shape {shape}")
-        native = np.frombuffer(content, stored.dtype).astype(stored.dtype.newbyteorder("="))
-        checked: Any = (1, tuple(shape), native.dtype, bool(is_fortran), native.tobytes())
+        checked: Any = (1, tuple(shape), stored.dtype, bool(is_fortran), content)
         super().__setstate__(checked)
 
 

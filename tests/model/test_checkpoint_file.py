@@ -7,7 +7,6 @@ import datetime
 import enum
 import gzip
 import io
-import json
 import lzma
 import os
 import pathlib
@@ -31,7 +30,6 @@ from torch import Tensor, nn
 from export.exporter import export_policy
 from model.checkpoint import load_checkpoint, load_normalizer
 from model.checkpoint_file import CheckpointError, read_file
-from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from tests.random_inputs import random_policy
 
@@ -553,7 +551,7 @@ def test_a_pickle_that_unpacks_to_more_than_the_file_is_refused(tmp_path: Path) 
 def test_nesting_that_no_repr_survives_is_refused_where_it_is_read(
     tmp_path: Path, entry: str
 ) -> None:
-    nested: list[Any] = []
+    nested: list[Any] = [0.0]
     for _ in range(60):
         nested = [nested, nested]
     for _ in range(5000):
@@ -570,16 +568,5 @@ def test_nesting_that_no_repr_survives_is_refused_where_it_is_read(
     if entry == "architecture":
         assert load_checkpoint(path)[0] == SPEC
     else:
-        assert len(refusal(path)) < 300
-
-
-def test_json_may_hold_what_the_checkpoint_may_not_be(tmp_path: Path) -> None:
-    path = written(tmp_path, json.dumps({"network_state_dict": {"a": [1.0]}}).encode())
-    assert refusal(path).endswith(
-        "so it holds no Tamiyo policy; its entries are 'network_state_dict'"
-    )
-
-
-def test_a_checkpoint_of_the_policy_still_fits_it(tmp_path: Path) -> None:
-    spec, loaded, _ = load_checkpoint(saved(tmp_path, checkpoint()))
-    FactoredRecurrentActorCritic(spec).load_state_dict(loaded, strict=True)
+        says = "is checkpoint version [[[[" if entry == "checkpoint_version" else "is no number"
+        assert says in refusal(path)

@@ -255,6 +255,13 @@ def test_statistics_and_scale_beside_any_wrapper_are_read(
     assert normalizer.mean.tolist() == [0.5] * 85
 
 
+def test_what_stands_nearest_to_the_weights_is_theirs(tmp_path: Path) -> None:
+    outer = {"value_normalizer_state_dict": {"var": 9.0, "count": 99.0}, "checkpoint_version": 7}
+    content = {"agent": of_v2("policy", checkpoint_version=2), **outer}
+    spec = load_checkpoint(saved(tmp_path, content))[0]
+    assert spec.value_scale == pytest.approx((4.0 + 1e-4) ** 0.5, rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
