@@ -122,7 +122,7 @@ class ActCodec:
             columns = self._columns.get(name)
             if columns is None:
                 raise Invalid(
-                    f"`action_mask` names an unknown head {_short(name)!r}; the heads are "
+                    f"`action_mask` names an unknown head '{_short(name)}'; the heads are "
                     f"{', '.join(self._columns)}"
                 )
             if not any(allowed):
@@ -221,5 +221,6 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 
 def _short(name: str) -> str:
-    """A client's own name, as far as a sentence needs it."""
-    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
+    """A client's own name, as far as a sentence needs it, and on one line."""
+    shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in shown)

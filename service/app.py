@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Header, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -50,6 +51,21 @@ SESSION_ID = {
     "schema": {"type": "string", "minLength": 1, "maxLength": 256},
     "example": "env-17",
 }
+
+
+class _AnyConvertor(Convertor[str]):
+    """Any name to its end; Starlette's `path` stops at a line's."""
+
+    regex = "(?s:.*)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("any", _AnyConvertor())
 
 
 class App(FastAPI):
@@ -121,7 +137,7 @@ def create_app(service: PolicyService) -> App:
         raise AssertionError("ActEndpoint has answered already; this is its documentation")
 
     @app.delete(
-        "/sessions/{session_id:path}",
+        "/sessions/{session_id:any}",
         status_code=204,
         responses=error_responses(404, 410),
         openapi_extra={"parameters": [SESSION_ID]},

@@ -421,6 +421,7 @@ NAMES = [
     *("\0", "a\0b", "\x7f", "\ufeff", "\u202e", " ", "a", " a", "a ", "A", "%61", "../a", "?"),
     *(unicodedata.normalize(form, "é") for form in ("NFC", "NFD")),
     *("\U0001f642", "\U0001f642" * 256, "x" * 256, "x" * 255, "\ufb01", "fi", "\\", '"', "/"),
+    *("\n", "x\n", "x\ny", "\r"),
 ]
 """No two are the same, whatever they look like."""
 

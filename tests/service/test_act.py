@@ -684,3 +684,20 @@ def test_any_well_formed_request_is_answered_or_refused_in_good_order(
     fuzzed: AppClient, spec: PolicySpec, fields: Json
 ) -> None:
     assert_harmless(fuzzed.act(body(spec) | fields))
+
+
+@pytest.mark.parametrize("name", ["h\n", "h\r\nX: y", "\u2028", "\x1b[2J"])
+@pytest.mark.parametrize("where", ["field", "state", "head"])
+def test_a_sentence_is_one_line_whatever_a_client_calls_things(
+    client: AppClient, spec: PolicySpec, name: str, where: str
+) -> None:
+    request = body(spec)
+    if where == "field":
+        request[name] = 1
+    elif where == "state":
+        request["state"] = {"h": ZEROS, "c": ZEROS, name: 1}
+    else:
+        request["action_mask"] = {name: [True]}
+    response = client.act(request)
+    assert response.status_code in (400, 422)
+    assert response.json()["error"].isprintable()
