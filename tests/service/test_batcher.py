@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.batcher import TURNS_BEHIND, Batcher
+from service.batcher import LONG_BATCH_S, TURNS_BEHIND, Batcher
 from service.errors import (
     DeadlineExceeded,
     Disconnected,
@@ -172,16 +172,30 @@ def test_the_time_of_the_batch_before_counts_for_what_is_read_after_it() -> None
     run(scenario())
 
 
-def test_what_is_read_right_after_a_batch_is_looked_at_once_more_before_it_runs() -> None:
+@pytest.mark.parametrize("is_long", [True, False])
+def test_what_is_read_right_after_a_long_batch_is_looked_at_once_more_before_it_runs(
+    is_long: bool,
+) -> None:
     async def scenario() -> None:
-        doubling = Doubling()
-        batcher = doubling.batcher()
-        assert await submitted(batcher, 1) == 2
+        clock, batches = FakeClock(), []
+
+        def step(items: list[int]) -> list[int | ServiceError]:
+            batches.append(items)
+            clock.now_s += LONG_BATCH_S if is_long else LONG_BATCH_S / 2
+            return list(items)
+
+        batcher = Batcher(step, max_batch_size=8, max_waiting=8, clock=clock)
+        assert await submitted(batcher, 1) == 1
         leaves, stays = submitted(batcher, 2), submitted(batcher, 3)
         await asyncio.sleep(0)
         leaves.cancel()
-        assert await stays == 6
-        assert doubling.batches == [[1], [3]]
+        assert await stays == 3
+        assert batches == ([[1], [3]] if is_long else [[1], [2, 3]])
+        for _ in range(2 * TURNS_BEHIND):  # an idle loop has read all there was
+            await asyncio.sleep(0)
+        lone = submitted(batcher, 4)
+        await asyncio.sleep(0)
+        assert lone.done()
 
     run(scenario())
 
