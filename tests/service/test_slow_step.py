@@ -218,6 +218,7 @@ def test_a_client_that_leaves_during_a_step_costs_none(
         leaving = server.connect()
     leaving.act(session_id="a", episode_start=True)
     LEAVING[how](leaving)
+    longer_than(SHORT_MS)  # so long a step is one that a client may be tired of
     server.let_it_go()
     assert first.answer()[0] == 200
     other.act(session_id="a")  # a step for it would mean that the session has begun
