@@ -181,7 +181,7 @@ def test_what_is_read_right_after_a_long_batch_is_looked_at_once_more_before_it_
 
         def step(items: list[int]) -> list[int | ServiceError]:
             batches.append(items)
-            clock.now_s += LONG_BATCH_S if is_long else LONG_BATCH_S / 2
+            clock.now_s += LONG_BATCH_S * (2 if is_long else 0.5)
             return list(items)
 
         batcher = Batcher(step, max_batch_size=8, max_waiting=8, clock=clock)
