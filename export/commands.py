@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -57,7 +58,7 @@ def _export(options: argparse.Namespace) -> int:
                 policy,
                 normalizer,
                 options.output,
-                name=options.name or source.name,
+                name=_readable(options.name or source.name),
                 source=source,
                 formats=chosen_formats(options.formats, options.precision),
                 device=options.device,
@@ -120,8 +121,13 @@ def _load(
     return (
         policy,
         normalizer,
-        Source(kind="checkpoint", name=options.checkpoint.stem, sha256=digest),
+        Source(kind="checkpoint", name=_readable(options.checkpoint.stem), sha256=digest),
     )
+
+
+def _readable(name: str) -> str:
+    """A name as UTF-8 can have it: a file's may be any bytes."""
+    return os.fsencode(name).decode("utf-8", errors="replace")
 
 
 def _with_options(spec: PolicySpec, options: argparse.Namespace) -> PolicySpec:

@@ -97,7 +97,9 @@ def test_a_file_may_have_any_name(
     assert load_checkpoint(tmp_path / name)[0] == spec
 
 
-@pytest.mark.parametrize("name", ["half precision.pt", "a\nb [red] \x1b[31m\U0001f642"])
+@pytest.mark.parametrize(
+    "name", ["half precision.pt", "a\nb [red] \x1b[31m\U0001f642", "\udcff.pt"]
+)
 def test_what_is_read_is_exported_whatever_its_name(
     policy: FactoredRecurrentActorCritic, tmp_path: Path, name: str
 ) -> None:
@@ -105,7 +107,7 @@ def test_what_is_read_is_exported_whatever_its_name(
     torch.save(each(Tensor.half)(dict(policy.state_dict())), checkpoint)
     arguments = ["--checkpoint", str(checkpoint), "--output", str(output), *FAST]
     assert main(arguments) == 0
-    assert Manifest.read(output).source.name == checkpoint.stem
+    assert Manifest.read(output).source.name == checkpoint.stem.replace("\udcff", "\ufffd")
     assert [path.name for path in (tmp_path / "of").iterdir()] == [name]
 
 
