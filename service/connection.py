@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 
 LARGEST_HEAD = 65536
 """Bytes of a request line and headers, of trailers, or of what stands between pieces of a body."""
-LINGER_S = 2.0
-LINGER_BYTES = 32 * 1024 * 1024
+LINGER_S = 5.0
+LINGER_BYTES = 64 * 1024 * 1024
 """A connection closed with input unread is reset, and its client may lose the answer by that: so
 much is read, unheeded, of what a client still sends after its last answer."""
 NEVER = float("inf")

@@ -116,6 +116,7 @@ def test_the_dashboard_asks_only_for_metrics_that_there_are(
     )
     metrics = Metrics(sessions, lambda: 0)
     metrics.count("ok")
+    metrics.count_unread("malformed")
 
     async def rendered() -> str:  # the tasks of a loop are among the metrics
         return metrics.render().decode()
