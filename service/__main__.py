@@ -7,18 +7,19 @@ import signal
 from types import FrameType
 from typing import NoReturn
 
+EXIT_CODES = {int(signal.SIGTERM): 0, int(signal.SIGINT): 130}
 asked_to_stop: list[int] = []
 
 
 def _stop_at_once(number: int, frame: FrameType | None) -> NoReturn:
     asked_to_stop.append(number)
-    raise SystemExit(0 if number == signal.SIGTERM else 130)
+    raise SystemExit(EXIT_CODES[number])
 
 
 if __name__ == "__main__":
     # First of all, as what follows takes a while to import, and as a container's first process this
     # one has no default for SIGTERM: it would be lost.
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in EXIT_CODES:
         signal.signal(number, _stop_at_once)
     from service.server import main
 

@@ -184,14 +184,15 @@ class Connection(asyncio.Protocol):
         self._url = b""
         self.headers = []
         self._is_reading = True
-        self.deadline_s = self.loop.time() + self.shared.read_timeout_s
+        if not self._is_lingering:
+            self.deadline_s = self.loop.time() + self.shared.read_timeout_s
 
     def on_url(self, url: bytes) -> None:
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._incoming is None:  # and this is no trailer
-            self.headers.append((name.lower(), value))
+            self.headers.append((name.lower(), value.rstrip(b" \t")))
 
     def on_headers_complete(self) -> None:
         self._overhead = 0
@@ -212,14 +213,14 @@ class Connection(asyncio.Protocol):
         method, version = parser.get_method(), parser.get_http_version()
         keep_alive = parser.should_keep_alive() and version != "1.0" and not self._is_draining
         if self._url in act_targets and method == b"POST":
-            return DirectRequest(self, self.headers, keep_alive=keep_alive)
+            return DirectRequest(self, self.headers, keep_alive=keep_alive, version=version)
         try:
             url = httptools.parse_url(self._url)
             path = unquote(url.path.decode("ascii"))
         except (httptools.HttpParserInvalidURLError, AttributeError):
             return None
         if path.encode() in act_targets and method == b"POST":
-            return DirectRequest(self, self.headers, keep_alive=keep_alive)
+            return DirectRequest(self, self.headers, keep_alive=keep_alive, version=version)
         return AsgiRequest(self, method.decode(), path, url, version, keep_alive=keep_alive)
 
     def on_body(self, body: bytes) -> None:
@@ -239,7 +240,9 @@ class Connection(asyncio.Protocol):
         if request is None:
             return
         request.more_body = False
-        if request.response_complete:
+        if self._is_lingering:
+            self._close()
+        elif request.response_complete:
             self._rest()
         else:
             if not self.flow.write_paused:
@@ -253,7 +256,7 @@ class Connection(asyncio.Protocol):
         request.start()
 
     def _start_next(self) -> None:
-        if self._pipeline and not self.transport.is_closing():
+        if self._pipeline and not (self._is_lingering or self.transport.is_closing()):
             request = self._pipeline.popleft()
             self._read_on()
             self._start(request)
@@ -280,7 +283,7 @@ class Connection(asyncio.Protocol):
         self._discarded = 0
         self.deadline_s = self.loop.time() + self.shared.keep_alive_s
         if self._is_draining:
-            self.transport.close()
+            self._close()
 
     def _read_on(self) -> None:
         if self.flow.read_paused and not (self._pipeline or self.flow.write_paused):
@@ -334,7 +337,7 @@ class Connection(asyncio.Protocol):
         if last is not None and not last.response_complete:
             last.keep_alive = False
         elif not self._is_reading:
-            self.transport.close()
+            self._close()
 
     def give_up(self) -> None:
         """Its patience has ended, or the server's with what has not arrived yet."""
@@ -360,13 +363,18 @@ class Connection(asyncio.Protocol):
     def end(self) -> None:
         """The last answer is written: what the client still sends is read for a while, unheeded."""
         if not self._is_reading:
-            self.transport.close()
+            self._close()
         elif not self._is_lingering:
             self._is_lingering = True
             self._discarded = 0
             self.flow.resume_reading()
             self.transport.write_eof()
             self.deadline_s = self.loop.time() + LINGER_S
+
+    def _close(self) -> None:
+        """Closes once the client has read what is written, for which it has so long."""
+        self.deadline_s = self.loop.time() + self.shared.read_timeout_s
+        self.transport.close()
 
     def _discard(self, num_bytes: int) -> None:
         self._discarded += num_bytes

@@ -28,17 +28,21 @@ class DirectRequest(Exchange):
         "_connection",
         "_headers",
         "_is_submitted",
+        "_may_continue",
         "body",
         "keep_alive",
         "more_body",
         "response_complete",
     )
 
-    def __init__(self, connection: "Connection", headers: Headers, *, keep_alive: bool) -> None:
+    def __init__(
+        self, connection: "Connection", headers: Headers, *, keep_alive: bool, version: str
+    ) -> None:
         super().__init__(connection.shared.service.metrics)
         self._connection = connection
         self._headers = headers
         self._is_submitted = False
+        self._may_continue = version != "1.0"  # whose clients know no answer before the answer
         self.body = bytearray()  # a body in a thousand pieces is not copied a thousand times
         self.more_body = True
         self.keep_alive = keep_alive
@@ -54,7 +58,7 @@ class DirectRequest(Exchange):
             return
         if not self.more_body:
             self._submit()
-        elif self.expects_continue:
+        elif self.expects_continue and self._may_continue:
             connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def feed(self, body: bytes) -> None:
@@ -131,7 +135,7 @@ class AsgiRequest(RequestResponseCycle):
             access_log=False,
             default_headers=connection.server.default_headers,
             message_event=asyncio.Event(),
-            expect_100_continue=(b"expect", b"100-continue") in headers,
+            expect_100_continue=version != "1.0" and (b"expect", b"100-continue") in headers,
             keep_alive=keep_alive,
             on_response=connection.on_response_complete,
         )

@@ -170,6 +170,10 @@ def plain_requests(spec: PolicySpec) -> dict[str, bytes]:
         ),
         "who waits to be asked on": post(good, "Expect: 100-continue"),
         "a type of no name": post(good).replace(b"application/json", b""),
+        "spaces behind values": post(
+            body_of(spec, session_id="nobody"), "X-Session-Id: nobody \t"
+        ).replace(b"Content-Length: ", b"Content-Length:  "),
+        "an expectation of HTTP/1.0": post(good, "Expect: 100-continue", version="1.0"),
         "gzip": post(good, "Content-Encoding: gzip"),
         "two encodings": post(good, "Content-Encoding: identity, br"),
         "as it is": post(good, "Content-Encoding: identity"),
@@ -236,6 +240,7 @@ STATUS = {
     "too large, in chunks": 413,
     "a wrong length of observation": 422,
     "an unknown session": 404,
+    "spaces behind values": 404,
     "another method": 405,
     "another route": 404,
     "no target": 404,
@@ -708,6 +713,44 @@ def test_a_connection_lingers_for_a_while_and_for_some_megabytes(
             while len(server.connections):
                 if limit == "LINGER_BYTES":
                     connection.send(b" ")
+                await asyncio.sleep(0)
+
+    scenario(client, play, direct=direct)
+
+
+@BOTH_WAYS
+def test_a_last_request_refused_at_its_headers_ends_the_connection_once_it_is_whole(
+    client: AppClient, spec: PolicySpec, direct: bool
+) -> None:
+    request = post(body_of(spec), "Connection: close").replace(b"json", b"xml")
+
+    async def play(server: Server) -> int:
+        async with server.connect() as connection:
+            connection.send(request)
+            answer = await connection.answer()
+            while len(server.connections):  # long before a keep-alive's time
+                await asyncio.sleep(0)
+            return answer.status
+
+    assert scenario(client, play, direct=direct) == 415
+
+
+@BOTH_WAYS
+def test_a_last_answer_that_is_not_read_is_not_kept_for_ever(
+    make_client: MakeClient, direct: bool
+) -> None:
+    client = make_client(read_timeout_s=SHORT_S, keep_alive_s=SHORT_S)
+
+    async def play(server: Server) -> None:
+        async with server.connect() as connection:
+            connection.send(b"GET /healthz HTTP/1.1\r\nHost: test\r\n\r\n")
+            await connection.answer()
+            (served,) = server.connections
+            connection.stop_reading()
+            served.transport.set_write_buffer_limits(high=10**9)  # so that it never pauses
+            served.transport.write(b" " * 20_000_000)
+            connection.send(b"GET /healthz HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n")
+            while len(server.connections):
                 await asyncio.sleep(0)
 
     scenario(client, play, direct=direct)
