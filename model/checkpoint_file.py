@@ -166,6 +166,9 @@ def _torch_pickle(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
     """The member that describes a checkpoint; CheckpointError says what the archive is instead."""
     members = {name.partition("/")[2]: name for name in archive.namelist() if "/" in name}
     plain = archive.namelist()
+    if len({name.casefold() for name in plain}) < len(plain):
+        # Torch finds members whatever their case: it could read another one than is checked here.
+        raise CheckpointError("holds two members of one name, and is damaged or meant to deceive")
     if "constants.pkl" in members:
         raise CheckpointError(
             "is a TorchScript archive, which holds code; save the module's state_dict() instead"

@@ -570,3 +570,14 @@ def test_nesting_that_no_repr_survives_is_refused_where_it_is_read(
     else:
         says = "is checkpoint version [[[[" if entry == "checkpoint_version" else "is no number"
         assert says in refusal(path)
+
+
+def test_an_archive_whose_members_differ_in_case_alone_is_refused(tmp_path: Path) -> None:
+    """Torch would read the one that nobody looked at."""
+    path = tmp_path / "two.pt"
+    torch.save({"a": torch.zeros(2)}, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        archive.writestr(name.replace("data", "DATA"), archive.read(name))
+    with pytest.raises(CheckpointError, match="two members of one name"):
+        read_file(path)
