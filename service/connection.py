@@ -121,6 +121,8 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.flow.resume_writing()
+        if self._is_lingering or self.transport.is_closing():
+            return
         if self.current is not None and not self.current.response_complete:
             self.deadline_s = NEVER
         else:
@@ -216,12 +218,18 @@ class Connection(asyncio.Protocol):
             return DirectRequest(self, self.headers, keep_alive=keep_alive, version=version)
         try:
             url = httptools.parse_url(self._url)
-            path = unquote(url.path.decode("ascii"))
-        except (httptools.HttpParserInvalidURLError, AttributeError):
+        except httptools.HttpParserInvalidURLError:
             return None
+        raw_path = url.path or b"/"  # as a URL may leave it out (RFC 9112, 3.2.2)
+        path = unquote(raw_path.decode("ascii"))
         if path.encode() in act_targets and method == b"POST":
             return DirectRequest(self, self.headers, keep_alive=keep_alive, version=version)
-        return AsgiRequest(self, method.decode(), path, url, version, keep_alive=keep_alive)
+        target: dict[str, str | bytes] = {
+            "path": path,
+            "raw_path": raw_path,
+            "query_string": url.query or b"",
+        }
+        return AsgiRequest(self, method.decode(), target, version, keep_alive=keep_alive)
 
     def on_body(self, body: bytes) -> None:
         self._overhead = 0

@@ -104,8 +104,7 @@ class AsgiRequest(RequestResponseCycle):
         self,
         connection: "Connection",
         method: str,
-        path: str,
-        url: Any,
+        target: dict[str, str | bytes],
         version: str,
         *,
         keep_alive: bool,
@@ -120,9 +119,7 @@ class AsgiRequest(RequestResponseCycle):
             "scheme": "https" if is_ssl(transport) else "http",
             "method": method,
             "root_path": "",
-            "path": path,
-            "raw_path": url.path,
-            "query_string": url.query or b"",
+            **target,
             "headers": headers,
             "state": connection.app_state.copy(),
         }
@@ -149,7 +146,8 @@ class AsgiRequest(RequestResponseCycle):
 
     async def send(self, message: Any) -> None:
         if message["type"] == "http.response.start" and (
-            message["status"] == TooLarge.status_code or self.waiting_for_100_continue
+            message["status"] == TooLarge.status_code
+            or (self.more_body and self.waiting_for_100_continue)
         ):
             self.keep_alive = False
         await super().send(message)

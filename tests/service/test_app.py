@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from export.manifest import Manifest, bucket_sizes
 from model.spec import PolicySpec
 from service.app import create_app
+from service.connections import Connections
 from service.policy_service import PolicyService
 from service.settings import Settings
 from tests.service.conftest import MakeClient
@@ -366,3 +367,8 @@ def test_making_the_application_starts_nothing(
 ) -> None:
     create_app(PolicyService(manifest, runtime, Settings(artifact=artifact)))
     assert runtime.batch_sizes == []
+
+
+def test_connections_that_nothing_limits_have_no_limit(client: AppClient) -> None:
+    Connections(client.app.act_endpoint, limit=None)
+    assert samples(client)["tamiyo_connections_limit"] == float("inf")

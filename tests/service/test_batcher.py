@@ -233,6 +233,42 @@ def test_whose_time_is_up_is_told_at_the_next_batch_wherever_it_waits() -> None:
     run(scenario())
 
 
+def test_those_whose_time_is_up_later_are_told_later() -> None:
+    async def scenario() -> None:
+        clock = FakeClock()
+
+        def step(items: list[int]) -> list[int | ServiceError]:
+            clock.now_s += 1.0
+            return list(items)
+
+        batcher = Batcher(step, max_batch_size=1, max_waiting=8, clock=clock)
+        patient = [submitted(batcher, item) for item in range(4)]
+        late = [submitted(batcher, 9, timeout_s=timeout_s) for timeout_s in (0.5, 1.5, 2.5)]
+        assert [type(outcome) for outcome in await outcomes(late)] == [DeadlineExceeded] * 3
+        assert await outcomes(patient) == [0, 1, 2, 3]
+
+    run(scenario())
+
+
+def test_those_behind_others_whose_time_is_up_keep_their_order() -> None:
+    async def scenario() -> None:
+        clock, doubling = FakeClock(), Doubling()
+        batcher = Batcher(doubling, max_batch_size=1, max_waiting=8, clock=clock)
+        late = [submitted(batcher, item, key=key, timeout_s=0.5) for item, key in enumerate("ab")]
+        behind = [submitted(batcher, item + 2, key=key) for item, key in enumerate("ab")]
+        clock.now_s += 1.0
+        assert await outcomes(behind) == [4, 6]
+        assert [type(outcome) for outcome in await outcomes(late)] == [DeadlineExceeded] * 2
+        assert doubling.batches == [[2], [3]]
+
+    run(scenario())
+
+
+def test_a_batch_of_ten_milliseconds_is_a_long_one() -> None:
+    """So long that a client may leave meanwhile; one of two is not."""
+    assert 0.002 < LONG_BATCH_S < 0.01
+
+
 def test_a_late_item_does_not_hold_up_its_key() -> None:
     async def scenario() -> None:
         doubling = Doubling()

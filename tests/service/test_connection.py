@@ -204,6 +204,8 @@ def plain_requests(spec: PolicySpec) -> dict[str, bytes]:
         "an unknown session": post(body_of(spec, session_id="nobody")),
         "another method": post(good).replace(b"POST", b"PUT"),
         "another route": post(good, target="/action"),
+        "a URL without a path": b"GET http://test HTTP/1.1\r\nHost: test\r\n\r\n",
+        "an expectation without a body": b"GET /healthz HTTP/1.1\r\nExpect: 100-continue\r\n\r\n",
         "no body asked for": b"GET /healthz HTTP/1.1\r\nHost: test\r\n\r\n",
         "a length that is none": post(good).replace(b"Length: ", b"Length: x"),
         "two lengths": post(good, "Content-Length: 7"),
@@ -773,6 +775,41 @@ def test_a_body_without_end_is_not_read_on_for_a_refusal_s_sake(
             return answer.status
 
     assert scenario(client, play, direct=direct) == 415
+
+
+@BOTH_WAYS
+def test_bodies_that_are_refused_one_after_another_end_no_connection(
+    client: AppClient, spec: PolicySpec, direct: bool
+) -> None:
+    """However many, as long as none is too large by itself."""
+    refused = post(b" " * (MAX_BODY_BYTES // 2)).replace(b"json", b"xml")
+
+    async def play(server: Server) -> list[int]:
+        async with server.connect() as connection:
+            statuses = []
+            for request in (*[refused] * 5, post(body_of(spec))):
+                connection.send(request)
+                statuses.append((await connection.answer()).status)
+            return statuses
+
+    assert scenario(client, play, direct=direct) == [*[415] * 5, 200]
+
+
+@BOTH_WAYS
+def test_what_breaks_behind_a_request_is_refused_once_that_is_answered(
+    client: AppClient, spec: PolicySpec, direct: bool
+) -> None:
+    """At once: nobody waits for the rest of what is broken."""
+
+    async def play(server: Server) -> list[int]:
+        async with server.connect() as connection:
+            broken = HEAD + b"Transfer-Encoding: chunked\r\n\r\nno number\r\n"
+            connection.send(post(body_of(spec)), broken)
+            statuses = [(await connection.answer()).status for _ in range(2)]
+            assert await connection.is_closed()
+            return statuses
+
+    assert scenario(client, play, direct=direct) == [200, 400]
 
 
 @BOTH_WAYS

@@ -36,6 +36,7 @@ def get(client: AppClient, *accept: str) -> httpx.Response:
         ("text/html, application/json", JSON),
         ("text/html;q=0.2, */*;q=0.3", JSON),
         ("text/html;q=0, */*", JSON),
+        ("text/html;q=0.1, text/*;q=0.9, application/json;q=0.5", JSON),
         ("image/png", JSON),
         ("text/html;q=nonsense", JSON),
         ("text/html;q=nan", JSON),
