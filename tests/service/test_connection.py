@@ -224,6 +224,9 @@ REFUSED_BY_THE_PARSER = {
 }
 """Of these in pieces, the later ones would meet a closed connection."""
 
+GO_ON = {"a good one", "an expectation without a body", "who waits to be asked on", "gzip"}
+"""Some whose connection has no reason to end."""
+
 STATUS = {
     "no JSON": 400,
     "nothing": 400,
@@ -283,6 +286,8 @@ def test_both_ways_answer_a_request_alike(
     assert direct[1]
     assert direct[0].status == STATUS.get(name, 200)
     assert direct[0].headers["content-type"] == "application/json"
+    if name in GO_ON:
+        assert "connection" not in direct[0].headers
 
 
 def test_a_good_request_takes_the_short_way(client: AppClient, spec: PolicySpec) -> None:
