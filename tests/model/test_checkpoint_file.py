@@ -493,6 +493,10 @@ HOSTILE = {
         in_entry(b"c__builtin__\nset\n]" + DOUBLED + b"a\x85R"),
         "holds a damaged pickle",
     ),
+    "a counter of doubled tuples": (
+        in_entry(b"ccollections\nCounter\n]" + DOUBLED + b"a\x85R"),
+        "holds a damaged pickle",
+    ),
     "a list that holds itself": (
         in_entry(b"]q\x00h\x00a"),
         "has no 'feature_net.0.weight' anywhere",

@@ -919,6 +919,47 @@ def test_what_cannot_be_read_is_answered_after_what_came_before_it(
 
 
 @BOTH_WAYS
+def test_behind_what_cannot_be_read_nothing_more_is(
+    client: AppClient, spec: PolicySpec, direct: bool
+) -> None:
+    async def play(server: Server) -> list[int]:
+        async with server.connect() as connection:
+            connection.send(post(body_of(spec)), b"rubbish\r\n")
+            await until_it_is_read(server)
+            (served,) = server.connections
+            assert served.flow.read_paused
+            return [(await connection.answer()).status for _ in range(2)]
+
+    assert scenario(client, play, direct=direct) == [200, 400]
+
+
+def test_a_body_that_its_route_does_not_read_is_not_taken_up(client: AppClient) -> None:
+    may_answer = asyncio.Event()
+
+    async def held() -> dict[str, bool]:
+        await may_answer.wait()
+        return {"held": True}
+
+    client.app.add_api_route("/held", held, methods=["POST"])
+
+    async def play(server: Server) -> int:
+        async with server.connect() as connection:
+            connection.send(
+                b"POST /held HTTP/1.1\r\nHost: test\r\nContent-Length: 20000000\r\n\r\n"
+            )
+            connection.send(b" " * 20_000_000)
+            await until_it_is_read(server)
+            (served,) = server.connections
+            while not served.flow.read_paused:
+                await asyncio.sleep(0)
+            assert served.current is not None and len(served.current.body) < 1_000_000
+            may_answer.set()
+            return (await connection.answer()).status
+
+    assert scenario(client, play) == 200
+
+
+@BOTH_WAYS
 def test_a_thousand_requests_in_one_packet_are_answered_in_order(
     client: AppClient, spec: PolicySpec, direct: bool
 ) -> None:
