@@ -101,6 +101,13 @@ class FormatParity(Record):
     max_error: dict[str, float]
 
 
+class PrecisionLoss(FormatParity):
+    """The same of the policy with bf16 products, against the policy in float32: a property of the
+    weights, for which no format answers. `mean_error` is signed."""
+
+    mean_error: dict[str, float]
+
+
 class Parity(Record):
     """How the formats were compared: `|got - expected| <= atol + rtol * |expected|`.
 
@@ -115,6 +122,7 @@ class Parity(Record):
     batch_sizes: tuple[int, ...]
     steps: int
     formats: dict[str, FormatParity]
+    precision_loss: PrecisionLoss | None = None
 
 
 class Source(Record):

@@ -1,37 +1,34 @@
 """Does an exported file do what the policy does? The gate every format must pass.
 
-Both sides run the same carried episodes, each on its own state, with episode starts in between.
-The policy is the judge of every decision: an artifact's action is right where the policy scores
-it as high as its own best, so that two choices closer than the tolerance are a tie, not a fault.
+Both sides run the same carried episodes (`export.episodes`), each on its own state. The policy is
+the judge of every decision: an artifact's action is right where the policy scores it as high as its
+own best, so that two choices closer than the tolerance are a tie, not a fault.
+
+A bf16 artifact is compared with the policy in bf16, near bf16's rounding. How far bf16 itself is
+from float32 is another question, of the weights and not of the artifact: it is measured apart, over
+the same episodes, and bounded.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from export.floor_bounds import LogProbBounds, floor_bounds
-from export.formats import LoadedStep, first_line
-from export.manifest import FormatParity, Precision, bucket_sizes, step_outputs
-from export.step import StepInput, StepOutput
-from model.heads import HeadTable
-from model.normalizer import ObservationNormalizer
-from model.policy import FactoredRecurrentActorCritic, Masks, Scores
-from model.recurrence import State
-from model.spec import SLOT_BY_OP
-
-STEPS = 50
-SATURATION = 20.0
-RESTART_PROBABILITY = 0.05
-FAR_PROBABILITY = 0.1
-FAR = {True: 1e30, False: 1e3}
-"""How far off some observations are: with a normaliser, which clips them, and without."""
+from export.carried_step import CarriedStep, StepFault
+from export.episodes import ROWS, EpisodeMaker, Moment
+from export.judge import CarriedJudge, Judge, scaled
+from export.loaders.protocol import LoadedStep
+from export.manifest import FormatParity, Parity, Precision, PrecisionLoss
+from model.policy import Scores
+from model.spec import PolicySpec
 
 
 class Tolerance(NamedTuple):
-    """How far a precision may be off: `atol + rtol * |expected|`, and in how many greedy actions.
+    """How far two sides may be apart: `atol + rtol * |expected|`, and in how many free greedy
+    decisions.
 
     An action is within it where the policy's score of it is `atol` short of its best, or less.
     Where floors jump, scores and log-probs have bounds (`export.floor_bounds`), not one number.
@@ -45,343 +42,301 @@ class Tolerance(NamedTuple):
 
 TOLERANCES: dict[Precision, Tolerance] = {
     "fp32": Tolerance(atol=2e-5, rtol=1e-5, min_greedy_agreement=0.0),
-    "bf16": Tolerance(atol=0.1, rtol=0.02, min_greedy_agreement=0.995),
+    "bf16": Tolerance(atol=0.05, rtol=0.02, min_greedy_agreement=0.99),
 }
+PRECISION_LOSS = Tolerance(atol=0.1, rtol=0.02, min_greedy_agreement=0.98)
+LARGEST_MEAN_LOSS = 0.02
+"""In the mean over all rows, of any output."""
+LARGEST_SHARE_OF_LOSS = 0.25
+"""A bf16 artifact is, in the mean, this much closer to bf16 than bf16 is to float32."""
+SMALLEST_DISTANCE = 1e-7
+"""In the mean, of arrays that bf16 leaves as they are."""
 
 
 class ParityError(Exception):
     """An exported file does not do what the policy does; the message says where first."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """One step of the reference run: what goes in, and what the policy makes of it.
+class ParityRun:
+    """What the comparison of one side with a judge adds up to.
 
-    `action_mask` and `masks` are the same, as the step and as the policy takes them. `begins` are
-    the rows whose episode starts here, and `begin_state` what they start from.
+    Errors are weighed: `|got - expected| / (1 + rtol / atol * |expected|)`, of which `atol` is the
+    limit. Decisions count where they are free: a head that matters, with a choice, and no noise
+    that points at one.
     """
 
-    batch_size: int
-    number: int
-    is_greedy: bool
-    observation: Tensor
-    action_mask: Tensor
-    noise: Tensor
-    blueprint_index: Tensor | None
-    masks: Masks
-    begins: Tensor
-    begin_state: State
-    scores: Scores
+    def __init__(self, judge: Judge, tolerance: Tolerance) -> None:
+        self.judge = judge
+        self.tolerance = tolerance
+        self.rows = 0
+        self.free = 0
+        self.equal = 0
+        self.greedy_free = 0
+        self.greedy_equal = 0
+        self.max_error: dict[str, float] = {}
+        self.error_by_step: list[float] = []
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
 
-    def inputs(self, state: State) -> StepInput:
-        """What goes in, from `state`: the arrays that the policy has, in the manifest's order."""
-        given = (self.observation, self.action_mask, self.noise, *state)
-        more = (self.blueprint_index, self.masks.get(SLOT_BY_OP))
-        return (*given, *(array for array in more if array is not None))
-
-    @property
-    def where(self) -> str:
-        return f"batch size {self.batch_size}, step {self.number}"
-
-
-@dataclass
-class ParityRun:
-    """What the comparison of one format adds up to; `error_by_step` is the largest of any array."""
-
-    tolerance: Tolerance
-    rows: int = 0
-    decisions: int = 0
-    equal: int = 0
-    greedy_decisions: int = 0
-    greedy_equal: int = 0
-    max_error: dict[str, float] = field(default_factory=dict)
-    error_by_step: list[float] = field(default_factory=lambda: [0.0] * STEPS)
-
-    def compare(self, what: str, got: Tensor, expected: Tensor, step: Step) -> None:
-        if got.shape != expected.shape or got.dtype != expected.dtype:
-            raise ParityError(
-                f"{what} is {got.dtype} {tuple(got.shape)}, expected {expected.dtype} "
-                f"{tuple(expected.shape)} ({step.where})"
+    def compare(self, outputs: Mapping[str, Tensor], moment: Moment, scores: Scores) -> None:
+        """One moment's rows, value and Q in the network's units. Raises ParityError, at the first
+        array beyond the tolerance, naming array, row, expected and got."""
+        heads, tolerance = self.judge.heads, self.tolerance
+        for name, expected in (
+            ("state_h_out", scores.state[0]),
+            ("state_c_out", scores.state[1]),
+            ("value", scores.value),
+        ):
+            self._compare(name, outputs[name], expected, moment)
+        action = outputs["action"]
+        outside = (action < 0) | (action >= torch.tensor(heads.sizes, device=action.device))
+        if outside.any():
+            self._fault(f"action is outside its head{_where(moment, _first(outside)[0])}")
+        op = action[..., heads.op_index]
+        for name, expected in self.judge.extra(scores, op).items():
+            self._compare(name, outputs[name], expected, moment)
+        noise = heads.spread(moment.noise)
+        best = scores.choices.choose(noise).action
+        lower, upper = self.judge.log_prob_bounds(
+            moment, scores, op, atol=tolerance.atol, rtol=tolerance.rtol
+        )
+        _, allowed = scores.choices.given(op)
+        matters = heads.relevant(op)
+        taken = (upper + noise).gather(-1, action.unsqueeze(-1)).squeeze(-1)
+        is_best = (lower + noise).amax(-1) - taken <= tolerance.atol  # False for NaN
+        wrong = ~torch.where(matters, is_best, action == heads.forced(allowed))
+        if wrong.any():
+            row, head = _first(wrong)
+            self._fault(
+                f"action of head {heads.names[head]!r}, row {row} is {int(action[row, head])}, "
+                f"expected {int(best[row, head])}{_where(moment, row)}"
             )
-        error = (got - expected).abs()
-        within = (
-            error <= self.tolerance.atol + self.tolerance.rtol * expected.abs()
-        )  # False for NaN
-        if not within.all():
-            index = tuple((~within).nonzero()[0].tolist())
-            raise ParityError(
-                f"{what}[{', '.join(map(str, index))}] is {got[index].item():.9g}, expected "
-                f"{expected[index].item():.9g} ({step.where})"
+        log_prob = outputs["log_prob"]
+        bounds = [heads.log_prob_of(bound, action) for bound in (lower, upper)]
+        self._compare("log_prob", log_prob, log_prob.clamp(*bounds), moment)
+        uncertain = ~matters & (log_prob != 0)
+        if uncertain.any():
+            row, head = _first(uncertain)
+            self._fault(
+                f"log_prob[{row}, {head}] is {log_prob[row, head].item():.9g}, expected exactly 0: "
+                f"head {heads.names[head]!r} does not matter for its op{_where(moment, row)}"
             )
-        largest = error.max().item()
-        self.max_error[what] = max(self.max_error.get(what, 0.0), largest)
-        self.error_by_step[step.number] = max(self.error_by_step[step.number], largest)
+        self._count(action == best, matters & (allowed.sum(-1) > 1), moment)
 
-    def count(self, action: Tensor, best: Tensor, step: Step) -> None:
-        equal = int((action == best).sum())
-        self.rows += len(action)
-        self.decisions += action.numel()
-        self.equal += equal
-        if step.is_greedy:
-            self.greedy_decisions += action.numel()
-            self.greedy_equal += equal
+    def finish(self) -> None:
+        """Raises ParityError where too few free greedy decisions are the policy's own."""
+        least = self.tolerance.min_greedy_agreement
+        if self.greedy_agreement < least:
+            raise ParityError(
+                f"{self.greedy_agreement:.3%} of the free greedy decisions are the policy's own, "
+                f"at least {least:.1%} must be"
+            )
 
     @property
     def greedy_agreement(self) -> float:
-        return self.greedy_equal / self.greedy_decisions
+        return self.greedy_equal / max(self.greedy_free, 1)
+
+    @property
+    def mean_error(self) -> dict[str, float]:
+        """Signed, by output."""
+        return {name: float(sums[0]) / self._counts[name] for name, sums in self._sums.items()}
+
+    @property
+    def mean_distance(self) -> dict[str, float]:
+        """Absolute, by output."""
+        return {name: float(sums[1]) / self._counts[name] for name, sums in self._sums.items()}
+
+    def check_distance(self, loss: "PrecisionLossRun", share: float) -> None:
+        """Raises ParityError where an output is as far off in the mean as that `share` of `loss`."""
+        for name, most in loss.mean_distance.items():
+            mean = self.mean_distance[name]
+            if mean > share * most + SMALLEST_DISTANCE:
+                raise ParityError(
+                    f"{name} is {mean:.3g} off in the mean, and bf16 from float32 {most:.3g}: at "
+                    f"most {share:.0%} of that is rounding"
+                )
 
     def summary(self) -> FormatParity:
         return FormatParity(
             rows=self.rows,
-            action_agreement=self.equal / self.decisions,
+            action_agreement=self.equal / max(self.free, 1),
             greedy_agreement=self.greedy_agreement,
             max_error=self.max_error,
         )
 
+    def _fault(self, sentence: str) -> None:
+        raise ParityError(sentence)
 
-def parity_batch_sizes(max_batch_size: int) -> tuple[int, ...]:
-    """1, 2, 3, 7, every bucket and the largest batch, as far as the artifact goes."""
-    sizes = {1, 2, 3, 7, *bucket_sizes(max_batch_size)}
-    return tuple(sorted(size for size in sizes if size <= max_batch_size))
+    def _compare(self, name: str, got: Tensor, expected: Tensor, moment: Moment) -> None:
+        tolerance = self.tolerance
+        error = (got - expected) / (1.0 + tolerance.rtol / tolerance.atol * expected.abs())
+        beyond = ~(error.abs() <= tolerance.atol)  # True for NaN
+        if beyond.any():
+            index = _first(beyond)
+            self._fault(
+                f"{name}[{', '.join(map(str, index))}] is {got[index].item():.9g}, expected "
+                f"{expected[index].item():.9g}{_where(moment, index[0])}"
+            )
+        largest = error.abs().max().item()
+        self.max_error[name] = max(self.max_error.get(name, 0.0), largest)
+        while len(self.error_by_step) <= moment.number:
+            self.error_by_step.append(0.0)
+        self.error_by_step[moment.number] = max(self.error_by_step[moment.number], largest)
+        sums = torch.stack([error.double().sum(), error.double().abs().sum()]).cpu()
+        self._sums[name] = self._sums.get(name, torch.zeros_like(sums)) + sums
+        self._counts[name] = self._counts.get(name, 0) + error.numel()
+
+    def _count(self, equal: Tensor, has_choice: Tensor, moment: Moment) -> None:
+        free = has_choice & moment.is_free[:, None]
+        greedy = free & moment.is_greedy[:, None]
+        self.rows += len(equal)
+        self.free += int(free.sum())
+        self.equal += int((free & equal).sum())
+        self.greedy_free += int(greedy.sum())
+        self.greedy_equal += int((greedy & equal).sum())
 
 
-class Reference:
-    """The eager policy's own run of the gate's episodes, made once for all formats.
+class PrecisionLossRun(ParityRun):
+    """How far the policy in bf16 is from itself in float32: what is far off counts, and is no
+    fault, since states and observations beyond any policy's are among the rows."""
 
-    For every batch size, 50 carried steps. Masks run from one choice allowed to all; noise is zero
-    on even steps and Gumbel on odd ones; some observations are far beyond anything trained on;
-    each row's episode starts anew with probability 0.05, half of them from a saturated state.
+    def finish(self) -> None:
+        """Raises ParityError where bf16 is not for this policy: its answers are others."""
+        super().finish()
+        for name, mean in self.mean_distance.items():
+            if mean > LARGEST_MEAN_LOSS:
+                raise ParityError(
+                    f"{name} is {mean:.3g} off in the mean, and at most {LARGEST_MEAN_LOSS:g} is "
+                    "rounding"
+                )
+
+    def record(self) -> PrecisionLoss:
+        return PrecisionLoss(**self.summary().model_dump(), mean_error=self.mean_error)
+
+    def _fault(self, sentence: str) -> None:
+        pass
+
+
+class Verdict(NamedTuple):
+    """Every step passed: how close each came, what judging it took, and what bf16 costs."""
+
+    runs: dict[str, ParityRun]
+    seconds: dict[str, float]
+    parity: Parity
+
+
+class Gate:
+    """Compares steps with one policy, rebuilt from its weights: nothing is shared with them.
+
+    `judge` is what they are compared with, and `exact` the policy in float32: the same, but for
+    bf16.
     """
 
     def __init__(
         self,
-        policy: FactoredRecurrentActorCritic,
-        normalizer: ObservationNormalizer | None,
+        weights: bytes,
+        spec: PolicySpec,
         *,
-        batch_sizes: Sequence[int],
-        precision: Precision = "fp32",
-        seed: int = 0,
+        precision: Precision,
+        max_batch_size: int,
+        device: torch.device,
     ) -> None:
-        self.policy = policy
-        self.normalizer = normalizer
-        self.batch_sizes = tuple(batch_sizes)
-        self.device = policy.heads.valid.device
-        self.without_floors = HeadTable(policy.spec.with_probability_floors({})).to(self.device)
+        self.spec = spec
         self.precision = precision
+        self.max_batch_size = max_batch_size
         self.tolerance = TOLERANCES[precision]
-        with torch.inference_mode():
-            self.episodes = [
-                list(self._run(batch_size, torch.Generator().manual_seed(seed * 1000 + batch_size)))
-                for batch_size in self.batch_sizes
-            ]
+        self.exact = Judge(weights, spec, "fp32", device)
+        self.judge = self.exact
+        if precision != "fp32":
+            self.judge = Judge(weights, spec, precision, device)
 
-    def _run(self, batch_size: int, generator: torch.Generator) -> Iterator[Step]:
-        state = self.policy.initial_state(batch_size)
-        heads, device = self.policy.heads, self.device
-        for number in range(STEPS):
-            observation = self._observations(batch_size, generator).to(device)
-            mask = self._masks(batch_size, generator).to(device)
-            is_greedy = number % 2 == 0
-            noise = torch.zeros(mask.shape, device=device)
-            if not is_greedy:
-                uniform = torch.rand(mask.shape, generator=generator).clamp(min=1e-20)
-                noise = -torch.log(-torch.log(uniform)).to(device)
-            begins = (torch.rand(batch_size, generator=generator) < RESTART_PROBABILITY).to(device)
-            begin_state = self._begin_state(batch_size, generator)
-            blueprint_index = self._blueprints(batch_size, generator)
-            slot_by_op = self._slots_by_op(mask, batch_size, generator)
-            state = restarted(state, begins, begin_state)
-            normal = observation if self.normalizer is None else self.normalizer(observation)
-            masks = dict(zip(heads.names, torch.split(mask, heads.sizes, -1), strict=True))
-            if slot_by_op is not None:
-                masks[SLOT_BY_OP] = slot_by_op
-            scores = self.policy.step_scores(normal, state, masks, blueprint_index=blueprint_index)
-            yield Step(
-                batch_size=batch_size,
-                number=number,
-                is_greedy=is_greedy,
-                observation=observation,
-                action_mask=mask,
-                noise=noise,
-                blueprint_index=blueprint_index,
-                masks=masks,
-                begins=begins,
-                begin_state=begin_state,
-                scores=scores,
-            )
-            state = scores.state
+    def check(self, steps: Mapping[str, LoadedStep]) -> Verdict:
+        """Runs every step through the same episodes, each on its own states.
 
-    def _observations(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        shape = (batch_size, self.policy.spec.observation_dim)
-        observation = torch.randn(shape, generator=generator)
-        if self.normalizer is not None:
-            scale, mean = self.normalizer.scale().cpu(), self.normalizer.mean.cpu()
-            observation = observation * scale + mean
-        far = torch.rand(batch_size, 1, generator=generator) < FAR_PROBABILITY
-        extreme = torch.randn(shape, generator=generator).sign() * FAR[self.normalizer is not None]
-        return torch.where(far, extreme, observation)
-
-    def _masks(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        heads = self.policy.heads
-        density = torch.rand(batch_size, 1, generator=generator) * 1.6 - 0.3
-        allowed = torch.rand(batch_size, sum(heads.sizes), generator=generator) < density
-        for columns in torch.split(allowed, heads.sizes, -1):
-            _allow_one(columns, generator)
-        return allowed
-
-    def _blueprints(self, batch_size: int, generator: torch.Generator) -> Tensor | None:
-        spec = self.policy.spec
-        if spec.blueprint_embedding_dim is None:
-            return None
-        shape = (batch_size, spec.num_slots)
-        return torch.randint(-1, spec.num_blueprints, shape, generator=generator).to(self.device)
-
-    def _slots_by_op(
-        self, mask: Tensor, batch_size: int, generator: torch.Generator
-    ) -> Tensor | None:
-        """No slot at all for ops that are not allowed, as environments send it, nor at times for
-        those that need none.
+        Raises ParityError at the first difference, naming step, array, row, expected and got.
         """
-        spec, heads = self.policy.spec, self.policy.heads
-        if not spec.has_slot_by_op:
-            return None
-        allowed = torch.rand(batch_size, spec.num_ops, spec.num_slots, generator=generator) < 0.5
-        _allow_one(allowed, generator)
-        needs_slot = heads.relevance[:, heads.names.index("slot")].cpu()
-        is_spared = torch.rand(batch_size, spec.num_ops, generator=generator) < 0.5
-        allowed_ops = torch.split(mask.cpu(), heads.sizes, -1)[heads.op_index]
-        allowed &= (allowed_ops & (needs_slot | is_spared)).unsqueeze(-1)
-        return allowed.to(self.device)
+        maker = EpisodeMaker(self.exact.rebuilt, self.max_batch_size)
+        runs = {name: ParityRun(self.judge, self.tolerance) for name in steps}
+        loss = PrecisionLossRun(self.exact, PRECISION_LOSS)
+        seconds = dict.fromkeys(steps, 0.0)
+        with torch.inference_mode():
+            for episode in maker.episodes:
+                num_rows, largest = episode.num_rows, max(episode.sizes)
+                carried = {
+                    name: CarriedStep(step, self.spec, num_rows=num_rows, largest=largest)
+                    for name, step in steps.items()
+                }
+                judge = CarriedJudge(self.judge, num_rows)
+                exact = CarriedJudge(self.exact, num_rows)
+                for moment in maker.moments(episode):
+                    outputs = {}
+                    for name, step in carried.items():
+                        with _told_of(name, seconds):
+                            outputs[name] = scaled(step.run(moment), self.spec)
+                    for part in _parts(moment):
+                        on_device = part.to(self.judge.device)
+                        scores = judge.scores(on_device)
+                        for name, run in runs.items():
+                            with _told_of(name, seconds):
+                                rows = _rows(outputs[name], part.row, self.judge.device)
+                                run.compare(rows, on_device, scores)
+                        if self.precision != "fp32":
+                            with _told_of(self.precision):
+                                rows = self.judge.outputs(on_device, scores)
+                                loss.compare(rows, on_device, exact.scores(on_device))
+        return self._verdict(maker, runs, loss, seconds)
 
-    def _begin_state(self, batch_size: int, generator: torch.Generator) -> State:
-        zeros = self.policy.initial_state(batch_size)[0]
-        signs = torch.randn(zeros.shape, generator=generator).sign().to(zeros.device)
-        saturated = torch.rand(batch_size, 1, 1, generator=generator) < 0.5
-        signs = signs * saturated.to(zeros.device)
-        return signs, signs * SATURATION
-
-
-def _allow_one(allowed: Tensor, generator: torch.Generator) -> None:
-    """Allows one more choice of each row of `[..., n]`, so that there is one."""
-    choice = torch.randint(allowed.shape[-1], allowed.shape[:-1], generator=generator)
-    allowed |= torch.nn.functional.one_hot(choice, allowed.shape[-1]).bool()
-
-
-def check_parity(step: LoadedStep, reference: Reference) -> ParityRun:
-    """Compares `step` with the policy over the reference's episodes, carrying its own state.
-
-    Raises ParityError at the first array beyond the reference's tolerance, naming array, row,
-    expected and got; and where too few greedy actions are the policy's own.
-    """
-    run = ParityRun(reference.tolerance)
-    with torch.inference_mode():
-        for episode in reference.episodes:
-            state = reference.policy.initial_state(episode[0].batch_size)
-            for moment in episode:
-                state = restarted(state, moment.begins, moment.begin_state)
-                outputs = _run_step(step, moment.inputs(state), moment)
-                _judge(reference, moment, outputs, run)
-                state = (outputs[3], outputs[4])
-    least = reference.tolerance.min_greedy_agreement
-    if run.greedy_agreement < least:
-        raise ParityError(
-            f"{run.greedy_agreement:.3%} of the greedy actions are the policy's own, at least "
-            f"{least:.1%} must be"
+    def _verdict(
+        self,
+        maker: EpisodeMaker,
+        runs: dict[str, ParityRun],
+        loss: PrecisionLossRun,
+        seconds: dict[str, float],
+    ) -> Verdict:
+        if self.precision != "fp32":
+            with _told_of(self.precision):
+                loss.finish()
+        for name, run in runs.items():
+            with _told_of(name):
+                run.finish()
+                if self.precision != "fp32":
+                    run.check_distance(loss, LARGEST_SHARE_OF_LOSS)
+        parity = Parity(
+            **self.tolerance._asdict(),
+            batch_sizes=maker.batch_sizes,
+            steps=max(len(run.error_by_step) for run in runs.values()),
+            formats={name: run.summary() for name, run in runs.items()},
+            precision_loss=None if self.precision == "fp32" else loss.record(),
         )
-    return run
+        return Verdict(runs, seconds, parity)
 
 
-def _run_step(step: LoadedStep, inputs: StepInput, moment: Step) -> StepOutput:
+@contextmanager
+def _told_of(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
+    """Errors inside name the side they are of, and its seconds are counted."""
+    start = time.perf_counter()
     try:
-        return step(*inputs)
-    except Exception as error:  # whatever the format's own runtime raises
-        raise ParityError(f"the step fails: {first_line(error)} ({moment.where})") from error
+        yield
+    except (ParityError, StepFault) as error:
+        raise ParityError(f"{name} differs from the policy: {error}") from error
+    finally:
+        if seconds is not None:
+            seconds[name] += time.perf_counter() - start
 
 
-def _judge(reference: Reference, step: Step, outputs: StepOutput, run: ParityRun) -> None:
-    spec, heads, scores = reference.policy.spec, reference.policy.heads, step.scores
-    num_outputs = len(step_outputs(spec))
-    if len(outputs) != num_outputs:
-        raise ParityError(f"the step has {len(outputs)} outputs, expected {num_outputs}")
-    action, log_prob, value, h, c, *extra = outputs
-    noise = heads.spread(step.noise)
-    best = scores.choices.choose(noise).action
-    run.compare("state_h_out", h, scores.state[0], step)
-    run.compare("state_c_out", c, scores.state[1], step)
-    # What rounding makes of a value grows with its scale: compared is what the network gives.
-    run.compare("value", value / spec.value_scale, scores.value, step)
-    if action.shape != best.shape or action.dtype != best.dtype:
-        raise ParityError(
-            f"action is {action.dtype} {tuple(action.shape)}, expected {best.dtype} "
-            f"{tuple(best.shape)} ({step.where})"
-        )
-    if ((action < 0) | (action >= torch.tensor(heads.sizes, device=action.device))).any():
-        raise ParityError(f"action is outside its head ({step.where})")
-    op = action[..., heads.op_index]
-    expected_extra = _expected_extra(reference, op, scores)
-    for name, got in zip(expected_extra, extra, strict=True):
-        scale = spec.value_scale if name == "q_value" else 1.0
-        run.compare(name, got / scale, expected_extra[name], step)
-    bounds = _log_prob_bounds(reference, op, step)
-    _judge_actions(reference, action, best, noise, bounds, step)
-    lower, upper = (heads.log_prob_of(bound, action) for bound in bounds)
-    expected = lower
-    if log_prob.shape == lower.shape:
-        expected = log_prob.to(lower.dtype).clamp(lower, upper)
-    run.compare("log_prob", log_prob, expected, step)
-    run.count(action, best, step)
+def _parts(moment: Moment) -> Iterator[Moment]:
+    """As many rows at a time as a judge's memory is meant for."""
+    for start in range(0, len(moment.row), ROWS):
+        yield moment.part(slice(start, start + ROWS))
 
 
-def _expected_extra(reference: Reference, op: Tensor, scores: Scores) -> dict[str, Tensor]:
-    """What the policy's critic says beyond the value, of the op that was taken."""
-    policy = reference.policy
-    critics = {
-        "q_value": lambda: policy.q_value(scores.output, op),
-        "contribution": lambda: policy.contribution(scores.output),
-    }
-    return {name: critics[name]() for name in policy.spec.extra_outputs}
+def _rows(outputs: Mapping[str, Tensor], rows: Tensor, device: torch.device) -> dict[str, Tensor]:
+    return {name: output[rows].to(device) for name, output in outputs.items()}
 
 
-def _log_prob_bounds(reference: Reference, op: Tensor, step: Step) -> LogProbBounds:
-    """What the policy says each choice's log-prob may be, given `op`: one number but by floors."""
-    heads, choices, tolerance = reference.policy.heads, step.scores.choices, reference.tolerance
-    if not heads.has_floors:
-        log_probs, _ = choices.given(op)
-        return LogProbBounds(log_probs, log_probs)
-    slot_by_op = step.masks.get(SLOT_BY_OP)
-    plain = reference.without_floors.choices(choices.logits, choices.allowed, slot_by_op)
-    log_probs, allowed = plain.given(op)
-    margin = tolerance.atol + tolerance.rtol * log_probs.abs()
-    return floor_bounds(log_probs, allowed, heads.floor, margin)
+def _where(moment: Moment, row: int) -> str:
+    return f" (batch size {int(moment.batch_size[row])}, step {moment.number})"
 
 
-def _judge_actions(
-    reference: Reference,
-    action: Tensor,
-    best: Tensor,
-    noise: Tensor,
-    bounds: LogProbBounds,
-    step: Step,
-) -> None:
-    heads = reference.policy.heads
-    op = action[..., heads.op_index]
-    _, allowed = step.scores.choices.given(op)
-    taken = (bounds.upper + noise).gather(-1, action.unsqueeze(-1)).squeeze(-1)
-    highest = (bounds.lower + noise).amax(-1)
-    is_best = highest - taken <= reference.tolerance.atol  # False for NaN
-    wrong = ~torch.where(heads.relevant(op), is_best, action == heads.forced(allowed))
-    if wrong.any():
-        row, head = wrong.nonzero()[0].tolist()
-        raise ParityError(
-            f"action of head {heads.names[head]!r}, row {row} is {int(action[row, head])}, "
-            f"expected {int(best[row, head])} ({step.where})"
-        )
-
-
-def restarted(state: State, begins: Tensor, begin_state: State) -> State:
-    """`state`, but for the rows that begin an episode, which take `begin_state`'s."""
-    begins = begins[:, None, None]
-    return (
-        torch.where(begins, begin_state[0], state[0]),
-        torch.where(begins, begin_state[1], state[1]),
-    )
+def _first(wrong: Tensor) -> tuple[int, ...]:
+    return tuple(wrong.nonzero()[0].tolist())

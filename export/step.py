@@ -5,6 +5,7 @@ layer, one for all heads' first layers and the value's, one block-diagonal for a
 one with zeros and ones that lays the choices out as a table of heads.
 """
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import cast
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from export.manifest import Precision
-from model.heads import MASKED_LOGIT, Decision
+from model.heads import MASKED_LOGIT, Decision, HeadTable
 from model.normalizer import CLIP, VARIANCE_EPSILON, ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 from model.recurrence import LSTM, ResidualLSTM, State, cell_update
@@ -41,10 +42,12 @@ class PolicyStep(nn.Module):
         precision: Precision = "fp32",
     ) -> None:
         super().__init__()
+        # Copies: a learner that goes on with its policy changes nothing here, nor a caller's cast.
+        policy, normalizer = copy.deepcopy((policy, normalizer))
         dtype = PRODUCT_DTYPE[precision]
         self.product_dtype = dtype
         self.spec = policy.spec
-        self.heads = policy.heads
+        self.heads = HeadTable(policy.spec).to(policy.heads.valid.device)
         self.features = _Features(policy, normalizer, dtype)
         self.recurrence = _Recurrence(policy, dtype)
         is_deep = any(head.hidden_layers > 1 for head in self.spec.heads)
@@ -53,9 +56,9 @@ class PolicyStep(nn.Module):
         self.extras = nn.ModuleDict(
             {name: EXTRAS[name](policy, dtype) for name in self.spec.extra_outputs}
         )
-        valid = policy.heads.valid.flatten()
+        valid = self.heads.valid.flatten()
         columns = torch.eye(self.spec.num_choices, device=valid.device)
-        placement = policy.heads.spread(columns).flatten(1) * valid  # [num_choices, heads * width]
+        placement = self.heads.spread(columns).flatten(1) * valid  # [num_choices, heads * width]
         self.register_buffer("placement", placement.t().contiguous())
         self.register_buffer("padding", torch.where(valid, 0.0, MASKED_LOGIT))
 

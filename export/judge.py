@@ -1,0 +1,108 @@
+"""The eager policy as the judge of an artifact: rebuilt from its weights, sharing nothing with it."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from export.episodes import Moment
+from export.floor_bounds import LogProbBounds, floor_bounds
+from export.manifest import Precision
+from export.rounded_policy import round_products
+from export.weights import RebuiltPolicy, rebuild
+from model.heads import HeadTable
+from model.policy import FactoredRecurrentActorCritic, Scores
+from model.recurrence import State
+from model.spec import SLOT_BY_OP, PolicySpec
+
+
+class Judge:
+    """One policy's answers, in float32 or with its products in bf16, on one device."""
+
+    def __init__(
+        self, weights: bytes, spec: PolicySpec, precision: Precision, device: torch.device
+    ) -> None:
+        self.rebuilt: RebuiltPolicy = rebuild(weights, spec, device)
+        self.policy: FactoredRecurrentActorCritic = self.rebuilt.policy
+        self.normalizer = self.rebuilt.normalizer
+        if precision == "bf16":
+            round_products(self.policy)
+        self.spec = spec
+        self.device = device
+        self.heads: HeadTable = self.policy.heads
+        self._without_floors = HeadTable(spec.with_probability_floors({})).to(device)
+
+    def initial_state(self, num_rows: int) -> State:
+        return self.policy.initial_state(num_rows)
+
+    def scores(self, moment: Moment, state: State) -> Scores:
+        """What the policy makes of a moment, from `state`; the moment's arrays are on the device."""
+        observation = moment.observation
+        if self.normalizer is not None:
+            observation = self.normalizer(observation)
+        return self.policy.step_scores(
+            observation,
+            state,
+            moment.masks(self.heads),
+            blueprint_index=moment.blueprint_index,
+        )
+
+    def outputs(self, moment: Moment, scores: Scores) -> dict[str, Tensor]:
+        """The policy's own answer, by the manifest's names; the value in the network's units."""
+        decision = scores.choices.choose(self.heads.spread(moment.noise))
+        op = decision.action[..., self.heads.op_index]
+        return {
+            "action": decision.action,
+            "log_prob": decision.log_prob,
+            "value": scores.value,
+            "state_h_out": scores.state[0],
+            "state_c_out": scores.state[1],
+            **self.extra(scores, op),
+        }
+
+    def extra(self, scores: Scores, op: Tensor) -> dict[str, Tensor]:
+        """What the critic says beyond the value, of the op that was taken."""
+        critics = {
+            "q_value": lambda: self.policy.q_value(scores.output, op),
+            "contribution": lambda: self.policy.contribution(scores.output),
+        }
+        return {name: critics[name]() for name in self.spec.extra_outputs}
+
+    def log_prob_bounds(
+        self, moment: Moment, scores: Scores, op: Tensor, *, atol: float, rtol: float
+    ) -> LogProbBounds:
+        """What each choice's log-prob may be, given `op`: one number, but for floors' jumps."""
+        choices = scores.choices
+        if not self.heads.has_floors:
+            log_probs, _ = choices.given(op)
+            return LogProbBounds(log_probs, log_probs)
+        slot_by_op = moment.masks(self.heads).get(SLOT_BY_OP)
+        plain = self._without_floors.choices(choices.logits, choices.allowed, slot_by_op)
+        log_probs, allowed = plain.given(op)
+        return floor_bounds(log_probs, allowed, self.heads.floor, atol + rtol * log_probs.abs())
+
+
+def scaled(outputs: Mapping[str, Tensor], spec: PolicySpec) -> dict[str, Tensor]:
+    """Outputs with value and Q in the network's own units: rounding grows with their scale."""
+    in_returns = {"value", "q_value"}
+    return {
+        name: output / spec.value_scale if name in in_returns else output
+        for name, output in outputs.items()
+    }
+
+
+class CarriedJudge:
+    """A judge's own run of an episode: its answers, row by row, each from the row's own state."""
+
+    def __init__(self, judge: Judge, num_rows: int) -> None:
+        self._judge = judge
+        self._state = judge.initial_state(num_rows)
+
+    def scores(self, part: Moment) -> Scores:
+        """What the policy makes of these rows, whose states move on."""
+        rows = part.row
+        h, c = (array[rows] for array in self._state)
+        scores = self._judge.scores(part, part.restarted((h, c)))
+        for array, new in zip(self._state, scores.state, strict=True):
+            array[rows] = new
+        return scores

@@ -1,0 +1,60 @@
+"""The state of the process that judging takes: set for a while, and given back as it was."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import backends
+
+FULL_PRECISION = "ieee"
+
+
+@contextmanager
+def plain_process(num_threads: int = 1) -> Iterator[None]:
+    """Inside, torch computes as it does in a fresh process, whatever the caller has set.
+
+    Products are in full precision, autocast and inference mode are off, the default dtype is
+    float32 and the default device the CPU; no gradient is recorded, and torch's pool has
+    `num_threads` (the gate's many small products are slower with more).
+    """
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.enter_context(_full_precision())
+        stack.callback(torch.set_num_threads, threads)
+        torch.set_num_threads(num_threads)
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        stack.enter_context(torch.device("cpu"))
+        for device_type in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    places = (
+        *(backends, backends.mkldnn, backends.mkldnn.matmul, backends.mkldnn.rnn),
+        *(backends.cudnn, backends.cudnn.rnn, backends.cuda.matmul),
+    )
+    legacy = _legacy_precision()
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = FULL_PRECISION
+        torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        if legacy is not None:
+            torch.set_float32_matmul_precision(legacy)
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
+
+
+def _legacy_precision() -> str | None:
+    """What torch's older switch says; None where the newer ones say another thing: it raises."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except (RuntimeError, UserWarning):
+        return None

@@ -1,0 +1,84 @@
+"""A policy's weights as an artifact holds them, and the policy they make: nothing else travels.
+
+What is exported, what judges it, and what `verify` rebuilds years later all come from these bytes,
+each by itself; no module of the caller's is among them, and none is in two of them.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from export.manifest import ArtifactError
+from model.normalizer import ObservationNormalizer
+from model.policy import FactoredRecurrentActorCritic
+from model.spec import PolicySpec
+
+WEIGHTS_FILE = "weights.safetensors"
+NORMALIZER_PREFIX = "observation_normalizer."
+COMPILED = "_orig_mod"
+"""What torch.compile puts into the names of what it wraps."""
+
+
+class RebuiltPolicy(NamedTuple):
+    """A policy for acting, and the statistics it was trained with, if any."""
+
+    policy: FactoredRecurrentActorCritic
+    normalizer: ObservationNormalizer | None
+
+
+def pack_weights(policy: nn.Module, normalizer: ObservationNormalizer | None) -> bytes:
+    """The content of `weights.safetensors`: float32 copies, the spec beside them.
+
+    `policy` may be compiled, whole or in parts, be on any device and have any floating dtype.
+    Raises ValueError where two weights have one name, or one is not finite.
+    """
+    tensors: dict[str, Tensor] = {}
+    for compiled_name, tensor in policy.state_dict().items():
+        name = ".".join(part for part in compiled_name.split(".") if part != COMPILED)
+        if name in tensors:
+            raise ValueError(f"the policy has two weights called {name!r}, one as {compiled_name!r}")
+        tensors[name] = _plain(tensor)
+        if not tensors[name].isfinite().all():
+            raise ValueError(f"the policy's {name!r} holds NaN or infinity")
+    if normalizer is not None:
+        for name, tensor in normalizer.state_dict().items():
+            tensors[f"{NORMALIZER_PREFIX}{name}"] = _plain(tensor)
+    # Without defaults: what a later release adds to the spec leaves old policies' versions alone.
+    spec: PolicySpec = policy.spec
+    return save_tensors(tensors, metadata={"spec": spec.model_dump_json(exclude_defaults=True)})
+
+
+def rebuild(content: bytes, spec: PolicySpec, device: torch.device) -> RebuiltPolicy:
+    """What `weights.safetensors` makes: modules of their own, in eval mode, on `device`.
+
+    Raises ArtifactError where the weights are not those of the spec.
+    """
+    try:
+        tensors = load_tensors(content)
+        statistics = {
+            name.removeprefix(NORMALIZER_PREFIX): tensors.pop(name)
+            for name in list(tensors)
+            if name.startswith(NORMALIZER_PREFIX)
+        }
+        with torch.random.fork_rng(devices=[]):
+            policy = FactoredRecurrentActorCritic(spec)
+        policy.load_state_dict(tensors, strict=True)
+        normalizer = _normalizer(statistics)
+    except (RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        raise ArtifactError("the weights are not those of the spec") from error
+    policy = policy.to(device).eval().requires_grad_(False)
+    return RebuiltPolicy(policy, None if normalizer is None else normalizer.to(device).eval())
+
+
+def _normalizer(statistics: Mapping[str, Tensor]) -> ObservationNormalizer | None:
+    return ObservationNormalizer(**statistics) if statistics else None
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to("cpu", dtype, copy=True).contiguous()
