@@ -6,9 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from export.formats import LoadedStep, native_call
 from export.manifest import bucket_sizes
-from export.parity import Reference, Step
+from export.parity import Reference, Step, TensorStep
 from export.report import Latency
 from export.timing import Call, latencies
 from model.recurrence import State
@@ -18,7 +17,7 @@ SECONDS_PER_BATCH_SIZE = 0.5
 
 
 def measure_latency(
-    reference: Reference, steps: Mapping[str, LoadedStep]
+    reference: Reference, steps: Mapping[str, TensorStep]
 ) -> dict[str, tuple[Latency, ...]]:
     """Every format's latency by batch size, and under `eager` the policy's own `get_action`."""
     tables: dict[str, list[Latency]] = {name: [] for name in (EAGER, *steps)}
@@ -27,7 +26,7 @@ def measure_latency(
             step, state = _second_step(reference, batch_size)
             inputs = step.inputs(state)
             calls: dict[str, Call] = {EAGER: _eager_call(reference, step, state)}
-            calls |= {name: native_call(loaded, inputs) for name, loaded in steps.items()}
+            calls |= {name: partial(loaded, *inputs) for name, loaded in steps.items()}
             timed = latencies(
                 calls,
                 batch_size=batch_size,
@@ -39,7 +38,7 @@ def measure_latency(
     return {name: tuple(table) for name, table in tables.items()}
 
 
-def row_difference(reference: Reference, step: LoadedStep) -> dict[int, float]:
+def row_difference(reference: Reference, step: TensorStep) -> dict[int, float]:
     """By batch size: how far rows come out from what they are in the largest batch.
 
     The same rows, in batches of each bucket's size; the largest difference of any output, 0 where

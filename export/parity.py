@@ -5,22 +5,26 @@ The policy is the judge of every decision: an artifact's action is right where t
 it as high as its own best, so that two choices closer than the tolerance are a tie, not a fault.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from export.floor_bounds import LogProbBounds, floor_bounds
-from export.formats import LoadedStep, first_line
-from export.manifest import FormatParity, Precision, bucket_sizes, step_outputs
+from export.loaders.load import first_line
+from export.loaders.protocol import LoadedStep
+from export.manifest import FormatParity, Precision, bucket_sizes, step_inputs, step_outputs
 from export.step import StepInput, StepOutput
 from model.heads import HeadTable
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic, Masks, Scores
 from model.recurrence import State
-from model.spec import SLOT_BY_OP
+from model.spec import SLOT_BY_OP, PolicySpec
+
+TensorStep = Callable[..., StepOutput]
 
 STEPS = 50
 SATURATION = 20.0
@@ -267,7 +271,28 @@ def _allow_one(allowed: Tensor, generator: torch.Generator) -> None:
     allowed |= torch.nn.functional.one_hot(choice, allowed.shape[-1]).bool()
 
 
-def check_parity(step: LoadedStep, reference: Reference) -> ParityRun:
+def with_tensors(step: LoadedStep, spec: PolicySpec) -> TensorStep:
+    """The step as a callable of tensors."""
+
+    def call(*inputs: Tensor) -> StepOutput:
+        given = {
+            array.name: tensor.cpu().contiguous().numpy()
+            for array, tensor in zip(step_inputs(spec), inputs, strict=True)
+        }
+        wanted = {
+            array.name: np.zeros(
+                [n if isinstance(n, int) else len(inputs[0]) for n in array.shape],
+                dtype=array.dtype,
+            )
+            for array in step_outputs(spec)
+        }
+        step.bind(given, wanted)()
+        return tuple(torch.from_numpy(array).to(inputs[0].device) for array in wanted.values())
+
+    return call
+
+
+def check_parity(step: TensorStep, reference: Reference) -> ParityRun:
     """Compares `step` with the policy over the reference's episodes, carrying its own state.
 
     Raises ParityError at the first array beyond the reference's tolerance, naming array, row,
@@ -291,7 +316,7 @@ def check_parity(step: LoadedStep, reference: Reference) -> ParityRun:
     return run
 
 
-def _run_step(step: LoadedStep, inputs: StepInput, moment: Step) -> StepOutput:
+def _run_step(step: TensorStep, inputs: StepInput, moment: Step) -> StepOutput:
     try:
         return step(*inputs)
     except Exception as error:  # whatever the format's own runtime raises
