@@ -17,14 +17,14 @@ from export.directory import staged
 from export.format_kinds import PORTABLE_FORMATS
 from export.formats import (
     FORMATS,
-    LoadedStep,
     StepSource,
     check_formats,
-    load_format,
-    machine_requirement,
 )
+from export.loaders.load import RUNTIME_OF, load_step
+from export.loaders.machine import machine_capability
 from export.manifest import (
     SCHEMA_VERSION,
+    Device,
     File,
     FormatFile,
     Manifest,
@@ -40,8 +40,10 @@ from export.parity import (
     ParityError,
     ParityRun,
     Reference,
+    TensorStep,
     check_parity,
     parity_batch_sizes,
+    with_tensors,
 )
 from export.report import REPORT_FILE, REPORT_PAGE, FormatReport, Report
 from export.report_page import render
@@ -146,7 +148,7 @@ def export_policy(
 
 class _Export(NamedTuple):
     file: FormatFile
-    loaded: LoadedStep
+    loaded: TensorStep
     run: ParityRun
     export_seconds: float
     check_seconds: float
@@ -170,13 +172,23 @@ def _export_format(
 
 def check_format(
     format_name: str, file: FormatFile, directory: Path, reference: Reference
-) -> tuple[LoadedStep, ParityRun]:
+) -> tuple[TensorStep, ParityRun]:
     """Loads a format back from `directory`, its hash first, and compares it with the policy.
 
     Raises ArtifactError where the file is not the manifest's or not for this machine, ParityError
     where it does not load or does not do what the policy does.
     """
-    loaded = load_format(format_name, file, directory, reference.device)
+    spec = reference.policy.spec
+    step = load_step(
+        file.read(directory),
+        name=RUNTIME_OF[format_name],
+        file=file,
+        inputs=step_inputs(spec),
+        outputs=step_outputs(spec),
+        device="cuda" if reference.device.type == "cuda" else "cpu",
+        num_threads=torch.get_num_threads(),
+    )
+    loaded = with_tensors(step, spec)
     try:
         return loaded, check_parity(loaded, reference)
     except ParityError as error:
@@ -242,5 +254,9 @@ def _write_format(format_name: str, step: StepSource, directory: Path) -> Format
     written = FORMATS[format_name]
     path = directory / written.file
     path.write_bytes(written.write(step))
-    requires = machine_requirement(step.example[0].device) if written.is_native else None
+    requires = machine_capability(_device(step)) if written.is_native else None
     return FormatFile(**File.describe(path).model_dump(), requires=requires)
+
+
+def _device(step: StepSource) -> Device:
+    return "cuda" if step.example[0].device.type == "cuda" else "cpu"

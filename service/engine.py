@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from export.loaders.protocol import LoadedStep
 from model.spec import PolicySpec
 from service.errors import Invalid, ServiceError
 from service.noise_ahead import NoiseAhead
-from service.runtime.protocol import Runtime, StepInputs, StepOutputs
+from service.runtime.protocol import StepInputs, StepOutputs
 from service.sessions import START, Session, SessionTable, Turn
 
 HiddenState = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -76,7 +77,7 @@ class Engine:
 
     def __init__(
         self,
-        runtime: Runtime,
+        runtime: LoadedStep,
         sessions: SessionTable,
         spec: PolicySpec,
         *,
@@ -100,7 +101,8 @@ class Engine:
 
     def _bind(self, bucket: int) -> tuple[Callable[[], None], StepOutputs]:
         outputs = StepOutputs.allocate(self._spec, bucket)
-        return self._runtime.bind(self._inputs.first(bucket), outputs), outputs
+        given = self._inputs.first(bucket).by_name()
+        return self._runtime.bind(given, outputs.by_name()), outputs
 
     @property
     def max_batch_size(self) -> int:

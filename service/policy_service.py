@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
+from export.loaders.protocol import LoadedStep
 from export.manifest import Manifest, bucket_sizes
 from service.act import ActCodec
 from service.batcher import Batcher
@@ -13,7 +14,6 @@ from service.engine import Engine, StepAnswer, StepRequest, derived_seed
 from service.errors import Malformed, NotReady, ServiceError
 from service.exchange import Exchange
 from service.metrics import Metrics
-from service.runtime.protocol import Runtime
 from service.sessions import SessionTable
 from service.settings import Settings
 
@@ -21,7 +21,7 @@ from service.settings import Settings
 class PolicyService:
     """Answers `POST /act` bodies with one artifact's policy. Made on the event loop it serves."""
 
-    def __init__(self, manifest: Manifest, runtime: Runtime, settings: Settings) -> None:
+    def __init__(self, manifest: Manifest, runtime: LoadedStep, settings: Settings) -> None:
         spec = manifest.spec
         self.manifest = manifest
         self.runtime = runtime

@@ -14,6 +14,7 @@ import uvicorn
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
+from export.loaders.protocol import LoadedStep
 from export.manifest import ArtifactError, Manifest
 from service.app import create_app
 from service.artifact import find_artifact
@@ -23,7 +24,6 @@ from service.policy_service import PolicyService
 from service.runtime.auto import choose_runtime
 from service.runtime.device import choose_device
 from service.runtime.load import load_runtime
-from service.runtime.protocol import Runtime
 from service.settings import Settings
 
 logger = logging.getLogger("service")
@@ -105,7 +105,7 @@ def main(asked_to_stop: Sequence[int] = ()) -> int:
 
 
 def serve(
-    settings: Settings, manifest: Manifest, runtime: Runtime, asked_to_stop: Sequence[int] = ()
+    settings: Settings, manifest: Manifest, runtime: LoadedStep, asked_to_stop: Sequence[int] = ()
 ) -> int:
     """What `main` does once there is a runtime."""
     service = PolicyService(manifest, runtime, settings)

@@ -14,11 +14,16 @@ ALLOWED: dict[str, Callable[[str], bool]] = {
     "model": lambda module: module.startswith("model."),
     "export": lambda module: module.startswith(("model.", "export.")),
     "service": lambda module: (
-        module.startswith("service.") or module in ("export.manifest", "model.spec")
+        module.startswith(("service.", "export.loaders"))
+        or module in ("export.manifest", "model.spec")
     ),
 }
 SILENCES_ONNXRUNTIME = 'os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")'
-NEEDS_TORCH = {"service.runtime.torch_formats"}
+NEEDS_TORCH = {
+    "export.loaders.machine",
+    "export.loaders.torch_formats",
+    "export.loaders.torch_step",
+}
 
 
 CLIENTS = "service/demo/"
@@ -75,7 +80,7 @@ def test_the_exporter_is_the_export_packages_own_function() -> None:
 def test_the_service_imports_no_torch_until_a_torch_runtime_is_loaded() -> None:
     modules = [
         ".".join(source.relative_to(ROOT).with_suffix("").parts)
-        for source in sources("service")
+        for source in sources("service") + sources("export/loaders")
         if source.name != "__init__.py"
     ]
     light = [module for module in modules if module not in NEEDS_TORCH]

@@ -17,8 +17,10 @@ EXPORT = ["--preset", "tamiyo-v1", "--seed", "0", "--formats", "onnx", "--output
 LOAD = """
 import sys
 from pathlib import Path
-from service.runtime.onnx import OnnxRuntime
-OnnxRuntime(Path(sys.argv[1]).read_bytes(), device="cpu", num_threads=1)
+from export.manifest import Manifest
+from service.runtime.load import load_runtime
+artifact = Path(sys.argv[1])
+load_runtime(artifact, Manifest.read(artifact), name="onnx", device="cpu", num_threads=1)
 """
 
 
@@ -50,4 +52,4 @@ def test_the_exporter_leaves_nothing_and_neither_does_the_runtime(
 ) -> None:
     artifact = tmp_path / "artifact"
     assert run(home, "-m", "export", *EXPORT, str(artifact)) == []
-    assert run(home, "-c", LOAD, str(artifact / "policy.onnx")) == []
+    assert run(home, "-c", LOAD, str(artifact)) == []

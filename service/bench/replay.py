@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic_core import from_json
 
+from export.loaders.protocol import LoadedStep
 from model.spec import PolicySpec
 from service.bench.load import Pool, Session
 from service.noise import gumbel_noise
-from service.runtime.protocol import Runtime, StepInputs, StepOutputs
+from service.runtime.protocol import StepInputs, StepOutputs
 
 
 class Differences(NamedTuple):
@@ -28,12 +29,14 @@ class Differences(NamedTuple):
     largest: float
 
 
-def replay(sessions: list[Session], pool: Pool, runtime: Runtime, spec: PolicySpec) -> Differences:
+def replay(
+    sessions: list[Session], pool: Pool, runtime: LoadedStep, spec: PolicySpec
+) -> Differences:
     """Compares every answer with the runtime's own, stepping each session by itself."""
     answers = differing = other_actions = 0
     largest = 0.0
     inputs, decided = StepInputs.allocate(spec, 1), StepOutputs.allocate(spec, 1)
-    step_once = runtime.bind(inputs, decided)
+    step_once = runtime.bind(inputs.by_name(), decided.by_name())
     for session in sessions:
         inputs.h[:] = inputs.c[:] = 0.0
         seeds = np.full(len(session.answers), session.seed, dtype=np.uint64)

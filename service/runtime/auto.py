@@ -18,11 +18,13 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 
+from export.loaders.load import FORMAT_OF
+from export.loaders.protocol import LoadedStep
 from export.manifest import Device, Manifest, bucket_sizes
 from model.spec import PolicySpec
 from service.noise import gumbel_noise
-from service.runtime.load import FORMAT_OF, load_runtime, runs_on
-from service.runtime.protocol import Runtime, StepInputs, StepOutputs
+from service.runtime.load import load_runtime, runs_on
+from service.runtime.protocol import StepInputs, StepOutputs
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +93,7 @@ def best(measured: Mapping[str, Measurement]) -> str:
     )
 
 
-def measure(runtime: Runtime, spec: PolicySpec, batch_sizes: Sequence[int]) -> Measurement:
+def measure(runtime: LoadedStep, spec: PolicySpec, batch_sizes: Sequence[int]) -> Measurement:
     """Times the runtime at each batch size, and compares the rows of each with the largest's."""
     largest = max(batch_sizes)
     inputs = StepInputs.allocate(spec, largest)
@@ -105,7 +107,8 @@ def measure(runtime: Runtime, spec: PolicySpec, batch_sizes: Sequence[int]) -> M
     by_size = {}
     for batch_size in batch_sizes:
         by_size[batch_size] = StepOutputs.allocate(spec, batch_size)
-        step = runtime.bind(inputs.first(batch_size), by_size[batch_size])
+        given = inputs.first(batch_size).by_name()
+        step = runtime.bind(given, by_size[batch_size].by_name())
         for _ in range(3):
             step()
         times: list[float] = []
@@ -115,10 +118,11 @@ def measure(runtime: Runtime, spec: PolicySpec, batch_sizes: Sequence[int]) -> M
             step()
             times.append(time.perf_counter() - started_s)
         seconds[batch_size] = min(times)
+    whole = by_size[largest].by_name()
     rows_are_alike = all(
-        np.array_equal(array, whole[:batch_size])
+        np.array_equal(array, whole[name][:batch_size])
         for batch_size, outputs in by_size.items()
-        for array, whole in zip(outputs.arrays(), by_size[largest].arrays(), strict=True)
+        for name, array in outputs.by_name().items()
     )
     return Measurement(seconds, rows_are_alike)
 

@@ -4,9 +4,10 @@ import ctypes
 import logging
 from typing import Literal
 
+from export.loaders.load import has_torch
 from export.manifest import ArtifactError, Device, Manifest
 from service.runtime.auto import CANDIDATES
-from service.runtime.load import has_torch, runs_on
+from service.runtime.load import runs_on
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,6 @@ def count_gpus() -> int:
 
 
 def _torch_sees_a_gpu() -> bool:
-    from service.runtime.torch_formats import cuda_is_available
+    from export.loaders.machine import torch_sees_a_gpu
 
-    return cuda_is_available()
+    return torch_sees_a_gpu()

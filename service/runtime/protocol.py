@@ -1,8 +1,7 @@
-"""The seam between the engine and whatever runs the exported step."""
+"""The arrays of the engine's batches, as the exported step takes and gives them by name."""
 
-from collections.abc import Callable
 from math import prod
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,9 +88,16 @@ class StepOutputs(NamedTuple):
         action = np.zeros(log_prob.shape, dtype=np.int64)
         return cls(action, log_prob, value, h, c, floats, arrays)
 
-    def arrays(self) -> tuple[NDArray[Any], ...]:
-        """What the step gives, in its order."""
-        return (*self[:5], *self.extra.values())
+    def by_name(self) -> dict[str, NDArray[Any]]:
+        """What the step gives, under the manifest's names and in its order."""
+        return {
+            "action": self.action,
+            "log_prob": self.log_prob,
+            "value": self.value,
+            "state_h_out": self.h,
+            "state_c_out": self.c,
+            **self.extra,
+        }
 
 
 def extra_shapes(spec: PolicySpec, num_rows: int) -> dict[str, tuple[int, ...]]:
@@ -100,17 +106,3 @@ def extra_shapes(spec: PolicySpec, num_rows: int) -> dict[str, tuple[int, ...]]:
     for name in spec.extra_outputs:
         shapes[name] = (num_rows,) if name == "q_value" else (num_rows, spec.num_slots)
     return shapes
-
-
-class Runtime(Protocol):
-    """One exported step. `name` is its format's or its own, `device` where it runs."""
-
-    name: str
-    device: str
-
-    def bind(self, inputs: StepInputs, outputs: StepOutputs) -> Callable[[], None]:
-        """A call that steps the policy from what `inputs` hold by then, into `outputs`.
-
-        Both are contiguous arrays on the host that share no memory; binding them once spares each
-        call finding and checking them.
-        """

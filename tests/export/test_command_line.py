@@ -23,7 +23,8 @@ from torch import Tensor
 
 from export.__main__ import main
 from export.format_kinds import PORTABLE_FORMATS
-from export.formats import FORMATS, LoadedStep, StepSource
+from export.formats import FORMATS, StepSource
+from export.loaders.torch_formats import load_torchscript
 from export.manifest import Manifest, Precision
 from export.options import PRESETS, chosen_formats
 from export.report import Report
@@ -32,6 +33,7 @@ from export.step import PolicyStep
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from tests.golden import GOLDEN, golden_tensors, needs_golden
+from tests.loaded_step import TensorStep
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL
 from tests.random_inputs import random_policy
 
@@ -53,11 +55,11 @@ def export_process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def loaded(output: Path) -> tuple[LoadedStep, PolicySpec]:
+def loaded(output: Path) -> tuple[TensorStep, PolicySpec]:
     """The step of an artifact as a server would load it."""
     manifest = Manifest.read(output)
     content = manifest.formats["torchscript"].read(output)
-    return FORMATS["torchscript"].load(content, torch.device("cpu")), manifest.spec
+    return load_torchscript(content, "cpu").call, manifest.spec
 
 
 def checkpoint_of(policy: FactoredRecurrentActorCritic, normalized: bool) -> dict[str, Any]:

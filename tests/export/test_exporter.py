@@ -18,6 +18,7 @@ from torch import Tensor
 
 from export.exporter import WEIGHTS_FILE, export_policy
 from export.formats import FORMATS, StepSource
+from export.loaders.torch_formats import load_torchscript
 from export.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -252,7 +253,7 @@ def test_file_on_disk_acts_on_raw_observations_as_the_policy_on_normalised_ones(
 ) -> None:
     output, manifest = exported
     content = manifest.formats[FORMAT].read(output)
-    step = FORMATS[FORMAT].load(content, torch.device("cpu"))
+    step = load_torchscript(content, "cpu").call
     observation = torch.from_numpy(random_observations(spec, rng, 5))
     masks, noise = random_masks(spec, rng, 5), torch.from_numpy(gumbel_noise(spec, rng, 5))
     state = policy.initial_state(5)

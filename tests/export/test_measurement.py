@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from export.formats import LoadedStep
 from export.manifest import bucket_sizes
 from export.measurement import measure_latency, row_difference
 from export.parity import Reference
 from export.step import PolicyStep, StepOutput
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
+from tests.loaded_step import TensorStep
 
 BATCH_SIZES = (1, 2, 3, 4, 6)
 BUCKETS = bucket_sizes(BATCH_SIZES[-1])
@@ -23,7 +23,7 @@ def reference(policy: FactoredRecurrentActorCritic) -> Reference:
     return Reference(policy, normalizer, batch_sizes=BATCH_SIZES)
 
 
-def row_by_row(step: LoadedStep) -> LoadedStep:
+def row_by_row(step: TensorStep) -> TensorStep:
     """A step whose rows cannot depend on their batch: each is one of its own."""
 
     def one_at_a_time(*inputs: Tensor) -> StepOutput:

@@ -8,19 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from export.formats import LoadedStep
 from export.parity import STEPS, TOLERANCES, ParityError, Reference, check_parity
 from export.step import PolicyStep, StepOutput
 from model.heads import HeadTable
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
+from tests.loaded_step import TensorStep
 
 BATCH_SIZES = (1, 2, 7, 64)
 ATOL = TOLERANCES["fp32"].atol
 NUDGE = ATOL / 4
 """Moves a choice within the tolerance: enough to turn a tie, too little to be a fault."""
-Fault = Callable[[LoadedStep, HeadTable], LoadedStep]
+Fault = Callable[[TensorStep, HeadTable], TensorStep]
 
 OUTPUTS = ("action", "log_prob", "value", "state_h_out", "state_c_out")
 ACTION, LOG_PROB, VALUE, STATE_H, STATE_C = range(5)
@@ -43,7 +43,7 @@ def step(reference: Reference) -> PolicyStep:
     return PolicyStep(reference.policy, reference.normalizer).eval()
 
 
-def with_output(step: LoadedStep, index: int, change: Callable[[Tensor], Tensor]) -> LoadedStep:
+def with_output(step: TensorStep, index: int, change: Callable[[Tensor], Tensor]) -> TensorStep:
     """The step with one of its outputs changed."""
 
     def changed(*inputs: Tensor) -> StepOutput:
@@ -61,7 +61,7 @@ def with_row(tensor: Tensor, row: int, value: float) -> Tensor:
     return changed
 
 
-def passes(step: LoadedStep, reference: Reference) -> bool:
+def passes(step: TensorStep, reference: Reference) -> bool:
     try:
         check_parity(step, reference)
     except ParityError:
@@ -83,7 +83,7 @@ def test_comparison_is_the_same_each_time(step: PolicyStep, reference: Reference
     assert check_parity(step, reference) == check_parity(step, reference)
 
 
-def swapped_heads(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+def swapped_heads(step: TensorStep, heads: HeadTable) -> TensorStep:
     """Two heads of one size, so that no index gives it away."""
     order = list(range(len(heads.names)))
     first, second = heads.names.index("alpha_target"), heads.names.index("alpha_curve")
@@ -92,7 +92,7 @@ def swapped_heads(step: LoadedStep, heads: HeadTable) -> LoadedStep:
     return with_output(swapped_action, LOG_PROB, lambda log_prob: log_prob[:, order])
 
 
-def swapped_state(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+def swapped_state(step: TensorStep, heads: HeadTable) -> TensorStep:
     def swapped(*inputs: Tensor) -> StepOutput:
         action, log_prob, value, h, c = step(*inputs)
         return action, log_prob, value, c, h
@@ -100,14 +100,14 @@ def swapped_state(step: LoadedStep, heads: HeadTable) -> LoadedStep:
     return swapped
 
 
-def style_rule_ignored(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+def style_rule_ignored(step: TensorStep, heads: HeadTable) -> TensorStep:
     changed = copy.deepcopy(step)
     assert isinstance(changed, PolicyStep)
     changed.heads.relevance.fill_(True)
     return changed
 
 
-def style_taken_where_it_does_not_matter(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+def style_taken_where_it_does_not_matter(step: TensorStep, heads: HeadTable) -> TensorStep:
     ignored = style_rule_ignored(step, heads)
 
     def taken(*inputs: Tensor) -> StepOutput:
@@ -117,7 +117,7 @@ def style_taken_where_it_does_not_matter(step: LoadedStep, heads: HeadTable) -> 
     return taken
 
 
-def style_scored_where_it_does_not_matter(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+def style_scored_where_it_does_not_matter(step: TensorStep, heads: HeadTable) -> TensorStep:
     style = heads.names.index("style")
 
     def scored(log_prob: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def style_scored_where_it_does_not_matter(step: LoadedStep, heads: HeadTable) ->
     return with_output(step, LOG_PROB, scored)
 
 
-def masked_choice_taken(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+def masked_choice_taken(step: TensorStep, heads: HeadTable) -> TensorStep:
     size = heads.sizes[0]
 
     def taken(*inputs: Tensor) -> StepOutput:
@@ -144,21 +144,21 @@ def masked_choice_taken(step: LoadedStep, heads: HeadTable) -> LoadedStep:
     return taken
 
 
-def mask_ignored(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+def mask_ignored(step: TensorStep, heads: HeadTable) -> TensorStep:
     def ignoring(*inputs: Tensor) -> StepOutput:
         return step(inputs[0], torch.ones_like(inputs[1]), *inputs[2:])
 
     return ignoring
 
 
-def noise_ignored(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+def noise_ignored(step: TensorStep, heads: HeadTable) -> TensorStep:
     def ignoring(*inputs: Tensor) -> StepOutput:
         return step(inputs[0], inputs[1], torch.zeros_like(inputs[2]), *inputs[3:])
 
     return ignoring
 
 
-def noise_added_to_the_log_prob(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+def noise_added_to_the_log_prob(step: TensorStep, heads: HeadTable) -> TensorStep:
     def added(*inputs: Tensor) -> StepOutput:
         action, log_prob, *others = step(*inputs)
         chosen = heads.spread(inputs[2]).gather(-1, action[..., None])[..., 0]
@@ -167,7 +167,7 @@ def noise_added_to_the_log_prob(step: LoadedStep, heads: HeadTable) -> LoadedSte
     return added
 
 
-def state_not_carried(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+def state_not_carried(step: TensorStep, heads: HeadTable) -> TensorStep:
     def stuck(*inputs: Tensor) -> StepOutput:
         action, log_prob, value, _, _ = step(*inputs)
         return action, log_prob, value, inputs[3], inputs[4]
@@ -175,7 +175,7 @@ def state_not_carried(step: LoadedStep, heads: HeadTable) -> LoadedStep:
     return stuck
 
 
-def cell_state_not_carried(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+def cell_state_not_carried(step: TensorStep, heads: HeadTable) -> TensorStep:
     def stuck(*inputs: Tensor) -> StepOutput:
         action, log_prob, value, h, _ = step(*inputs)
         return action, log_prob, value, h, inputs[4]
@@ -183,7 +183,7 @@ def cell_state_not_carried(step: LoadedStep, heads: HeadTable) -> LoadedStep:
     return stuck
 
 
-def stale_state_for_restarted_rows(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+def stale_state_for_restarted_rows(step: TensorStep, heads: HeadTable) -> TensorStep:
     """Keeps its own copy of the state, and takes the caller's only for rows that go on."""
     kept: list[Tensor] = []
 
@@ -199,7 +199,7 @@ def stale_state_for_restarted_rows(step: LoadedStep, heads: HeadTable) -> Loaded
     return stale
 
 
-def rows_reversed(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+def rows_reversed(step: TensorStep, heads: HeadTable) -> TensorStep:
     def backwards(*inputs: Tensor) -> StepOutput:
         action, log_prob, value, h, c = (output.flip(0) for output in step(*inputs))
         return action, log_prob, value, h, c
@@ -207,7 +207,7 @@ def rows_reversed(step: LoadedStep, heads: HeadTable) -> LoadedStep:
     return backwards
 
 
-def rows_beyond_the_first_two_dropped(step: LoadedStep, heads: HeadTable) -> LoadedStep:
+def rows_beyond_the_first_two_dropped(step: TensorStep, heads: HeadTable) -> TensorStep:
     def cut(*inputs: Tensor) -> StepOutput:
         action, log_prob, value, h, c = (output[:2] for output in step(*inputs))
         return action, log_prob, value, h, c
@@ -432,7 +432,7 @@ def test_choice_worse_by_more_than_the_tolerance_is_stopped(
         check_parity(right_but_for_the_action, Reference(worse, None, batch_sizes=BATCH_SIZES))
 
 
-def rarely_second_best(step: LoadedStep, heads: HeadTable, share: float) -> LoadedStep:
+def rarely_second_best(step: TensorStep, heads: HeadTable, share: float) -> TensorStep:
     """A step that takes another choice, as good as its best within bf16's tolerance, now and then.
 
     For a policy whose choices are all about as likely, and one head that every op is relevant to.

@@ -10,12 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from export.formats import FORMATS, LoadedStep, StepSource
+from export.formats import FORMATS, StepSource
+from export.loaders.torch_formats import load_torchscript
 from export.manifest import step_inputs, step_outputs
 from export.step import PolicyStep, StepInput, StepOutput
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
+from tests.loaded_step import TensorStep
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL, NaivePolicy, NaiveStep
 from tests.random_inputs import (
     gumbel_noise,
@@ -98,11 +100,10 @@ def random_step_input(spec: PolicySpec, rng: np.random.Generator, batch_size: in
     return step_input(spec, rows, torch.from_numpy(h), torch.from_numpy(c))
 
 
-def written_and_loaded(step: PolicyStep) -> LoadedStep:
+def written_and_loaded(step: PolicyStep) -> TensorStep:
     """The step by way of a frozen TorchScript file."""
-    torchscript = FORMATS["torchscript"]
-    content = torchscript.write(StepSource(step, max_batch_size=512))
-    return torchscript.load(content, torch.device("cpu"))
+    content = FORMATS["torchscript"].write(StepSource(step, max_batch_size=512))
+    return load_torchscript(content, "cpu").call
 
 
 def decided(
@@ -140,7 +141,7 @@ def step(policy: FactoredRecurrentActorCritic) -> PolicyStep:
 def scripted(
     spec: PolicySpec,
     policy: FactoredRecurrentActorCritic,
-) -> LoadedStep:
+) -> TensorStep:
     return written_and_loaded(PolicyStep(policy, None).eval())
 
 
@@ -263,7 +264,7 @@ def test_frozen_torchscript_chooses_as_eager_does_over_ten_thousand_rows(
     }
 
 
-def torchscript_operators(scripted: LoadedStep) -> set[str]:
+def torchscript_operators(scripted: TensorStep) -> set[str]:
     """Every operator of the inlined graph and of the blocks within it."""
 
     def walk(block: Any) -> Iterator[str]:
@@ -294,7 +295,7 @@ def impurities(operators: set[str]) -> set[str]:
     return {part for part in FORBIDDEN if any(part in name for name in operators)}
 
 
-def test_torchscript_graph_copies_nothing_and_draws_nothing(scripted: LoadedStep) -> None:
+def test_torchscript_graph_copies_nothing_and_draws_nothing(scripted: TensorStep) -> None:
     operators = torchscript_operators(scripted)
     assert {"aten::linear", "aten::argmax"} <= operators
     assert "prim::GetAttr" not in operators  # frozen: the weights are constants
@@ -326,7 +327,7 @@ def test_batch_traced_at_two_rows_is_any_number_of_rows(
     batch_size: int,
     spec: PolicySpec,
     step: PolicyStep,
-    scripted: LoadedStep,
+    scripted: TensorStep,
     rng: np.random.Generator,
 ) -> None:
     inputs = random_step_input(spec, rng, batch_size)
@@ -356,10 +357,10 @@ def test_row_does_not_depend_on_the_other_rows(
     batch_size: int,
     spec: PolicySpec,
     step: PolicyStep,
-    scripted: LoadedStep,
+    scripted: TensorStep,
     rng: np.random.Generator,
 ) -> None:
-    run: LoadedStep = step if which == "eager" else scripted
+    run: TensorStep = step if which == "eager" else scripted
     inputs = random_step_input(spec, rng, batch_size)
     alone = run(*inputs)
     for row in range(batch_size):
@@ -376,10 +377,10 @@ def test_step_writes_to_none_of_its_inputs(
     which: str,
     spec: PolicySpec,
     step: PolicyStep,
-    scripted: LoadedStep,
+    scripted: TensorStep,
     rng: np.random.Generator,
 ) -> None:
-    run: LoadedStep = step if which == "eager" else scripted
+    run: TensorStep = step if which == "eager" else scripted
     inputs = random_step_input(spec, rng, 7)
     before = [array.clone() for array in inputs]
     outputs = run(*inputs)

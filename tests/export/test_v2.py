@@ -1,6 +1,7 @@
 """V2 through the exporter: its extra inputs, its rules and its value's scale, in every format."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from export.__main__ import main
 from export.exporter import export_policy
-from export.formats import FORMATS, LoadedStep, StepSource, load_format
+from export.formats import FORMATS, StepSource
+from export.loaders.load import RUNTIME_OF
 from export.manifest import Manifest, Precision
 from export.parity import ParityError, Reference, check_parity
 from export.step import PolicyStep, StepInput, StepOutput
@@ -20,6 +22,8 @@ from model.policy import FactoredRecurrentActorCritic
 from model.spec import PROBABILITY_FLOORS_V2, SLOT_BY_OP, PolicySpec
 from tests.export.test_step import exported_program, impurities, program_operators
 from tests.golden import GOLDEN, golden_json, golden_tensors, needs_golden
+from tests.loaded_step import TensorStep, load_from, run_step
+from tests.loaded_step import load as loaded
 from tests.machine import needs_bf16
 from tests.naive import FLOAT_ATOL
 from tests.naive_v2 import NaivePolicyV2
@@ -85,8 +89,8 @@ def artifact(
     return output
 
 
-def load(artifact: Path, format_name: str) -> LoadedStep:
-    return load_format(format_name, Manifest.read(artifact).formats[format_name], artifact, CPU)
+def load(artifact: Path, format_name: str) -> TensorStep:
+    return partial(run_step, load_from(artifact, format_name), Manifest.read(artifact).spec)
 
 
 def test_every_format_passes_the_gate_and_verifies(
@@ -272,7 +276,7 @@ def test_the_graph_copies_nothing_and_draws_nothing(policy: FactoredRecurrentAct
     assert impurities(operators) == set()
 
 
-def changed(step: LoadedStep, at: int, change: Callable[[Tensor], Tensor]) -> LoadedStep:
+def changed(step: TensorStep, at: int, change: Callable[[Tensor], Tensor]) -> TensorStep:
     """The step, given something else for one of its inputs."""
 
     def run(*inputs: Tensor) -> StepOutput:
@@ -281,7 +285,7 @@ def changed(step: LoadedStep, at: int, change: Callable[[Tensor], Tensor]) -> Lo
     return run
 
 
-def without_its_scale(policy: FactoredRecurrentActorCritic) -> LoadedStep:
+def without_its_scale(policy: FactoredRecurrentActorCritic) -> TensorStep:
     unscaled = FactoredRecurrentActorCritic(
         policy.spec.model_copy(update={"value_scale": 1.0})
     ).eval()
@@ -309,7 +313,7 @@ def without_its_scale(policy: FactoredRecurrentActorCritic) -> LoadedStep:
 )
 def test_a_step_that_forgets_what_v2_adds_is_stopped(
     policy: FactoredRecurrentActorCritic,
-    make: Callable[[LoadedStep, FactoredRecurrentActorCritic], LoadedStep],
+    make: Callable[[TensorStep, FactoredRecurrentActorCritic], TensorStep],
     named: str,
 ) -> None:
     reference = Reference(policy, None, batch_sizes=BATCH_SIZES)
@@ -369,7 +373,8 @@ def test_recorded_steps_are_taken_again_from_every_file(format_name: str, suffix
         {name: w if w.dtype == torch.int64 else w.float() for name, w in weights.items()}
     )
     written = FORMATS[format_name]
-    step = written.load(written.write(StepSource(PolicyStep(policy, None).eval(), 64)), CPU)
+    content = written.write(StepSource(PolicyStep(policy, None).eval(), 64))
+    step = partial(run_step, loaded(content, RUNTIME_OF[format_name], spec), spec)
 
     recorded = golden_tensors("io_v2_a")
     h_after = golden_tensors("io_v2_a_hidden_h")["step.h"]

@@ -7,12 +7,13 @@ a clock that is set by hand; and a synchronous face on the application.
 import asyncio
 import json
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Self, TypeVar
 
 import httpx
 import numpy as np
+from numpy.typing import NDArray
 
 from model.spec import PolicySpec
 from service.app import create_app
@@ -20,9 +21,9 @@ from service.batcher import Batcher
 from service.engine import Engine, StepAnswer, StepRequest, derived_seed
 from service.errors import ServiceError
 from service.policy_service import PolicyService
-from service.runtime.protocol import StepInputs, StepOutputs
 from service.sessions import SessionTable
 
+Arrays = Mapping[str, NDArray[Any]]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -86,11 +87,11 @@ class SummingRuntime:
         self.batch_sizes: list[int] = []
         self.failure: Exception | None = None
         self.gate: threading.Event | None = None
-        self.spoil: Callable[[StepOutputs], None] = lambda decided: None
+        self.spoil: Callable[[Arrays], None] = lambda decided: None
 
-    def bind(self, inputs: StepInputs, outputs: StepOutputs) -> Callable[[], None]:
+    def bind(self, inputs: Arrays, outputs: Arrays) -> Callable[[], None]:
         def run() -> None:
-            self.batch_sizes.append(len(inputs.observation))
+            self.batch_sizes.append(len(inputs["observation"]))
             if self.gate is not None:
                 assert self.gate.wait(TIMEOUT_S)
             if self.failure is not None:
@@ -100,15 +101,17 @@ class SummingRuntime:
 
         return run
 
-    def _step(self, inputs: StepInputs, outputs: StepOutputs) -> None:
-        observation = inputs.observation
-        outputs.h[:], outputs.c[:] = inputs.h + observation[:, :1, None], inputs.c + np.float32(1)
+    def _step(self, inputs: Arrays, outputs: Arrays) -> None:
+        observation = inputs["observation"]
+        h, c = outputs["state_h_out"], outputs["state_c_out"]
+        h[:] = inputs["state_h_in"] + observation[:, :1, None]
+        c[:] = inputs["state_c_in"] + np.float32(1)
         is_poison = observation[:, -1] == np.float32(POISON)
-        outputs.value[:] = np.where(is_poison, np.nan, outputs.h[:, 0, 0])
-        masked = np.where(inputs.action_mask, inputs.noise, -np.inf)
+        outputs["value"][:] = np.where(is_poison, np.nan, h[:, 0, 0])
+        masked = np.where(inputs["action_mask"], inputs["noise"], -np.inf)
         heads = np.split(masked, np.cumsum(self.spec.head_sizes)[:-1], axis=1)
-        outputs.action[:] = np.stack([head.argmax(1) for head in heads], axis=1)
-        outputs.log_prob[:] = np.stack([head.max(1) for head in heads], axis=1)
+        outputs["action"][:] = np.stack([head.argmax(1) for head in heads], axis=1)
+        outputs["log_prob"][:] = np.stack([head.max(1) for head in heads], axis=1)
 
 
 def step_request(

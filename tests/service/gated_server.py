@@ -18,10 +18,9 @@ from pydantic_settings import CliApp
 from export.manifest import Manifest
 from model.spec import PolicySpec
 from service.artifact import find_artifact
-from service.runtime.protocol import StepInputs, StepOutputs
 from service.server import serve
 from service.settings import Settings
-from tests.service.fakes import SummingRuntime
+from tests.service.fakes import Arrays, SummingRuntime
 
 
 class GatedRuntime(SummingRuntime):
@@ -31,14 +30,14 @@ class GatedRuntime(SummingRuntime):
         if mode == "broken":
             self.failure = RuntimeError("broken")
 
-    def bind(self, inputs: StepInputs, outputs: StepOutputs) -> Callable[[], None]:
+    def bind(self, inputs: Arrays, outputs: Arrays) -> Callable[[], None]:
         step = super().bind(inputs, outputs)
 
         def run() -> None:
             is_warm_up = threading.current_thread() is not threading.main_thread()
             if is_warm_up == self.waits_in_warm_up:
                 settled = "settled" if gc.get_freeze_count() else "unsettled"
-                sys.stdout.write(f"step {len(inputs.observation)} {settled}\n")
+                sys.stdout.write(f"step {len(inputs['observation'])} {settled}\n")
                 sys.stdout.flush()
                 sys.stdin.readline()
             step()

@@ -16,8 +16,7 @@ from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from service.runtime.auto import Measurement, best, choose_runtime, measure
 from service.runtime.load import load_runtime
-from service.runtime.protocol import StepInputs, StepOutputs
-from tests.service.fakes import SummingRuntime
+from tests.service.fakes import Arrays, SummingRuntime
 
 BATCH_SIZES = (1, 2, 4)
 
@@ -56,12 +55,13 @@ class DependsOnItsBatch(SummingRuntime):
         super().__init__(spec)
         self.first = first
 
-    def bind(self, inputs: StepInputs, outputs: StepOutputs) -> Callable[[], None]:
+    def bind(self, inputs: Arrays, outputs: Arrays) -> Callable[[], None]:
         step = super().bind(inputs, outputs)
 
         def run() -> None:
             step()
-            outputs.value[self.first :] += len(outputs.value) * 1e-3
+            value = outputs["value"]
+            value[self.first :] += len(value) * 1e-3
 
         return run
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from export.exporter import export_policy
+from export.loaders.protocol import LoadedStep
 from export.manifest import Manifest
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
@@ -20,7 +21,7 @@ from service.bench.load import POOL_SIZE, Pool, Session
 from service.bench.replay import replay
 from service.noise import gumbel_noise
 from service.runtime.load import load_runtime
-from service.runtime.protocol import Runtime, StepInputs, StepOutputs
+from service.runtime.protocol import StepInputs, StepOutputs
 from tests.random_inputs import random_policy
 from tests.running_server import ROOT, RunningServer, clean_environment, running_server
 
@@ -107,16 +108,16 @@ def unused_url() -> str:
 
 
 @pytest.fixture(scope="module")
-def runtime(onnx_artifact: Path) -> Runtime:
+def runtime(onnx_artifact: Path) -> LoadedStep:
     manifest = Manifest.read(onnx_artifact)
     return load_runtime(onnx_artifact, manifest, name="onnx", device="cpu", num_threads=1)
 
 
-def trajectory(pool: Pool, runtime: Runtime, spec: PolicySpec, seed: int) -> Session:
+def trajectory(pool: Pool, runtime: LoadedStep, spec: PolicySpec, seed: int) -> Session:
     """What a right server answers to five steps."""
     session = Session(f"env-{seed}", seed)
     inputs, decided = StepInputs.allocate(spec, 1), StepOutputs.allocate(spec, 1)
-    step_once = runtime.bind(inputs, decided)
+    step_once = runtime.bind(inputs.by_name(), decided.by_name())
     for step in range(5):
         at = (seed + step) % POOL_SIZE
         inputs.observation[0], inputs.action_mask[0] = pool.observations[at], pool.action_masks[at]
@@ -153,7 +154,7 @@ def spoil_action(answer: dict[str, Any]) -> None:
 def test_replay_counts_an_answer_that_differs_in_one_bit(
     spoil: Callable[[dict[str, Any]], None],
     other_actions: int,
-    runtime: Runtime,
+    runtime: LoadedStep,
     spec: PolicySpec,
 ) -> None:
     pool = Pool.random(spec, seed=3)
@@ -169,7 +170,7 @@ def test_replay_counts_an_answer_that_differs_in_one_bit(
         assert found.largest == pytest.approx(0.5)
 
 
-def test_replay_finds_a_state_that_was_stepped_twice(runtime: Runtime, spec: PolicySpec) -> None:
+def test_replay_finds_a_state_that_was_stepped_twice(runtime: LoadedStep, spec: PolicySpec) -> None:
     pool = Pool.random(spec, seed=3)
     session = trajectory(pool, runtime, spec, 1)
     del session.pool_index[2], session.answers[2]

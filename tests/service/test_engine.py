@@ -18,8 +18,7 @@ from service.errors import (
     UnknownSession,
 )
 from service.noise import gumbel_noise
-from service.runtime.protocol import StepOutputs
-from tests.service.fakes import Bench, step_request
+from tests.service.fakes import Arrays, Bench, step_request
 
 FULL_BATCH = 8
 
@@ -318,10 +317,10 @@ def test_a_restart_whose_output_is_not_finite_keeps_the_running_episode(bench: B
     assert bench.step(1, episode="7", step=1).value == 2
 
 
-@pytest.mark.parametrize("where", ["log_prob", "value", "h", "c"])
+@pytest.mark.parametrize("where", ["log_prob", "value", "state_h_out", "state_c_out"])
 def test_no_output_that_is_not_finite_is_let_through(spec: PolicySpec, where: str) -> None:
-    def spoil(decided: StepOutputs) -> None:
-        getattr(decided, where)[1:2].flat[-1] = np.inf
+    def spoil(decided: Arrays) -> None:
+        decided[where][1:2].flat[-1] = np.inf
 
     bench = Bench(spec)
     bench.runtime.spoil = spoil
@@ -334,8 +333,8 @@ def test_no_output_of_the_critic_that_is_not_finite_is_let_through(where: str) -
     spec = PolicySpec.tamiyo_v2(num_slots=2, observation_dim=7, feature_dim=8, hidden_dim=8)
     spec = spec.model_copy(update={"extra_outputs": ("q_value", "contribution")})
 
-    def spoil(decided: StepOutputs) -> None:
-        decided.extra[where][1:2].flat[-1] = np.nan
+    def spoil(decided: Arrays) -> None:
+        decided[where][1:2].flat[-1] = np.nan
 
     bench = Bench(spec)
     bench.runtime.spoil = spoil

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,16 +13,17 @@ import torch
 from numpy.typing import NDArray
 
 from export.exporter import export_policy
-from export.formats import load_torchscript
+from export.loaders.load import FORMAT_OF
+from export.loaders.onnx import OnnxStep
+from export.loaders.protocol import LoadedStep
+from export.loaders.torch_formats import load_eager, load_torchscript
 from export.manifest import ArtifactError, Device, File, Manifest
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from service.engine import Engine, StepAnswer, StepRequest
 from service.noise import gumbel_noise
-from service.runtime.load import FORMAT_OF, load_runtime
-from service.runtime.onnx import OnnxRuntime
-from service.runtime.protocol import Runtime, StepInputs, StepOutputs
-from service.runtime.torch_formats import LOADERS
+from service.runtime.load import load_runtime
+from service.runtime.protocol import StepInputs, StepOutputs
 from service.sessions import SessionTable
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL, NaivePolicy
 from tests.random_inputs import packed, random_masks, random_observations, weights_of
@@ -44,17 +45,17 @@ def all_formats(
 
 
 @pytest.fixture(scope="module", params=FORMAT_OF)
-def runtime(request: pytest.FixtureRequest, all_formats: Path) -> Runtime:
+def runtime(request: pytest.FixtureRequest, all_formats: Path) -> LoadedStep:
     return load(all_formats, Manifest.read(all_formats), name=request.param)
 
 
 def load(
     artifact: Path, manifest: Manifest, *, name: str = "torchscript", device: Device = "cpu"
-) -> Runtime:
+) -> LoadedStep:
     return load_runtime(artifact, manifest, name=name, device=device, num_threads=1)
 
 
-def engine_over(runtime: Runtime, spec: PolicySpec, *buckets: int) -> Engine:
+def engine_over(runtime: LoadedStep, spec: PolicySpec, *buckets: int) -> Engine:
     sessions = SessionTable(
         spec,
         capacity=64,
@@ -97,7 +98,7 @@ def answered(answers: list[Any]) -> list[StepAnswer]:
 
 
 def test_sessions_follow_the_naive_policy_step_by_step(
-    runtime: Runtime,
+    runtime: LoadedStep,
     spec: PolicySpec,
     policy: FactoredRecurrentActorCritic,
     rng: np.random.Generator,
@@ -137,7 +138,7 @@ def test_in_onnx_a_session_is_the_same_bit_for_bit_alone_and_in_company(
 
 
 def test_a_session_decides_the_same_alone_and_in_company(
-    runtime: Runtime, spec: PolicySpec, rng: np.random.Generator
+    runtime: LoadedStep, spec: PolicySpec, rng: np.random.Generator
 ) -> None:
     requests, _ = episode_requests(spec, rng)
     together = engine_over(runtime, spec, 1, 2, 4, 8)
@@ -151,10 +152,10 @@ def test_a_session_decides_the_same_alone_and_in_company(
 
 
 def test_a_bound_step_reads_what_its_inputs_hold_by_then_and_leaves_them_alone(
-    runtime: Runtime, spec: PolicySpec, rng: np.random.Generator
+    runtime: LoadedStep, spec: PolicySpec, rng: np.random.Generator
 ) -> None:
     inputs, outputs = StepInputs.allocate(spec, 2), StepOutputs.allocate(spec, 2)
-    step = runtime.bind(inputs, outputs)
+    step = runtime.bind(inputs.by_name(), outputs.by_name())
     step()
     of_zeros = outputs.floats.copy()
     inputs.observation[:] = rng.normal(size=inputs.observation.shape)
@@ -165,7 +166,7 @@ def test_a_bound_step_reads_what_its_inputs_hold_by_then_and_leaves_them_alone(
     for array, before in zip(inputs.by_name().values(), given, strict=True):
         np.testing.assert_array_equal(array, before)
     other = StepOutputs.allocate(spec, 2)
-    runtime.bind(inputs, other)()
+    runtime.bind(inputs.by_name(), other.by_name())()
     np.testing.assert_array_equal(other.floats, outputs.floats)
 
 
@@ -221,7 +222,7 @@ def test_onnx_s_threads_do_not_spin_while_they_wait(all_formats: Path) -> None:
     """They would take the cores that the event loop and the clients need."""
     manifest = Manifest.read(all_formats)
     runtime = load_runtime(all_formats, manifest, name="onnx", device="cpu", num_threads=2)
-    assert isinstance(runtime, OnnxRuntime)
+    assert isinstance(runtime, OnnxStep)
     options = runtime._session.get_session_options()
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
     assert options.intra_op_num_threads == 2
@@ -241,7 +242,7 @@ def test_torchscript_runs_where_nothing_can_be_written(all_formats: Path) -> Non
         "manifest = Manifest.read(directory)\n"
         "options = {'name': 'torchscript', 'device': 'cpu', 'num_threads': 1}\n"
         "runtime = load_runtime(directory, manifest, **options)\n"
-        "arrays = [of.allocate(manifest.spec, 2) for of in (StepInputs, StepOutputs)]\n"
+        "arrays = [of.allocate(manifest.spec, 2).by_name() for of in (StepInputs, StepOutputs)]\n"
         "runtime.bind(*arrays)()\n"
     )
     environment = clean_environment()
@@ -270,7 +271,7 @@ def test_the_graph_of_the_pt2_file_moves_to_another_device_whole(
 ) -> None:
     """Torch's meta device computes shapes only, and refuses what is left on the CPU."""
     content = Manifest.read(all_formats).formats["pt2"].read(all_formats)
-    step = LOADERS["eager"](content, "meta")
+    step = load_eager(content, "meta").call
     arrays = StepInputs.allocate(spec, 3).by_name().values()
     given = [torch.from_numpy(array).to("meta") for array in arrays]
     assert [output.device.type for output in step(*given)] == ["meta"] * 5
@@ -279,7 +280,7 @@ def test_the_graph_of_the_pt2_file_moves_to_another_device_whole(
 def test_the_torchscript_file_names_no_device(all_formats: Path) -> None:
     """So it runs where its weights are loaded, whichever device traced it."""
     content = Manifest.read(all_formats).formats["torchscript"].read(all_formats)
-    graph = str(load_torchscript(content, torch.device("cpu")).inlined_graph)  # type: ignore[attr-defined]
+    graph = str(cast(Any, load_torchscript(content, "cpu").call).inlined_graph)
     assert "aten::" in graph
     assert "Device" not in graph
     assert "cpu" not in graph

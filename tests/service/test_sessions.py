@@ -369,7 +369,7 @@ def test_store_keeps_exactly_one_row_of_a_batch(table: Table, spec: PolicySpec) 
     decided.value[:] = [1, 2]
     stored_action = decided.action[1].tolist()
     table.sessions.store([session.row], decided, [1])
-    for array in decided.arrays():
+    for array in decided.by_name().values():
         array[:] = 0
     assert table.sessions.h[session.row].ravel()[0] == size
     assert table.sessions.c[session.row].ravel()[0] == -size

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from export.exporter import export_policy
+from export.loaders.protocol import LoadedStep
 from export.manifest import Manifest
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
@@ -17,7 +18,6 @@ from service.bench.replay import replay
 from service.noise import gumbel_noise
 from service.policy_service import PolicyService
 from service.runtime.load import load_runtime
-from service.runtime.protocol import Runtime
 from service.settings import Settings
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL
 from tests.random_inputs import random_policy
@@ -48,13 +48,13 @@ def v2_artifact(
 
 
 @pytest.fixture(scope="module", params=["onnx", "torchscript", "eager"])
-def v2_runtime(request: pytest.FixtureRequest, v2_artifact: Path) -> Runtime:
+def v2_runtime(request: pytest.FixtureRequest, v2_artifact: Path) -> LoadedStep:
     manifest = Manifest.read(v2_artifact)
     return load_runtime(v2_artifact, manifest, name=request.param, device="cpu", num_threads=1)
 
 
 @pytest.fixture
-def v2_client(v2_artifact: Path, v2_runtime: Runtime) -> Iterator[AppClient]:
+def v2_client(v2_artifact: Path, v2_runtime: LoadedStep) -> Iterator[AppClient]:
     manifest = Manifest.read(v2_artifact)
     service = PolicyService(manifest, v2_runtime, Settings(artifact=v2_artifact))
     with AppClient(service) as client:
@@ -124,7 +124,7 @@ def test_every_answer_is_the_policy_s_own(
 
 
 def test_the_bench_finds_every_answer_of_v2_its_artifact_s_own(
-    v2_client: AppClient, v2_runtime: Runtime
+    v2_client: AppClient, v2_runtime: LoadedStep
 ) -> None:
     pool = Pool.random(SPEC, 4)
     bodies = pool.bodies(SPEC)

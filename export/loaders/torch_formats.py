@@ -1,0 +1,119 @@
+"""Loads torch's formats. Importing this module imports torch.
+
+`torchscript` and `aoti` run their files; `eager` and `compile` run the graph of the `pt2` file, one
+operation at a time or through torch.compile, which takes a C++ compiler here. Each loader gives
+the step as torch has it, and what its file says of inputs and outputs.
+"""
+
+import io
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
+
+from export.loaders.arrays import FileArray, check_arrays
+from export.loaders.torch_step import TorchStep, dtype_name
+from export.loaders.torch_warnings import torch_speaks_of_itself
+from export.manifest import Array, Device
+
+
+class Loaded(NamedTuple):
+    """A step of tensors, and the arrays of its file."""
+
+    call: Callable[..., Any]
+    inputs: list[FileArray]
+    outputs: list[FileArray]
+
+
+def load_torch_step(
+    name: str,
+    content: bytes,
+    *,
+    inputs: Sequence[Array],
+    outputs: Sequence[Array],
+    device: Device,
+    num_threads: int,
+) -> TorchStep:
+    """The runtime `name` on the bytes of its (verified) file.
+
+    `num_threads` is torch's intra-op pool, for the whole process. Raises ArtifactError where the
+    file's inputs and outputs are not those given.
+    """
+    torch.set_num_threads(num_threads)
+    loaded = LOADERS[name](content, device)
+    check_arrays("input", loaded.inputs, inputs)
+    check_arrays("output", loaded.outputs, outputs)
+    return TorchStep(name, loaded.call, inputs, outputs, device)
+
+
+@torch_speaks_of_itself()
+def load_torchscript(content: bytes, device: str) -> Loaded:
+    """A trace keeps the names of its arguments, and the number of its results."""
+    step = torch.jit.load(io.BytesIO(content), map_location=device)  # type: ignore[no-untyped-call]
+    schema = step.forward.schema
+    (returned,) = schema.returns
+    is_tuple = isinstance(returned.type, torch.TupleType)
+    num_outputs = len(returned.type.elements()) if is_tuple else 1
+    inputs = [FileArray(argument.name) for argument in schema.arguments[1:]]
+    return Loaded(step, inputs, [FileArray()] * num_outputs)
+
+
+@torch_speaks_of_itself()
+def load_aoti(content: bytes, device: str) -> Loaded:
+    """A package keeps numbers; names, dtypes and shapes only where the export wrote them in it."""
+    # Takes a second to import, and a writable temporary directory, which no other format needs.
+    import torch._inductor
+    from torch.utils._pytree import treespec_loads
+
+    # The loader unpacks from a path; what it opens is what was hashed, in a directory of our own.
+    with tempfile.TemporaryDirectory(prefix="tamiyo-aoti-") as directory:
+        package = Path(directory) / "policy.pt2"
+        package.write_bytes(content)
+        step = torch._inductor.aoti_load_package(str(package))
+    metadata = step.get_metadata()
+    if "inputs" in metadata:
+        said = (FileArray.read(metadata["inputs"]), FileArray.read(metadata["outputs"]))
+        return Loaded(step, *said)
+    taken, given = map(treespec_loads, step.loader.get_call_spec())
+    return Loaded(step, [FileArray()] * taken.num_leaves, [FileArray()] * given.num_leaves)
+
+
+@torch_speaks_of_itself()
+def load_eager(content: bytes, device: str) -> Loaded:
+    program = torch.export.load(io.BytesIO(content))
+    step = move_to_device_pass(program, device).module()
+    return Loaded(step, *program_arrays(program))
+
+
+def load_compiled(content: bytes, device: str) -> Loaded:
+    eager = load_eager(content, device)
+    return eager._replace(call=torch.compile(eager.call, dynamic=True))
+
+
+def program_arrays(program: ExportedProgram) -> tuple[list[FileArray], list[FileArray]]:
+    """A captured graph's inputs, by their names, and its outputs, which have none."""
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
+    signature = program.graph_signature
+    inputs = [(name, values[name]) for name in signature.user_inputs]
+    outputs = [(None, values[name]) for name in signature.user_outputs]
+    taken, given = (
+        [FileArray(name, dtype_name(value), _shape(value)) for name, value in arrays]
+        for arrays in (inputs, outputs)
+    )
+    return taken, given
+
+
+def _shape(value: torch.Tensor) -> tuple[int | str, ...]:
+    return tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+
+
+LOADERS: dict[str, Callable[[bytes, str], Loaded]] = {
+    "torchscript": load_torchscript,
+    "aoti": load_aoti,
+    "eager": load_eager,
+    "compile": load_compiled,
+}
