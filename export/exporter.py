@@ -1,60 +1,47 @@
 """A policy -> a verified artifact directory: the whole story of an export."""
 
-import copy
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from safetensors.torch import save as to_safetensors
 
 from export.directory import staged
+from export.episodes import LARGEST_BATCH_SIZE
 from export.format_kinds import PORTABLE_FORMATS
-from export.formats import (
-    FORMATS,
-    StepSource,
-    check_formats,
-)
+from export.formats import FORMATS, FormatError, StepSource, check_formats
 from export.loaders.load import RUNTIME_OF, load_step
 from export.loaders.machine import machine_capability
+from export.loaders.protocol import LoadedStep
 from export.manifest import (
     SCHEMA_VERSION,
+    ArtifactError,
     Device,
     File,
     FormatFile,
     Manifest,
-    Parity,
     Precision,
     Source,
     step_inputs,
     step_outputs,
 )
 from export.measurement import EAGER, measure_latency, row_difference
-from export.parity import (
-    STEPS,
-    ParityError,
-    ParityRun,
-    Reference,
-    TensorStep,
-    check_parity,
-    parity_batch_sizes,
-    with_tensors,
-)
-from export.report import REPORT_FILE, REPORT_PAGE, FormatReport, Report
+from export.parity import Gate, ParityError, Verdict
+from export.process import plain_process
+from export.report import REPORT_FILE, REPORT_PAGE, FormatReport, Latency, Report
 from export.report_page import render
 from export.signature import sign
 from export.step import PolicyStep
 from export.timing import this_machine
+from export.weights import WEIGHTS_FILE, pack_weights, rebuild
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
-
-WEIGHTS_FILE = "weights.safetensors"
-NORMALIZER_PREFIX = "observation_normalizer."
+from model.spec import PolicySpec
 
 
 def export_policy(
@@ -76,63 +63,70 @@ def export_policy(
 
     The directory appears complete or not at all: it is written beside `output` and renamed. Without
     `formats` it holds the portable ones that have the precision. Raises FormatError for
-    formats that cannot be had so; FileExistsError where `output` exists, unless it is an artifact
-    and `overwrite` is set; and ParityError, leaving no artifact, where a file does not do what the
+    formats that cannot be had so, and for a largest batch that is not 2 to 4,096; FileExistsError
+    where `output` exists, unless it is an artifact and `overwrite` is set; ValueError for weights
+    that are not finite; and ParityError, leaving no artifact, where a file does not do what the
     policy does. `source` says where the weights came from; `on_stage` hears what happens next;
-    `sign_with` signs the manifest. The caller's policy is copied first.
+    `sign_with` signs the manifest.
+
+    Only the policy's weights are read: what is exported and what judges it are each built of a copy
+    of them, in a process state of their own, which is given back as it was.
     """
-    on = torch.device(device)
+    on: Device = "cuda" if torch.device(device).type == "cuda" else "cpu"
     source = source or Source(kind="module", name=name)
     if formats is None:
         formats = [name for name in PORTABLE_FORMATS if precision in FORMATS[name].precisions]
-    check_formats(formats, precision, on)
-    policy = copy.deepcopy(policy).to(device=on, dtype=torch.float32).eval()
-    normalizer = None if normalizer is None else copy.deepcopy(normalizer).to(on)
-    with staged(Path(output), overwrite=overwrite) as directory:
+    check_formats(formats, precision, torch.device(device))
+    _check_batch_size(max_batch_size)
+    spec: PolicySpec = policy.spec
+    with plain_process(), staged(Path(output), overwrite=overwrite) as directory:
         on_stage("writing the weights")
-        weights = _write_weights(policy, normalizer, directory / WEIGHTS_FILE)
-        step = StepSource(PolicyStep(policy, normalizer, precision).eval(), max_batch_size)
-        on_stage("running the policy's own episodes")
-        reference = Reference(
-            policy,
-            normalizer,
-            batch_sizes=parity_batch_sizes(max_batch_size),
+        weights = pack_weights(policy, normalizer)
+        (directory / WEIGHTS_FILE).write_bytes(weights)
+        step = PolicyStep(*rebuild(weights, spec, torch.device(device)), precision)
+        source_step = StepSource(step, max_batch_size)
+        exports = {}
+        for format_name in formats:
+            on_stage(f"exporting {format_name}")
+            exports[format_name] = _export_format(format_name, source_step, directory, on)
+        on_stage("running the policy's own episodes, and each format beside it")
+        gate = Gate(
+            weights,
+            spec,
             precision=precision,
-        )
-        exports = {
-            format_name: _export_format(format_name, step, directory, reference, on_stage)
-            for format_name in formats
-        }
-        parity = Parity(
-            **reference.tolerance._asdict(),
-            batch_sizes=reference.batch_sizes,
-            steps=STEPS,
-            formats={name: export.run.summary() for name, export in exports.items()},
-        )
-        on_stage("measuring how fast each format is")
-        report = _report(
-            reference,
-            exports,
-            name=name,
-            policy_version=weights.version,
-            source=source,
             max_batch_size=max_batch_size,
-            parity=parity,
+            device=torch.device(device),
+        )
+        steps = {name: export.step for name, export in exports.items()}
+        verdict = gate.check(steps)
+        on_stage("measuring how fast each format is")
+        weights_file = File.describe(directory / WEIGHTS_FILE)
+        report = Report(
+            name=name,
+            policy_version=weights_file.version,
+            source=source,
+            precision=precision,
+            device=on,
+            max_batch_size=max_batch_size,
+            measured_at=datetime.now(UTC),
+            machine=this_machine(torch.device(device)),
+            parity=verdict.parity,
+            **_figures(gate, exports, verdict),
         )
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             name=name,
-            spec=policy.spec,
+            spec=spec,
             precision=precision,
-            device=report.device,
+            device=on,
             has_normalizer=normalizer is not None,
             max_batch_size=max_batch_size,
-            inputs=step_inputs(policy.spec),
-            outputs=step_outputs(policy.spec),
-            weights=weights,
+            inputs=step_inputs(spec),
+            outputs=step_outputs(spec),
+            weights=weights_file,
             formats={name: export.file for name, export in exports.items()},
             reports=_write_reports(report, directory),
-            parity=parity,
+            parity=verdict.parity,
             source=source,
             versions={
                 "python": platform.python_version(),
@@ -148,86 +142,75 @@ def export_policy(
 
 class _Export(NamedTuple):
     file: FormatFile
-    loaded: TensorStep
-    run: ParityRun
-    export_seconds: float
-    check_seconds: float
+    step: LoadedStep
+    seconds: float
+
+
+def _check_batch_size(max_batch_size: int) -> None:
+    if not 2 <= max_batch_size <= LARGEST_BATCH_SIZE:
+        raise FormatError(
+            f"the largest batch is {max_batch_size}; from 2 to {LARGEST_BATCH_SIZE} can be had: a "
+            "graph of one row is traced otherwise, and all rows of a batch are checked at once"
+        )
 
 
 def _export_format(
-    format_name: str,
-    step: StepSource,
-    directory: Path,
-    reference: Reference,
-    on_stage: Callable[[str], None],
+    format_name: str, source: StepSource, directory: Path, device: Device
 ) -> _Export:
-    on_stage(f"exporting {format_name}")
     start = time.perf_counter()
-    file = _write_format(format_name, step, directory)
-    written = time.perf_counter()
-    on_stage(f"comparing {format_name} with the policy")
-    loaded, run = check_format(format_name, file, directory, reference)
-    return _Export(file, loaded, run, written - start, time.perf_counter() - written)
+    written = FORMATS[format_name]
+    path = directory / written.file
+    path.write_bytes(written.write(source))
+    requires = machine_capability(device) if written.is_native else None
+    file = FormatFile(**File.describe(path).model_dump(), requires=requires)
+    seconds = time.perf_counter() - start
+    try:
+        step = load_format(format_name, file, directory, source.step.spec, device)
+    except ArtifactError as error:
+        raise ParityError(f"{format_name} is not the policy's step: {error}") from error
+    return _Export(file, step, seconds)
 
 
-def check_format(
-    format_name: str, file: FormatFile, directory: Path, reference: Reference
-) -> tuple[TensorStep, ParityRun]:
-    """Loads a format back from `directory`, its hash first, and compares it with the policy.
+def load_format(
+    format_name: str, file: FormatFile, directory: Path, spec: PolicySpec, device: Device
+) -> LoadedStep:
+    """A format as the gate runs it: from the file in `directory`, its hash first.
 
-    Raises ArtifactError where the file is not the manifest's or not for this machine, ParityError
-    where it does not load or does not do what the policy does.
+    Raises ArtifactError where the file is not the manifest's, not for this machine, or takes or
+    gives other arrays than a step of the spec.
     """
-    spec = reference.policy.spec
-    step = load_step(
+    return load_step(
         file.read(directory),
         name=RUNTIME_OF[format_name],
         file=file,
         inputs=step_inputs(spec),
         outputs=step_outputs(spec),
-        device="cuda" if reference.device.type == "cuda" else "cpu",
+        device=device,
         num_threads=torch.get_num_threads(),
     )
-    loaded = with_tensors(step, spec)
-    try:
-        return loaded, check_parity(loaded, reference)
-    except ParityError as error:
-        raise ParityError(f"{format_name} differs from the policy: {error}") from error
 
 
-def _report(
-    reference: Reference,
-    exports: Mapping[str, _Export],
-    *,
-    name: str,
-    policy_version: str,
-    source: Source,
-    max_batch_size: int,
-    parity: Parity,
-) -> Report:
-    latency = measure_latency(reference, {name: export.loaded for name, export in exports.items()})
-    return Report(
-        name=name,
-        policy_version=policy_version,
-        source=source,
-        precision=reference.precision,
-        device="cuda" if reference.device.type == "cuda" else "cpu",
-        max_batch_size=max_batch_size,
-        measured_at=datetime.now(UTC),
-        machine=this_machine(reference.device),
-        parity=parity,
-        eager=latency[EAGER],
-        formats={
+class _Figures(TypedDict):
+    eager: tuple[Latency, ...]
+    formats: dict[str, FormatReport]
+
+
+def _figures(gate: Gate, exports: Mapping[str, _Export], verdict: Verdict) -> _Figures:
+    judge, largest = gate.exact, gate.max_batch_size
+    latency = measure_latency(judge, {name: of.step for name, of in exports.items()}, largest)
+    return {
+        "eager": latency[EAGER],
+        "formats": {
             name: FormatReport(
-                export_seconds=export.export_seconds,
-                check_seconds=export.check_seconds,
+                export_seconds=export.seconds,
+                check_seconds=verdict.seconds[name],
                 latency=latency[name],
-                error_by_step=tuple(export.run.error_by_step),
-                row_difference=row_difference(reference, export.loaded),
+                error_by_step=tuple(verdict.runs[name].error_by_step),
+                row_difference=row_difference(judge, export.step, largest),
             )
             for name, export in exports.items()
         },
-    )
+    }
 
 
 def _write_reports(report: Report, directory: Path) -> tuple[File, ...]:
@@ -235,28 +218,3 @@ def _write_reports(report: Report, directory: Path) -> tuple[File, ...]:
     page.write_text(render(report), encoding="utf-8")
     data.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return File.describe(page), File.describe(data)
-
-
-def _write_weights(
-    policy: FactoredRecurrentActorCritic, normalizer: ObservationNormalizer | None, path: Path
-) -> File:
-    tensors = {name: tensor.contiguous() for name, tensor in policy.state_dict().items()}
-    if normalizer is not None:
-        for name, tensor in normalizer.state_dict().items():
-            tensors[f"{NORMALIZER_PREFIX}{name}"] = tensor
-    # Without defaults: what a later release adds to the spec leaves old policies' versions alone.
-    spec = policy.spec.model_dump_json(exclude_defaults=True)
-    path.write_bytes(to_safetensors(tensors, metadata={"spec": spec}))
-    return File.describe(path)
-
-
-def _write_format(format_name: str, step: StepSource, directory: Path) -> FormatFile:
-    written = FORMATS[format_name]
-    path = directory / written.file
-    path.write_bytes(written.write(step))
-    requires = machine_capability(_device(step)) if written.is_native else None
-    return FormatFile(**File.describe(path).model_dump(), requires=requires)
-
-
-def _device(step: StepSource) -> Device:
-    return "cuda" if step.example[0].device.type == "cuda" else "cpu"
