@@ -47,6 +47,7 @@ from export.report import REPORT_FILE, REPORT_PAGE, FormatReport, Report
 from export.report_page import render
 from export.signature import sign
 from export.step import PolicyStep
+from export.stopping import deferred
 from export.timing import this_machine
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
@@ -86,7 +87,8 @@ def export_policy(
     check_formats(formats, precision, on)
     policy = copy.deepcopy(policy).to(device=on, dtype=torch.float32).eval()
     normalizer = None if normalizer is None else copy.deepcopy(normalizer).to(on)
-    with staged(Path(output), overwrite=overwrite) as directory:
+    output = Path(output)
+    with deferred() as heeded, staged(output, overwrite=overwrite) as directory, heeded():
         on_stage("writing the weights")
         weights = _write_weights(policy, normalizer, directory / WEIGHTS_FILE)
         step = StepSource(PolicyStep(policy, normalizer, precision).eval(), max_batch_size)
