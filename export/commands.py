@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.console import Console
 
 from export.artifact import open_artifact
-from export.console import fail, say, say_unlisted, summarize
+from export.console import fail, name_unlisted, say, summarize
 from export.directory import check_output
 from export.exporter import export_policy
 from export.formats import FormatError
@@ -99,11 +99,11 @@ def _exported(
 def _say_exported(options: argparse.Namespace, manifest: Manifest) -> None:
     if options.json:
         sys.stdout.write(manifest.model_dump_json() + "\n")
-        return
-    summarize(manifest, manifest.parity.formats, Report.read(options.output, manifest))
-    say(f"{manifest.name} ({manifest.policy_version[:19]}) is in {options.output}")
-    say(f"{options.output / REPORT_PAGE} shows what was compared, and how fast each format is")
-    say_unlisted(open_artifact(options.output))
+    else:
+        summarize(manifest, manifest.parity.formats, Report.read(options.output, manifest))
+        say(f"{manifest.name} ({manifest.policy_version[:19]}) is in {options.output}")
+        say(f"{options.output / REPORT_PAGE} shows what was compared, and how fast each format is")
+    name_unlisted(open_artifact(options.output))
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -115,5 +115,5 @@ def _verify(options: argparse.Namespace) -> int:
     for name in artifact.manifest.formats.keys() - parity.keys():
         say(f"{name} is machine code for {artifact.manifest.device}, and was not run")
     say(f"{options.directory} is what was exported, and does what its policy does")
-    say_unlisted(artifact)
+    name_unlisted(artifact)
     return 0

@@ -19,11 +19,11 @@ def say(line: str) -> None:
     sys.stdout.write(line + "\n")
 
 
-def say_unlisted(artifact: Artifact) -> None:
-    """Names what lies beside the artifact's files, where something does."""
+def name_unlisted(artifact: Artifact) -> None:
+    """A note on stderr of what lies beside the artifact's files, where something does."""
     names = [name if name.isprintable() else repr(name) for name in artifact.unlisted()]
     if names:
-        say(f"not part of the artifact: {', '.join(names)}")
+        sys.stderr.write(f"export: not part of the artifact: {', '.join(names)}\n")
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

@@ -86,7 +86,7 @@ def _make_parent(output: Path) -> None:
 
 @contextmanager
 def _workshop(output: Path) -> Iterator[Path]:
-    """A directory beside `output`, locked; at the end it goes, but for what would be lost with it."""
+    """A directory beside `output`, locked, that goes again: but for what would be lost with it."""
     workshop = output.parent / f"{_workshops(output)}{secrets.token_hex(4)}"
     workshop.mkdir(mode=0o700)
     lock = os.open(workshop, os.O_RDONLY)

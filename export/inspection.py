@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from export.artifact import open_artifact
-from export.console import say, say_unlisted, summarize
+from export.console import name_unlisted, say, summarize
 from export.manifest import Source
 from export.report import REPORT_FILE, Report
 
@@ -13,6 +13,7 @@ def show_artifact(directory: Path, *, as_json: bool) -> None:
     """Prints the manifest, in words or as JSON; ArtifactError where it is no artifact."""
     artifact = open_artifact(directory)
     manifest = artifact.manifest
+    name_unlisted(artifact)
     if as_json:
         sys.stdout.write(artifact.content.decode())
         return
@@ -39,7 +40,6 @@ def show_artifact(directory: Path, *, as_json: bool) -> None:
     summarize(manifest, manifest.parity.formats, report)
     if missing:
         say(f"missing: {', '.join(missing)}")
-    say_unlisted(artifact)
 
 
 def _origin(source: Source) -> str:

@@ -1,4 +1,4 @@
-"""How a program is asked to stop, Ctrl-C or SIGTERM, and when that is heeded. In the main thread."""
+"""How a program is asked to stop, by Ctrl-C or SIGTERM, and when that is heeded."""
 
 import signal
 import threading
@@ -21,7 +21,8 @@ class Stopped(KeyboardInterrupt):
 def stoppable() -> Iterator[Callable[[], None]]:
     """Both Ctrl-C and SIGTERM end the block by way of every `finally`: nothing half-done stays.
 
-    An exception raised while Python runs a destructor is lost. The check it yields raises again.
+    In the main thread. An exception raised while Python runs a destructor is lost: the check it
+    yields raises again.
     """
     came: list[int] = []
 

@@ -23,9 +23,10 @@ def verify_artifact(
 ) -> dict[str, FormatParity]:
     """Checks every hash, then every format's parity on `device`, by default the manifest's.
 
-    Machine code for another device is left out of the result. The policy is rebuilt from the artifact's own weights, so this needs no checkpoint. Raises
-    ArtifactError where the artifact is not what was exported or not for this machine, ParityError
-    where a format does not do what the policy does.
+    Machine code for another device is left out of the result. The policy is rebuilt from the
+    artifact's own weights, so this needs no checkpoint. Raises ArtifactError where the artifact is
+    not what was exported or not for this machine, ParityError where a format does not do what the
+    policy does.
     """
     manifest, directory = artifact.manifest, artifact.directory
     device = device or manifest.device

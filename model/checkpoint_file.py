@@ -67,8 +67,9 @@ def read_content(path: Path) -> bytes:
 def read_file(path: Path, content: bytes | None = None) -> object:
     """What torch.save, safetensors or JSON put into the file, whatever its name; on the CPU.
 
-    `content` is the file's where it has been read already. Raises CheckpointError for a file of any other kind, a damaged one, and a pickle that takes more
-    than tensors, NumPy's numbers and arrays, and plain containers.
+    `content` is the file's where it has been read already. Raises CheckpointError for a file of any
+    other kind, a damaged one, and a pickle that takes more than tensors, NumPy's numbers and
+    arrays, and plain containers.
     """
     try:
         with _opened(path) if content is None else io.BytesIO(content) as file:
