@@ -17,7 +17,7 @@ from export.options import export_parser, inspect_parser, verify_parser
 
 PARSERS = {"export": export_parser, "verify": verify_parser, "inspect": inspect_parser}
 EXTRA = "torch"
-BROUGHT_BY_EXTRA = {"cryptography", "jinja2", "onnx", "onnxscript", "torch"}
+BROUGHT_BY_EXTRA = {"jinja2", "onnx", "onnxscript", "torch"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.table import Table
 
+from export.artifact import Artifact
 from export.manifest import FormatParity, Manifest
 from export.report import Report
 
@@ -16,6 +17,13 @@ SHOWN = (1, 32, 256)
 
 def say(line: str) -> None:
     sys.stdout.write(line + "\n")
+
+
+def name_unlisted(artifact: Artifact) -> None:
+    """A note on stderr of what lies beside the artifact's files, where something does."""
+    names = [name if name.isprintable() else repr(name) for name in artifact.unlisted()]
+    if names:
+        sys.stderr.write(f"export: not part of the artifact: {', '.join(names)}\n")
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -30,7 +38,8 @@ def summarize(
     sizes = [] if report is None else [size for size in SHOWN if size <= manifest.max_batch_size]
     for size in sizes:
         table.add_column(f"B={size}")
-    for name, file in manifest.formats.items():
+    for name in parity:
+        file = manifest.formats[name]
         speedup = {} if report is None else report.speedup(name)
         table.add_row(
             name,

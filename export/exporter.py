@@ -37,6 +37,7 @@ from export.report import REPORT_FILE, REPORT_PAGE, FormatReport, Latency, Repor
 from export.report_page import render
 from export.signature import sign
 from export.step import PolicyStep
+from export.stopping import deferred
 from export.timing import this_machine
 from export.weights import WEIGHTS_FILE, pack_weights, rebuild
 from model.normalizer import ObservationNormalizer
@@ -79,7 +80,13 @@ def export_policy(
     check_formats(formats, precision, torch.device(device))
     _check_batch_size(max_batch_size)
     spec: PolicySpec = policy.spec
-    with plain_process(), staged(Path(output), overwrite=overwrite) as directory:
+    output = Path(output)
+    with (
+        deferred() as heeded,
+        plain_process(),
+        staged(output, overwrite=overwrite) as directory,
+        heeded(),
+    ):
         on_stage("writing the weights")
         weights = pack_weights(policy, normalizer)
         (directory / WEIGHTS_FILE).write_bytes(weights)
@@ -164,30 +171,20 @@ def _export_format(
     requires = machine_capability(device) if written.is_native else None
     file = FormatFile(**File.describe(path).model_dump(), requires=requires)
     seconds = time.perf_counter() - start
+    spec = source.step.spec
     try:
-        step = load_format(format_name, file, directory, source.step.spec, device)
+        step = load_step(
+            file.read(directory),
+            name=RUNTIME_OF[format_name],
+            file=file,
+            inputs=step_inputs(spec),
+            outputs=step_outputs(spec),
+            device=device,
+            num_threads=1,
+        )
     except ArtifactError as error:
         raise ParityError(f"{format_name} is not the policy's step: {error}") from error
     return _Export(file, step, seconds)
-
-
-def load_format(
-    format_name: str, file: FormatFile, directory: Path, spec: PolicySpec, device: Device
-) -> LoadedStep:
-    """A format as the gate runs it: from the file in `directory`, its hash first.
-
-    Raises ArtifactError where the file is not the manifest's, not for this machine, or takes or
-    gives other arrays than a step of the spec.
-    """
-    return load_step(
-        file.read(directory),
-        name=RUNTIME_OF[format_name],
-        file=file,
-        inputs=step_inputs(spec),
-        outputs=step_outputs(spec),
-        device=device,
-        num_threads=torch.get_num_threads(),
-    )
 
 
 class _Figures(TypedDict):

@@ -3,22 +3,24 @@
 import sys
 from pathlib import Path
 
-from export.console import say, summarize
-from export.manifest import Manifest
-from export.report import Report
+from export.artifact import open_artifact
+from export.console import name_unlisted, say, summarize
+from export.manifest import Source
+from export.report import REPORT_FILE, Report
 
 
 def show_artifact(directory: Path, *, as_json: bool) -> None:
     """Prints the manifest, in words or as JSON; ArtifactError where it is no artifact."""
-    manifest = Manifest.read(directory)
+    artifact = open_artifact(directory)
+    manifest = artifact.manifest
+    name_unlisted(artifact)
     if as_json:
-        sys.stdout.write(manifest.model_dump_json(indent=2) + "\n")
+        sys.stdout.write(artifact.content.decode())
         return
     spec = manifest.spec
     heads = ", ".join(f"{head.name} {head.size}" for head in spec.heads)
-    origin = manifest.source.sha256 or f"seed {manifest.source.seed}"
     say(f"{manifest.name}: {manifest.policy_version}")
-    say(f"  from {manifest.source.kind} {manifest.source.name} ({origin})")
+    say(f"  from {_origin(manifest.source)}")
     say(f"  {spec.name}: {spec.observation_dim} features, {spec.num_layers} x {spec.hidden_dim}")
     say(f"  heads: {heads}")
     floors = (f"{h.name} {h.probability_floor:g}" for h in spec.heads if h.probability_floor > 0)
@@ -32,4 +34,16 @@ def show_artifact(directory: Path, *, as_json: bool) -> None:
             say(f"  {name} is machine code for {file.requires}")
     say(f"  normaliser: {'inside' if manifest.has_normalizer else 'none'}")
     say(f"  made with {', '.join(f'{name} {of}' for name, of in manifest.versions.items())}")
-    summarize(manifest, manifest.parity.formats, Report.read(directory, manifest))
+    missing = artifact.missing()
+    has_report = REPORT_FILE in {file.file for file in manifest.reports} - {*missing}
+    report = Report.read(directory, manifest) if has_report else None
+    summarize(manifest, manifest.parity.formats, report)
+    if missing:
+        say(f"missing: {', '.join(missing)}")
+
+
+def _origin(source: Source) -> str:
+    """A module has neither a file nor a seed, only the name its owner gave it."""
+    seed = None if source.seed is None else f"seed {source.seed}"
+    known = source.sha256 or seed
+    return f"{source.kind} {source.name}" + (f" ({known})" if known else "")

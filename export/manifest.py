@@ -15,6 +15,7 @@ from model.spec import PolicySpec
 
 SCHEMA_VERSION: Literal[1] = 1
 MANIFEST_FILE = "manifest.json"
+SIGNATURE_FILE = "manifest.sig"
 
 Precision = Literal["fp32", "bf16"]
 Device = Literal["cpu", "cuda"]
@@ -29,6 +30,12 @@ class Record(BaseModel):
     """A part of what an artifact says of itself: frozen, and unknown names are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Description(Record):
+    """A part that nothing is run by: what a later release adds to it is passed over."""
+
+    model_config = ConfigDict(extra="ignore")
 
 
 class File(Record):
@@ -88,7 +95,7 @@ class FormatFile(File):
         return [word for word in (self.requires or "").split() if word not in machine.split()]
 
 
-class FormatParity(Record):
+class FormatParity(Description):
     """How one format compared with the eager policy, over `rows` rows of carried steps.
 
     The agreements are the shares of decisions equal to eager's, of all and of the greedy ones
@@ -108,7 +115,7 @@ class PrecisionLoss(FormatParity):
     mean_error: dict[str, float]
 
 
-class Parity(Record):
+class Parity(Description):
     """How the formats were compared: `|got - expected| <= atol + rtol * |expected|`.
 
     The value and Q in the network's own units, before the spec's `value_scale`.
@@ -125,7 +132,7 @@ class Parity(Record):
     precision_loss: PrecisionLoss | None = None
 
 
-class Source(Record):
+class Source(Description):
     """Where the weights came from: a checkpoint file by hash, a preset by seed, or a module that
     its owner exported from Python."""
 
@@ -136,7 +143,11 @@ class Source(Record):
 
 
 class Manifest(Record):
-    """`manifest.json`. `policy_version` names the weights and is the same for every format."""
+    """`manifest.json`. `policy_version` names the weights and is the same for every format.
+
+    What is at its default is not written, so that a reader of this schema takes what a later
+    release writes, as long as it uses nothing the reader does not know.
+    """
 
     schema_version: Literal[1]
     name: str
@@ -175,27 +186,38 @@ class Manifest(Record):
 
     @classmethod
     def read(cls, directory: Path) -> Self:
-        """Reads `directory/manifest.json`; ArtifactError says what is wrong with it."""
-        path = directory / MANIFEST_FILE
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise ArtifactError(
-                f"{directory}: is not an artifact, {MANIFEST_FILE} cannot be read "
-                f"({error.strerror}); make one with `python -m export`"
-            ) from error
+        """The manifest alone, whoever made it; `export.artifact` opens the whole."""
+        return cls.parse(read_manifest(directory), directory)
+
+    @classmethod
+    def parse(cls, content: builtins.bytes, directory: Path) -> Self:
+        """What `directory`'s manifest holds; ArtifactError says what is wrong with it."""
         try:
             return cls.model_validate_json(content)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
-            sentence = first["msg"].removeprefix("Value error, ")
-            raise ArtifactError(f"{path}: {where}: {sentence}") from error
+            raise ArtifactError(f"{directory / MANIFEST_FILE}: {first_fault(error)}") from error
 
     def write(self, directory: Path) -> None:
-        (directory / MANIFEST_FILE).write_text(
-            self.model_dump_json(indent=2) + "\n", encoding="utf-8"
-        )
+        content = self.model_dump_json(indent=2, exclude_defaults=True)
+        (directory / MANIFEST_FILE).write_text(content + "\n", encoding="utf-8")
+
+
+def read_manifest(directory: Path) -> builtins.bytes:
+    """The content of `directory/manifest.json`; ArtifactError where there is none to read."""
+    try:
+        return (directory / MANIFEST_FILE).read_bytes()
+    except OSError as error:
+        raise ArtifactError(
+            f"{directory}: is not an artifact, {MANIFEST_FILE} cannot be read "
+            f"({error.strerror}); make one with `python -m export`"
+        ) from error
+
+
+def first_fault(error: ValidationError) -> str:
+    """Which field of a file is wrong, and how."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"])) or "the file"
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def bucket_sizes(max_batch_size: int) -> tuple[int, ...]:

@@ -107,7 +107,11 @@ def export_parser() -> Parser:
         "--sign", type=Path, metavar="KEY", help="sign the manifest with this Ed25519 key (PEM)"
     )
     parser.add_argument("--json", action="store_true", help="print the manifest, for a machine")
-    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the artifact in DIR; what else lies there stays, and is named",
+    )
     return parser
 
 
@@ -119,6 +123,12 @@ def verify_parser() -> Parser:
     parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument(
         "--trusted", type=Path, metavar="KEY.pub", help="refuse what this key has not signed"
+    )
+    parser.add_argument(
+        "--device",
+        type=_device,
+        help="cpu or cuda: where it is compared (default: where it was exported); machine code for "
+        "the other is not run",
     )
     return parser
 

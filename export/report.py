@@ -5,25 +5,26 @@ quartiles beside them, of calls taken in turn so that a busy machine is busy for
 """
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AwareDatetime, Field, ValidationError
 
 from export.manifest import (
     ArtifactError,
+    Description,
     Device,
     Manifest,
     Parity,
     Precision,
-    Record,
     Source,
+    first_fault,
 )
 
 REPORT_FILE = "report.json"
 REPORT_PAGE = "report.html"
 
 
-class Machine(Record):
+class Machine(Description):
     """Where the figures come from. `vector_isa` is torch's name for the CPU's instructions."""
 
     cpu: str
@@ -34,7 +35,7 @@ class Machine(Record):
     torch: str
 
 
-class Latency(Record):
+class Latency(Description):
     """Microseconds a step at one batch size: the median, and the quartiles around it."""
 
     batch_size: int
@@ -43,7 +44,7 @@ class Latency(Record):
     upper_us: float
 
 
-class FormatReport(Record):
+class FormatReport(Description):
     """One format's figures.
 
     `error_by_step` is the largest error of any array at each carried step. `row_difference` is,
@@ -58,9 +59,13 @@ class FormatReport(Record):
     row_difference: dict[int, float]
 
 
-class Report(Record):
-    """All of `report.json`. `eager` is the policy as its trainer calls it, `get_action`."""
+class Report(Description):
+    """All of `report.json`. `eager` is the policy as its trainer calls it, `get_action`.
 
+    The first releases wrote no `schema_version`; theirs is 1.
+    """
+
+    schema_version: Literal[1] = 1
     name: str
     policy_version: str
     source: Source
@@ -82,7 +87,7 @@ class Report(Record):
         try:
             return cls.model_validate_json(file.read(directory))
         except ValidationError as error:
-            raise ArtifactError(f"{directory / REPORT_FILE}: {error.errors()[0]['msg']}") from error
+            raise ArtifactError(f"{directory / REPORT_FILE}: {first_fault(error)}") from error
 
     def speedup(self, format_name: str) -> dict[int, float]:
         """How many times as fast as eager, by batch size: the ratio of the medians."""

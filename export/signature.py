@@ -10,9 +10,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
-from export.manifest import MANIFEST_FILE, ArtifactError
+from export.manifest import MANIFEST_FILE, SIGNATURE_FILE, ArtifactError
 
-SIGNATURE_FILE = "manifest.sig"
 MAKING_KEYS = (
     "openssl genpkey -algorithm ed25519 -out KEY; openssl pkey -in KEY -pubout -out KEY.pub"
 )
@@ -46,10 +45,10 @@ def sign(directory: Path, key: Ed25519PrivateKey) -> None:
     (directory / SIGNATURE_FILE).write_bytes(key.sign(content))
 
 
-def check_signature(directory: Path, key: Ed25519PublicKey) -> None:
-    """Raises ArtifactError unless the manifest was signed with `key`'s private half."""
+def check_signature(directory: Path, content: bytes, key: Ed25519PublicKey) -> None:
+    """Raises ArtifactError unless `content`, read as the directory's manifest, was signed with
+    `key`'s private half."""
     try:
-        content = (directory / MANIFEST_FILE).read_bytes()
         signature = (directory / SIGNATURE_FILE).read_bytes()
     except OSError as error:
         raise ArtifactError(f"{directory}: is not signed ({error.strerror})") from error

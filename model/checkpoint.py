@@ -30,10 +30,11 @@ LARGEST_VARIANCE = 1e30
 
 
 def load_checkpoint(
-    path: Path | str,
+    path: Path | str, content: bytes | None = None
 ) -> tuple[PolicySpec, dict[str, Tensor], ObservationNormalizer | None]:
     """Reads a V1 or V2 trainer's checkpoint, or a state_dict, alone or beside other entries.
 
+    `content` is the file's, for who has read it to know what is loaded.
     Dimensions are read off the weights, since the trainer stores neither feature width nor layer
     count (esper-lite's own loader assumes one layer). The spec's `value_scale` is V2's value
     normaliser's. The normaliser is None where the file holds no observation statistics: the V1
@@ -43,10 +44,10 @@ def load_checkpoint(
     anything but tensors, NumPy's numbers and arrays, and plain containers.
     """
     path = Path(path)
-    content = read_file(path)
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
-    found = find_weights(path, content)
+    held = read_file(path, content)
+    if not isinstance(held, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(held).__name__}, not a checkpoint")
+    found = find_weights(path, held)
     if _generation(path, found) == 2:
         spec = _infer_v2(path, found)
         _check_contract(path, found.beside, spec)

@@ -53,14 +53,26 @@ class CheckpointError(ValueError):
     """The file is not a policy this version can read; the message says why, in one sentence."""
 
 
-def read_file(path: Path) -> object:
-    """What torch.save, safetensors or JSON put into the file, whatever its name; on the CPU.
-
-    Raises CheckpointError for a file of any other kind, a damaged one, and a pickle that takes more
-    than tensors, NumPy's numbers and arrays, and plain containers.
-    """
+def read_content(path: Path) -> bytes:
+    """All of the file; CheckpointError where there is none, or it is none."""
     try:
         with _opened(path) as file:
+            return file.read()
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_file(path: Path, content: bytes | None = None) -> object:
+    """What torch.save, safetensors or JSON put into the file, whatever its name; on the CPU.
+
+    `content` is the file's where it has been read already. Raises CheckpointError for a file of any
+    other kind, a damaged one, and a pickle that takes more than tensors, NumPy's numbers and
+    arrays, and plain containers.
+    """
+    try:
+        with _opened(path) if content is None else io.BytesIO(content) as file:
             return _read(file)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error

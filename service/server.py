@@ -14,6 +14,7 @@ import uvicorn
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
+from export.artifact import Artifact, open_artifact
 from export.loaders.protocol import LoadedStep
 from export.manifest import ArtifactError, Manifest
 from service.app import create_app
@@ -84,14 +85,13 @@ def main(asked_to_stop: Sequence[int] = ()) -> int:
         stream=sys.stdout,
     )
     try:
-        directory = find_artifact(settings.artifact)
-        manifest = Manifest.read(directory)
+        artifact = _opened(settings)
+        directory, manifest = artifact.directory, artifact.manifest
         device = choose_device(settings.device, manifest, settings.runtime)
         name: str = settings.runtime
         if name == "auto":
             name = choose_runtime(
-                directory,
-                manifest,
+                artifact,
                 device=device,
                 num_threads=settings.num_threads,
                 max_batch_size=min(settings.max_batch_size, manifest.max_batch_size),
@@ -150,6 +150,16 @@ def serve(
         sys.stdout.flush()
         os._exit(exit_code)
     return exit_code
+
+
+def _opened(settings: Settings) -> Artifact:
+    """The artifact to serve, its manifest read once. ArtifactError where it is not to be."""
+    directory = find_artifact(settings.artifact)
+    if settings.trusted is None:
+        return open_artifact(directory)
+    from export.signature import load_public_key
+
+    return open_artifact(directory, trusted=load_public_key(settings.trusted))
 
 
 def _settle_garbage() -> None:

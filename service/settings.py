@@ -26,6 +26,13 @@ class Settings(BaseSettings):
             "directory; another one, another policy."
         ),
     ]
+    trusted: Annotated[
+        Path | None,
+        Field(
+            description="An Ed25519 public key (PEM): an artifact that its private half has not "
+            "signed is refused. Without one, any artifact is served."
+        ),
+    ] = None
     host: Annotated[
         str, Field(description="Address to listen on; 0.0.0.0 opens the service to the network.")
     ] = "127.0.0.1"

@@ -2,7 +2,7 @@
 
 Each candidate runs in a process of its own, `python -m service.runtime.auto`: so the server does
 not import torch to find out that it does not need it, and machine code that this CPU cannot run
-takes nobody down.
+takes nobody down. It is told which manifest, by SHA-256, and measures no other.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 
+from export.artifact import Artifact, open_artifact
 from export.loaders.load import FORMAT_OF
 from export.loaders.protocol import LoadedStep
 from export.manifest import Device, Manifest, bucket_sizes
@@ -42,20 +43,20 @@ class Measurement(NamedTuple):
 
 
 def choose_runtime(
-    directory: Path, manifest: Manifest, *, device: Device, num_threads: int, max_batch_size: int
+    artifact: Artifact, *, device: Device, num_threads: int, max_batch_size: int
 ) -> str:
     """The runtime that serves the artifact best on this machine; the log says why.
 
     One whose rows are the same whatever batch they ride in comes before any other, then the
     fastest over all batch sizes. It is one for all of them: two would answer differently.
     """
-    names = _candidates(manifest, device)
+    names = _candidates(artifact.manifest, device)
     if len(names) == 1:
         return names[0]
     measured: dict[str, Measurement] = {}
     for name in names:
-        command = [sys.executable, "-m", __name__, str(directory), name, device]
-        command += [str(num_threads), str(max_batch_size)]
+        command = [sys.executable, "-m", __name__, str(artifact.directory), artifact.sha256]
+        command += [name, device, str(num_threads), str(max_batch_size)]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=TIMEOUT_S, check=True
@@ -136,12 +137,13 @@ def _candidates(manifest: Manifest, device: Device) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measures one runtime for auto, as JSON.")
     parser.add_argument("directory", type=Path)
+    parser.add_argument("manifest_sha256")
     parser.add_argument("name", choices=CANDIDATES)
     parser.add_argument("device", choices=get_args(Device))
     parser.add_argument("num_threads", type=int)
     parser.add_argument("max_batch_size", type=int)
     given = parser.parse_args()
-    manifest = Manifest.read(given.directory)
+    manifest = open_artifact(given.directory, sha256=given.manifest_sha256).manifest
     runtime = load_runtime(
         given.directory,
         manifest,

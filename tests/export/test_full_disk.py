@@ -16,9 +16,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from export.exporter import WEIGHTS_FILE
 from export.format_kinds import FORMAT_KINDS
-from export.manifest import MANIFEST_FILE
+from export.manifest import MANIFEST_FILE, SIGNATURE_FILE
 from export.report import REPORT_FILE, REPORT_PAGE
-from export.signature import SIGNATURE_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 280

@@ -45,7 +45,7 @@ def test_changed_report_is_refused(artifact: Path) -> None:
 
 def test_file_that_is_no_report_is_refused_in_a_sentence(artifact: Path) -> None:
     manifest = with_report(artifact, '{"name": "tiny"}')
-    with pytest.raises(ArtifactError, match=r"report.json: Field required$"):
+    with pytest.raises(ArtifactError, match=r"report.json: policy_version: Field required$"):
         Report.read(artifact, manifest)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from export.__main__ import main
+from export.artifact import open_artifact
 from export.exporter import export_policy
 from export.formats import FORMATS, StepSource
 from export.loaders.load import RUNTIME_OF
@@ -103,7 +104,7 @@ def test_every_format_passes_the_gate_and_verifies(
     assert [array.name for array in manifest.outputs[5:]] == ["q_value", "contribution"]
     for parity in manifest.parity.formats.values():
         assert {"q_value", "contribution"} <= parity.max_error.keys()
-    assert verify_artifact(artifact).keys() == FORMATS.keys()
+    assert verify_artifact(open_artifact(artifact)).keys() == FORMATS.keys()
 
 
 def test_inspect_says_what_a_v2_artifact_does_beyond_its_weights(
@@ -182,7 +183,7 @@ def test_in_bf16_every_format_that_has_it_passes_the_gate_and_verifies(
     assert manifest.parity.formats.keys() == set(formats)
     for parity in manifest.parity.formats.values():
         assert {"q_value", "contribution"} <= parity.max_error.keys()
-    assert verify_artifact(tmp_path / "v2").keys() == set(formats)
+    assert verify_artifact(open_artifact(tmp_path / "v2")).keys() == set(formats)
 
 
 @pytest.mark.parametrize("name", ["q_value", "contribution"])

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import (
 from safetensors.torch import load_file, save_file
 
 from export.__main__ import main
+from export.artifact import open_artifact
 from export.exporter import WEIGHTS_FILE, export_policy
 from export.manifest import MANIFEST_FILE, ArtifactError, File, Manifest, Source
 from export.parity import ParityError
@@ -53,7 +54,7 @@ def artifact(pristine: Path, tmp_path: Path) -> Path:
 
 
 def test_untouched_artifact_is_what_was_exported(artifact: Path) -> None:
-    parity = verify_artifact(artifact, trusted=KEY.public_key())
+    parity = verify_artifact(open_artifact(artifact, trusted=KEY.public_key()))
     assert parity == Manifest.read(artifact).parity.formats
 
 
@@ -66,7 +67,7 @@ def test_one_flipped_bit_of_any_file_is_found(name: str, where: float, artifact:
     content[int(where * len(content)) if where == 0.5 else int(where)] ^= 1
     (artifact / name).write_bytes(content)
     with pytest.raises(ArtifactError, match=f"{name}: its SHA-256 is not the one"):
-        verify_artifact(artifact)
+        verify_artifact(open_artifact(artifact))
 
 
 def test_weights_that_are_not_the_files_are_found_by_what_they_do(artifact: Path) -> None:
@@ -77,25 +78,25 @@ def test_weights_that_are_not_the_files_are_found_by_what_they_do(artifact: Path
     weights = File.describe(artifact / WEIGHTS_FILE)
     Manifest.read(artifact).model_copy(update={"weights": weights}).write(artifact)
     with pytest.raises(ParityError, match="torchscript differs from the policy"):
-        verify_artifact(artifact)
+        verify_artifact(open_artifact(artifact))
 
 
 def test_manifest_changed_after_signing_is_refused(artifact: Path) -> None:
     Manifest.read(artifact).model_copy(update={"name": "other"}).write(artifact)
-    verify_artifact(artifact)
+    verify_artifact(open_artifact(artifact))
     with pytest.raises(ArtifactError, match="was not signed by the trusted key, or was changed"):
-        verify_artifact(artifact, trusted=KEY.public_key())
+        open_artifact(artifact, trusted=KEY.public_key())
 
 
 def test_another_key_is_not_trusted(artifact: Path) -> None:
     with pytest.raises(ArtifactError, match="was not signed by the trusted key"):
-        verify_artifact(artifact, trusted=OTHER_KEY.public_key())
+        open_artifact(artifact, trusted=OTHER_KEY.public_key())
 
 
 def test_unsigned_artifact_is_not_trusted(artifact: Path) -> None:
     (artifact / "manifest.sig").unlink()
     with pytest.raises(ArtifactError, match="is not signed"):
-        verify_artifact(artifact, trusted=KEY.public_key())
+        open_artifact(artifact, trusted=KEY.public_key())
 
 
 def test_keys_are_read_from_pem_files_and_others_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from export.artifact import open_artifact
 from export.exporter import export_policy
 from export.manifest import Manifest
 from model.policy import FactoredRecurrentActorCritic
@@ -32,8 +33,8 @@ def two_formats(
 
 
 def choose(directory: Path) -> str:
-    manifest = Manifest.read(directory)
-    return choose_runtime(directory, manifest, device="cpu", num_threads=1, max_batch_size=4)
+    artifact = open_artifact(directory)
+    return choose_runtime(artifact, device="cpu", num_threads=1, max_batch_size=4)
 
 
 def test_the_fastest_over_all_batch_sizes_is_taken() -> None:

@@ -14,6 +14,7 @@ REQUIRED = ["--artifact", "somewhere"]
 ANOTHER = {
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("0", 0),
+    "trusted": ("key.pub", Path("key.pub")),
     "runtime": ("torchscript", "torchscript"),
     "device": ("cuda", "cuda"),
     "num_threads": ("2", 2),
