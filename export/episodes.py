@@ -87,9 +87,7 @@ class Moment:
         return self._changed(lambda array: array[rows])
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> "Moment":
-        arrays: dict[str, Any] = {
-            field.name: getattr(self, field.name) for field in fields(self)
-        }
+        arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, array in arrays.items():
             if isinstance(array, Tensor):
                 arrays[name] = change(array)

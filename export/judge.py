@@ -1,4 +1,4 @@
-"""The eager policy as the judge of an artifact: rebuilt from its weights, sharing nothing with it."""
+"""The eager policy as the judge of an artifact: rebuilt from its weights, sharing nothing else."""
 
 from collections.abc import Mapping
 
@@ -36,7 +36,7 @@ class Judge:
         return self.policy.initial_state(num_rows)
 
     def scores(self, moment: Moment, state: State) -> Scores:
-        """What the policy makes of a moment, from `state`; the moment's arrays are on the device."""
+        """What the policy makes of a moment, from `state`; both are on the device."""
         observation = moment.observation
         if self.normalizer is not None:
             observation = self.normalizer(observation)

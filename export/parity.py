@@ -147,7 +147,7 @@ class ParityRun:
         return {name: float(sums[1]) / self._counts[name] for name, sums in self._sums.items()}
 
     def check_distance(self, loss: "PrecisionLossRun", share: float) -> None:
-        """Raises ParityError where an output is as far off in the mean as that `share` of `loss`."""
+        """Raises ParityError where an output is off, in the mean, by that `share` of `loss`."""
         for name, most in loss.mean_distance.items():
             mean = self.mean_distance[name]
             if mean > share * most + SMALLEST_DISTANCE:

@@ -1,12 +1,15 @@
 """The state of the process that judging takes: set for a while, and given back as it was."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import backends
 
 FULL_PRECISION = "ieee"
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -34,27 +37,34 @@ def plain_process(num_threads: int = 1) -> Iterator[None]:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    places = (
-        *(backends, backends.mkldnn, backends.mkldnn.matmul, backends.mkldnn.rnn),
-        *(backends.cudnn, backends.cudnn.rnn, backends.cuda.matmul),
+    # Torch's own types know no more of them than their names.
+    mkldnn: Any = backends.mkldnn
+    cudnn: Any = backends.cudnn
+    places: tuple[Any, ...] = (
+        *(backends, mkldnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn),
+        *(cudnn, cudnn.conv, cudnn.rnn, backends.cuda.matmul),
     )
-    legacy = _legacy_precision()
+    products = _asked(torch.get_float32_matmul_precision)
+    convolutions = _asked(lambda: cudnn.allow_tf32)
     before = [place.fp32_precision for place in places]
     try:
         for place in places:
             place.fp32_precision = FULL_PRECISION
         torch.set_float32_matmul_precision("highest")
+        cudnn.allow_tf32 = False
         yield
     finally:
-        if legacy is not None:
-            torch.set_float32_matmul_precision(legacy)
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
+        if convolutions is not None:
+            cudnn.allow_tf32 = convolutions
         for place, precision in zip(places, before, strict=True):
             place.fp32_precision = precision
 
 
-def _legacy_precision() -> str | None:
-    """What torch's older switch says; None where the newer ones say another thing: it raises."""
+def _asked(older_switch: Callable[[], T]) -> T | None:
+    """What one of torch's older switches says; None where the newer contradict it: it raises."""
     try:
-        return torch.get_float32_matmul_precision()
-    except (RuntimeError, UserWarning):
+        return older_switch()
+    except RuntimeError:
         return None

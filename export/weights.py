@@ -5,7 +5,7 @@ each by itself; no module of the caller's is among them, and none is in two of t
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
@@ -41,7 +41,9 @@ def pack_weights(policy: nn.Module, normalizer: ObservationNormalizer | None) ->
     for compiled_name, tensor in policy.state_dict().items():
         name = ".".join(part for part in compiled_name.split(".") if part != COMPILED)
         if name in tensors:
-            raise ValueError(f"the policy has two weights called {name!r}, one as {compiled_name!r}")
+            raise ValueError(
+                f"the policy has two weights called {name!r}, one as {compiled_name!r}"
+            )
         tensors[name] = _plain(tensor)
         if not tensors[name].isfinite().all():
             raise ValueError(f"the policy's {name!r} holds NaN or infinity")
@@ -49,7 +51,7 @@ def pack_weights(policy: nn.Module, normalizer: ObservationNormalizer | None) ->
         for name, tensor in normalizer.state_dict().items():
             tensors[f"{NORMALIZER_PREFIX}{name}"] = _plain(tensor)
     # Without defaults: what a later release adds to the spec leaves old policies' versions alone.
-    spec: PolicySpec = policy.spec
+    spec = cast(PolicySpec, policy.spec)
     return save_tensors(tensors, metadata={"spec": spec.model_dump_json(exclude_defaults=True)})
 
 
