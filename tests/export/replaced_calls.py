@@ -31,7 +31,12 @@ class Made(NamedTuple):
     at: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    result: Any
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Those among the arguments, alone or in a list."""
+        for value in (*self.args, *self.kwargs.values()):
+            parts = value if isinstance(value, (list, tuple)) else (value,)
+            yield from (part for part in parts if isinstance(part, Tensor))
 
 
 class _Recorder(TorchFunctionMode):
@@ -44,9 +49,8 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         at = sum(call.name == func.__name__ for call in self.calls)
-        result = func(*args, **kwargs)
-        self.calls.append(Made(func.__name__, at, args, kwargs, result))
-        return result
+        self.calls.append(Made(func.__name__, at, args, kwargs))
+        return func(*args, **kwargs)
 
 
 class _Replacer(TorchFunctionMode):

@@ -6,62 +6,76 @@ away) makes no wrong step.
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import combinations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.func import functional_call
 
 from export.formats import LoadedStep
-from export.step import PolicyStep
+from export.step import PolicyStep, StepOutput
 from model.policy import FactoredRecurrentActorCritic
 from tests.export.gate_cases import Case
+from tests.export.replaced_calls import calls_of
 
-MOST_BITS = 128
-"""Boolean buffers up to this size are wrong bit by bit."""
+MOST_CELLS = 48
+"""Rules (booleans, indices) up to this size are wrong cell by cell, larger ones as a whole."""
 Make = Callable[[], LoadedStep]
 Change = Callable[[Tensor], Tensor]
 
 
 def wrong_arrays(case: Case) -> Iterator[tuple[str, Make]]:
-    yield from _wrong_packed(case)
-    yield from _swapped(case)
+    step = case.step()
+    read = _arrays_read(step)
+    yield from _wrong_packed(step, read)
+    yield from _swapped(step, read)
     yield from _wrong_weights(case)
     yield from _wrong_rules(case)
     yield from _wrong_statistics(case)
 
 
-def _arrays(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+def _arrays_read(step: PolicyStep) -> dict[str, Tensor]:
+    """The parameters and buffers that are arguments of some call; packing alone reads the rest."""
+    read = {id(x) for call in calls_of(step, step.example(2)) for x in call.tensors()}
+    arrays = {**dict(step.named_parameters()), **dict(step.named_buffers())}
+    return {name: array for name, array in arrays.items() if id(array) in read}
 
 
-def _assign(step: nn.Module, name: str, value: Tensor) -> None:
-    *path, last = name.split(".")
-    owner = step.get_submodule(".".join(path))
-    if last in owner._parameters:
-        value = nn.Parameter(value, requires_grad=False)
-    setattr(owner, last, value)
+def _with_arrays(step: PolicyStep, arrays: dict[str, Tensor]) -> LoadedStep:
+    """The step with these in place of its own; the step itself stays as it is."""
+
+    def run(*inputs: Tensor) -> StepOutput:
+        outputs: StepOutput = functional_call(step, arrays, inputs)
+        return outputs
+
+    return run
 
 
-def _wrong_packed(case: Case) -> Iterator[tuple[str, Make]]:
-    for name, array in _arrays(case.step()).items():
+def _wrong_packed(step: PolicyStep, arrays: dict[str, Tensor]) -> Iterator[tuple[str, Make]]:
+    for name, array in arrays.items():
         for what, change in _changes(array):
-            if not torch.equal(change(array), array):
-                yield f"{name} {what}", _with_array(case, name, change)
+            changed = change(array)
+            if not torch.equal(changed, array):
+                yield f"{name} {what}", partial(_with_arrays, step, {name: changed})
 
 
 def _changes(array: Tensor) -> Iterator[tuple[str, Change]]:
     if array.dtype == torch.bool:
-        for bit in range(array.numel() if array.numel() <= MOST_BITS else 0):
+        for bit in range(array.numel() if array.numel() <= MOST_CELLS else 0):
             yield f"bit {bit} flipped", _flipped(bit)
+        yield "all true", torch.ones_like
+        yield "all false", torch.zeros_like
     elif array.is_floating_point():
         yield "x 1.01", lambda x: (x * 1.01).to(x.dtype)
         yield "zeroed", torch.zeros_like
         if (array == -1e4).any():
             for other in (-1e3, -50.0, -1e9):
                 yield f"{other:g} for -1e4", _replaced_cells(other)
-    elif array.numel() <= MOST_BITS:
-        for at in range(array.numel()):
+    else:
+        for at in range(array.numel() if array.numel() <= MOST_CELLS else 0):
             yield f"[{at}] off by one", _off_by_one(at)
+        yield "one cell off", lambda x: x.roll(1)
 
 
 def _flipped(bit: int) -> Change:
@@ -86,30 +100,10 @@ def _off_by_one(at: int) -> Change:
     return off
 
 
-def _with_array(case: Case, name: str, change: Change) -> Make:
-    def make() -> PolicyStep:
-        step = case.step()
-        _assign(step, name, change(_arrays(step)[name]))
-        return step
-
-    return make
-
-
-def _swapped(case: Case) -> Iterator[tuple[str, Make]]:
-    for (one, a), (other, b) in combinations(_arrays(case.step()).items(), 2):
+def _swapped(step: PolicyStep, arrays: dict[str, Tensor]) -> Iterator[tuple[str, Make]]:
+    for (one, a), (other, b) in combinations(arrays.items(), 2):
         if a.shape == b.shape and a.dtype == b.dtype and not torch.equal(a, b):
-            yield f"{one} swapped with {other}", _with_swapped(case, one, other)
-
-
-def _with_swapped(case: Case, one: str, other: str) -> Make:
-    def make() -> PolicyStep:
-        step = case.step()
-        arrays = _arrays(step)
-        _assign(step, one, arrays[other])
-        _assign(step, other, arrays[one])
-        return step
-
-    return make
+            yield f"{one} and {other} swapped", partial(_with_arrays, step, {one: b, other: a})
 
 
 def _wrong_weights(case: Case) -> Iterator[tuple[str, Make]]:
@@ -117,6 +111,7 @@ def _wrong_weights(case: Case) -> Iterator[tuple[str, Make]]:
     for name, weight in case.policy.named_parameters():
         if weight.any():
             yield f"policy's {name} x 1.01", _packed_from(case, name, lambda x: x * 1.01)
+        if weight.any() and "bias_" in name:  # one of two that packing adds up
             yield f"policy's {name} zeroed", _packed_from(case, name, torch.zeros_like)
     for head in case.policy.spec.head_names:
         last = f"{head}_head.{len(case.policy.get_submodule(f'{head}_head')) - 1}"  # type: ignore[arg-type]
@@ -135,17 +130,18 @@ def _raised(at: int, amount: float) -> Change:
 
 
 @torch.no_grad()
-def _changed_policy(case: Case, change: Callable[[FactoredRecurrentActorCritic], None]) -> Case:
+def _packed(case: Case, change: Callable[[FactoredRecurrentActorCritic], None]) -> PolicyStep:
+    """Packed from a changed copy of the policy."""
     policy = copy.deepcopy(case.policy)
     change(policy)
-    return case.with_policy(policy)
+    return PolicyStep(policy, case.normalizer, case.precision).eval()
 
 
 def _packed_from(case: Case, name: str, change: Change) -> Make:
     def changed(policy: FactoredRecurrentActorCritic) -> None:
         policy.get_parameter(name).copy_(change(policy.get_parameter(name)))
 
-    return lambda: _changed_policy(case, changed).step()
+    return partial(_packed, case, changed)
 
 
 def _with_logits_scaled(case: Case, layer: str, by: float) -> Make:
@@ -153,7 +149,7 @@ def _with_logits_scaled(case: Case, layer: str, by: float) -> Make:
         for parameter in policy.get_submodule(layer).parameters():
             parameter.mul_(by)
 
-    return lambda: _changed_policy(case, changed).step()
+    return partial(_packed, case, changed)
 
 
 def _wrong_rules(case: Case) -> Iterator[tuple[str, Make]]:
@@ -164,11 +160,11 @@ def _wrong_rules(case: Case) -> Iterator[tuple[str, Make]]:
         if floor > 0:
             for by in (0.0, 0.9, 1.1):
                 other = spec.with_probability_floors({**floors, name: floor * by})
-                yield f"{name}'s floor x {by}", lambda other=other: case.with_spec(other).step()
+                yield f"{name}'s floor x {by}", case.with_spec(other).step
     for by in (1.01, 1.0 / spec.value_scale):
         other = spec.model_copy(update={"value_scale": spec.value_scale * by})
         if other != spec:
-            yield f"the value's scale x {by:.3g}", lambda other=other: case.with_spec(other).step()
+            yield f"the value's scale x {by:.3g}", case.with_spec(other).step
 
 
 def _wrong_statistics(case: Case) -> Iterator[tuple[str, Make]]:
@@ -179,5 +175,5 @@ def _wrong_statistics(case: Case) -> Iterator[tuple[str, Make]]:
         ("with a normaliser's epsilon of 1.1e-4", 1.0, 1e-5),
         ("with a normaliser's epsilon of 1e-3", 1.0, 9e-4),
     ):
-        yield what, lambda m=mean, v=var: case.with_statistics(m, v).step()
-    yield "without its normaliser", lambda: case.with_statistics(None, 0.0).step()
+        yield what, case.with_statistics(mean, var).step
+    yield "without its normaliser", case.with_statistics(None, 0.0).step

@@ -5,6 +5,7 @@ that is the whole fault.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import combinations
 from typing import NamedTuple
 
@@ -15,11 +16,13 @@ from export.formats import LoadedStep
 from export.manifest import Array, step_inputs, step_outputs
 from export.step import PolicyStep, StepOutput
 from tests.export.gate_cases import Case
-from tests.export.replaced_calls import with_call_replaced
 
 OFF = 1.0
 OVERWHELMING = 1e3
 """Noise on a choice that decides for it, whatever the logits."""
+MOST_FEATURES = 8
+"""Of an observation, evenly spaced, each of which is ignored in turn."""
+Make = Callable[[], LoadedStep]
 Inputs = dict[str, Tensor]
 Outputs = dict[str, Tensor]
 InputChange = Callable[[Inputs], Inputs]
@@ -58,22 +61,18 @@ class NamedStep(NamedTuple):
         return slice(start, start + spec.head_sizes[at])
 
 
-def wrong_dealings(case: Case) -> Iterator[tuple[str, Callable[[], LoadedStep]]]:
+def wrong_dealings(case: Case) -> Iterator[tuple[str, Make]]:
     right = NamedStep.of(case)
     for name, change in _input_changes(right):
-        yield name, lambda change=change: with_inputs(NamedStep.of(case), change)
+        yield name, partial(with_inputs, right, change)
     for name, effect in _output_changes(right):
-        yield name, lambda effect=effect: with_outputs(NamedStep.of(case), effect)
-    for name, condition in _conditions(case):
-        yield f"value off {name}", lambda c=condition: _off_where(NamedStep.of(case), "value", c)
-        yield (
-            f"c off {name}",
-            lambda c=condition: _off_where(NamedStep.of(case), "state_c_out", c),
-        )
-    for name, make in _masks_misread(case):
-        yield name, lambda make=make: make(NamedStep.of(case))
-    for name, make in (*_with_memory(case), *_impure(case)):
-        yield name, lambda make=make: make(NamedStep.of(case))
+        yield name, partial(with_outputs, right, effect)
+    for name, condition in _conditions(right):
+        yield f"value off {name}", partial(_off_where, right, "value", condition)
+        yield f"c off {name}", partial(_off_where, right, "state_c_out", condition)
+    yield from _masks_misread(right)
+    yield from _with_memory(right)
+    yield from _impure(right)
 
 
 def with_inputs(right: NamedStep, change: InputChange) -> LoadedStep:
@@ -117,7 +116,7 @@ def _input_changes(right: NamedStep) -> Iterator[tuple[str, InputChange]]:
     for one, other in combinations(right.inputs, 2):
         if (one.dtype, one.shape) == (other.dtype, other.shape):
             yield f"{one.name} and {other.name} swapped", _swapped(one.name, other.name)
-    for at in range(spec.observation_dim):
+    for at in range(0, spec.observation_dim, -(-spec.observation_dim // MOST_FEATURES)):
         feature = _with_column(at, lambda x: torch.zeros(len(x)))
         yield f"observation's feature {at} ignored", _replaced("observation", feature)
         neighbour = (at + 1) % spec.observation_dim
@@ -169,7 +168,7 @@ def _state_changes(right: NamedStep) -> Iterator[tuple[str, InputChange]]:
         for name in ("state_h_in", "state_c_in"):
             change = _with_column(layer, lambda x: torch.zeros_like(x[:, 0]))
             yield f"{name} of layer {layer} ignored", _replaced(name, change)
-    for unit in range(spec.hidden_dim):
+    for unit in (0, spec.hidden_dim - 1):
         for name in ("state_h_in", "state_c_in"):
             change = _with_unit_ignored(unit)
             yield f"{name}'s unit {unit} ignored", _replaced(name, change)
@@ -236,21 +235,15 @@ def _rolled(columns: slice) -> Callable[[Tensor], Tensor]:
     return rolled
 
 
-def _masks_misread(case: Case) -> Iterator[tuple[str, Callable[[NamedStep], LoadedStep]]]:
+def _masks_misread(right: NamedStep) -> Iterator[tuple[str, Make]]:
     """A head's mask read as all-true in some rows: where one choice is forbidden, and so on."""
-    for head in case.policy.spec.head_names:
-        yield (
-            f"mask of {head} ignored where one choice is forbidden",
-            lambda right, head=head: _misread(right, head, _one_is_forbidden),
-        )
-        yield (
-            f"mask of {head} ignored where one choice is forbidden and logits are close",
-            lambda right, head=head: _misread(right, head, _one_is_forbidden_and_close),
-        )
-        yield (
-            f"mask of {head} ignored where one choice is allowed",
-            lambda right, head=head: _misread(right, head, _one_is_allowed),
-        )
+    for head in right.case.policy.spec.head_names:
+        for where, rows in (
+            ("one choice is forbidden", _one_is_forbidden),
+            ("one choice is forbidden and logits are close", _one_is_forbidden_and_close),
+            ("one choice is allowed", _one_is_allowed),
+        ):
+            yield f"mask of {head} ignored where {where}", partial(_misread, right, head, rows)
 
 
 RowsOfHead = Callable[[NamedStep, Inputs, str], Tensor]
@@ -384,25 +377,25 @@ def _log_prob_without_mask(right: NamedStep, given: Inputs, out: Outputs) -> Ten
     return right.run({**free, "noise": noise})["log_prob"]
 
 
-def _conditions(case: Case) -> Iterator[tuple[str, Condition]]:
+def _conditions(right: NamedStep) -> Iterator[tuple[str, Condition]]:
     yield "in the last row", lambda given: _numbers(given) == _size(given) - 1
     yield "on an episode's first step", lambda given: ~given["state_h_in"].flatten(1).any(1)
     yield "where h is saturated", lambda given: given["state_h_in"].flatten(1).abs().amin(1) == 1
     yield "in greedy rows", lambda given: ~given["noise"].any(1)
     yield "in sampled rows", lambda given: given["noise"].any(1)
     yield "where |c| is above 10", lambda given: given["state_c_in"].flatten(1).abs().amax(1) > 10
-    spec = case.policy.spec
-    for head in spec.head_names:
-        yield f"where {head} has one choice", _one_choice(NamedStep.of(case).columns(head))
-        yield f"where {head} has every choice", _every_choice(NamedStep.of(case).columns(head))
+    for head in right.case.policy.spec.head_names:
+        yield f"where {head} has one choice", _one_choice(right.columns(head))
+        yield f"where {head} has every choice", _every_choice(right.columns(head))
     yield "where a feature is far", lambda given: given["observation"].abs().amax(1) > 100
-    for size in (2, 5, 100, case.max_batch_size):
-        if size <= case.max_batch_size:
+    largest = right.case.max_batch_size
+    for size in sorted({2, 5, 100, largest}):
+        if size <= largest:
             yield (
                 f"in batches of {size}",
                 lambda given, size=size: (_numbers(given) >= 0) & (_size(given) == size),
             )
-    if case.max_batch_size > 64:
+    if largest > 64:
         yield "beyond row 64", lambda given: _numbers(given) >= 64
 
 
@@ -430,10 +423,10 @@ def _off_where(right: NamedStep, name: str, condition: Condition) -> LoadedStep:
     return with_outputs(right, off)
 
 
-def _with_memory(case: Case) -> Iterator[tuple[str, Callable[[NamedStep], LoadedStep]]]:
-    yield "value off after 20 carried steps", _tired
-    yield "keeps its own state", _stateful
-    yield "wrong from its second call of a size on", _wrong_from_the_second
+def _with_memory(right: NamedStep) -> Iterator[tuple[str, Make]]:
+    yield "value off after 20 carried steps", partial(_tired, right)
+    yield "keeps its own state", partial(_stateful, right)
+    yield "wrong from its second call of a size on", partial(_wrong_from_the_second, right)
 
 
 def _tired(right: NamedStep) -> LoadedStep:
@@ -472,18 +465,13 @@ def _wrong_from_the_second(right: NamedStep) -> LoadedStep:
     return with_outputs(right, run)
 
 
-def _impure(case: Case) -> Iterator[tuple[str, Callable[[NamedStep], LoadedStep]]]:
-    for array in NamedStep.of(case).inputs:
-        yield (
-            f"writes into the caller's {array.name}",
-            lambda right, name=array.name: _writing(right, name),
-        )
+def _impure(right: NamedStep) -> Iterator[tuple[str, Make]]:
+    for array in right.inputs:
+        yield f"writes into the caller's {array.name}", partial(_writing, right, array.name)
     for name, output in (("state_h_in", "state_h_out"), ("state_c_in", "state_c_out")):
-        yield (
-            f"gives {output} in the memory of {name}",
-            lambda right, i=name, o=output: with_outputs(right, _in_place(i, o)),
-        )
-    yield "gives the same memory each time", _reusing
+        in_place = _in_place(name, output)
+        yield f"gives {output} in the memory of {name}", partial(with_outputs, right, in_place)
+    yield "gives the same memory each time", partial(_reusing, right)
 
 
 def _writing(right: NamedStep, name: str) -> LoadedStep:
@@ -508,13 +496,3 @@ def _reusing(right: NamedStep) -> LoadedStep:
         return {name: mine[name].copy_(x) for name, x in out.items()}
 
     return with_outputs(right, run)
-
-
-def near_call_steps(case: Case) -> Iterator[tuple[str, Callable[[], LoadedStep]]]:
-    from tests.export.replaced_calls import near_calls
-
-    for what, name, at, instead in near_calls(case.step(), case.precision):
-        yield (
-            what,
-            lambda n=name, a=at, i=instead: with_call_replaced(case.step(), n, a, i),
-        )
