@@ -18,6 +18,9 @@ from tests.golden import GOLDEN
 from tests.random_inputs import random_policy
 
 
+GATE_GAIN = 6.0
+
+
 @dataclass(frozen=True)
 class Case:
     """A policy, how it is exported, and the largest batch it is exported for."""
@@ -87,6 +90,16 @@ def fresh(spec: PolicySpec) -> FactoredRecurrentActorCritic:
         return FactoredRecurrentActorCritic(spec).eval()
 
 
+def trained(spec: PolicySpec) -> FactoredRecurrentActorCritic:
+    """With opinions, and with one unit whose gates other units can open and close all the way."""
+    policy = random_policy(spec)
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if "weight_hh" in name:
+                weight[:: spec.hidden_dim] *= GATE_GAIN
+    return policy
+
+
 def recorded(name: str) -> tuple[FactoredRecurrentActorCritic, ObservationNormalizer | None]:
     spec, weights, normalizer = load_checkpoint(GOLDEN / f"{name}.pt")
     policy = FactoredRecurrentActorCritic(spec).eval()
@@ -97,24 +110,24 @@ def recorded(name: str) -> tuple[FactoredRecurrentActorCritic, ObservationNormal
 CASES: dict[str, Callable[[], Case]] = {
     "v1 fresh, largest batch 128": lambda: Case(fresh(small_v1()), None, max_batch_size=128),
     "v1 fresh, normaliser": lambda: Case(fresh(small_v1()), statistics(21)),
-    "v1, normaliser": lambda: Case(random_policy(small_v1()), statistics(21)),
+    "v1, normaliser": lambda: Case(trained(small_v1()), statistics(21)),
     "v1, as many features as choices, largest batch 2": lambda: Case(
-        random_policy(small_v1(observation_dim=39, num_layers=2)), None, max_batch_size=2
+        trained(small_v1(observation_dim=39, num_layers=2)), None, max_batch_size=2
     ),
-    "v1 in bf16": lambda: Case(random_policy(small_v1()), statistics(21), "bf16"),
+    "v1 in bf16": lambda: Case(trained(small_v1()), statistics(21), "bf16"),
     "v2 fresh": lambda: Case(fresh(small_v2()), None),
     "v2, normaliser, extras": lambda: Case(
-        random_policy(small_v2(extras=True, num_layers=2, value_scale=3.0)), statistics(21)
+        trained(small_v2(extras=True, num_layers=2, value_scale=3.0)), statistics(21)
     ),
     "v2 with floors, normaliser, extras": lambda: Case(
-        random_policy(small_v2(extras=True, floors=True, value_scale=3.0)), statistics(21)
+        trained(small_v2(extras=True, floors=True, value_scale=3.0)), statistics(21)
     ),
     "v2 with floors, largest batch 2": lambda: Case(
-        random_policy(small_v2(floors=True)), None, max_batch_size=2
+        trained(small_v2(floors=True)), None, max_batch_size=2
     ),
     "v2 fresh in bf16": lambda: Case(fresh(small_v2()), statistics(21), "bf16"),
     "v2 with floors, normaliser, extras in bf16": lambda: Case(
-        random_policy(small_v2(extras=True, floors=True, value_scale=3.0)), statistics(21), "bf16"
+        trained(small_v2(extras=True, floors=True, value_scale=3.0)), statistics(21), "bf16"
     ),
     "v1 recorded": lambda: Case(*recorded("ckpt_v1")),
     "v2 recorded": lambda: Case(*recorded("ckpt_v2")),

@@ -24,7 +24,7 @@ from tests.export.replaced_calls import near_calls, with_call_replaced
 from tests.export.wrong_arrays import wrong_arrays
 from tests.export.wrong_dealings import wrong_dealings
 
-ROUNDING: dict[Precision, tuple[float, float]] = {"fp32": (5e-6, 5e-6), "bf16": (2e-3, 8e-3)}
+ROUNDING: dict[Precision, tuple[float, float]] = {"fp32": (5e-6, 5e-6), "bf16": (1e-3, 4e-3)}
 """`atol` and `rtol`: no more than two right steps differ by."""
 PROBE_ROWS = 400
 PROBE_STEPS = 3
@@ -45,7 +45,43 @@ class Equivalent(NamedTuple):
     reason: str
 
 
-EQUIVALENT: tuple[Equivalent, ...] = ()
+EQUIVALENT = (
+    Equivalent(r"argmax \d+ by the last of equal ones", ".*", "a tie may be broken either way"),
+    Equivalent(
+        r"where \d+ with -(1000|1e\+09) for -10000",
+        ".*",
+        "a masked choice has probability 0 either way, and no noise makes up for a thousand",
+    ),
+    Equivalent(
+        r"padding (x 1\.01|-\S+ for -1e4)",
+        "v1.*",
+        "cells that pad the table have probability 0 either way, and their noise is 0",
+    ),
+    Equivalent(r"heads\.forced_index \[[013-7]\] off by one", "v1.*", "no op forces these heads"),
+    Equivalent(
+        r"heads\.(forced_index \[[07]\] off by one|takes_first_allowed bit 7 flipped)",
+        "v2.*",
+        "the slot is forced to the first that is allowed, the op never",
+    ),
+    Equivalent(
+        r"heads\.countdown \[\d+\] off by one",
+        "v2.*",
+        "it then equals its neighbour, and of equal ones the first is taken",
+    ),
+    Equivalent(
+        r"argmax 1 of scores in bf16", "v2.*", "it is of integers up to 13, which bf16 has exactly"
+    ),
+    Equivalent(
+        r"action_mask('s bit [012] ignored| of slot one choice off)",
+        "v2.*",
+        "which slots are allowed is slot_by_op_mask's to say",
+    ),
+    Equivalent(
+        r"(sigmoid 0 of at most [68]|(sigmoid [12]|tanh 0) of at most [468])",
+        "v[12] fresh.*",
+        "no state brings a fresh gate further, at 32 units; the trained ones here go beyond 8",
+    ),
+)
 
 
 def wrong_steps(case: Case) -> Iterator[WrongStep]:
@@ -167,7 +203,7 @@ def _saturating(case: Case, generator: torch.Generator) -> Tensor:
     weights = [x for name, x in case.policy.named_parameters() if "weight_hh" in name]
     return torch.stack(
         [
-            weight[torch.randint(len(weight), (PROBE_ROWS,), generator=generator)].sign()
+            weight[torch.arange(PROBE_ROWS) % len(weight)].sign()
             * torch.randn(PROBE_ROWS, 1, generator=generator).sign()
             for weight in weights
         ],
