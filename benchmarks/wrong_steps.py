@@ -9,7 +9,8 @@ import sys
 import torch
 
 from tests.export.gate_cases import CASES, case_of
-from tests.export.wrong_steps import difference, stopped_by_gate, why_equivalent, wrong_steps
+from tests.export.probe import difference
+from tests.export.wrong_steps import stopped_by_gate, why_equivalent, wrong_steps
 
 
 def main() -> None:

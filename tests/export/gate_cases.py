@@ -17,7 +17,6 @@ from model.spec import PROBABILITY_FLOORS_V2, PolicySpec
 from tests.golden import GOLDEN
 from tests.random_inputs import random_policy
 
-
 GATE_GAIN = 6.0
 
 

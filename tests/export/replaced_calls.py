@@ -75,7 +75,8 @@ class _Replacer(TorchFunctionMode):
 
 def calls_of(step: PolicyStep, inputs: StepInput) -> list[Made]:
     """Every call the step makes, in order."""
-    with torch.inference_mode(), _Recorder() as recorder:
+    recorder = _Recorder()
+    with torch.inference_mode(), recorder:
         step(*inputs)
     return recorder.calls
 
@@ -86,7 +87,8 @@ def with_call_replaced(
     """The step with the `at`-th call of `name` replaced."""
 
     def replaced(*inputs: Tensor) -> StepOutput:
-        with _Replacer(name, at, instead) as replacer:
+        replacer = _Replacer(name, at, instead)
+        with replacer:
             outputs: StepOutput = step(*inputs)
         assert replacer.seen > at, f"the step makes no {name} {at}"
         return outputs
@@ -103,6 +105,8 @@ def near_calls(step: PolicyStep, precision: Precision) -> Iterator[tuple[str, st
 
 def _near(made: Made, precision: Precision) -> Iterator[tuple[str, Instead]]:
     yield from POINTWISE.get(made.name, {}).items()
+    if made.name == "argmax" and precision == "fp32":  # in bf16 equal ones are common
+        yield "by the last of equal ones", _last_tie
     if made.name in ("add", "__add__"):
         yield from _dropped_operands(made)
     elif made.name == "mul":
@@ -115,9 +119,7 @@ def _near(made: Made, precision: Precision) -> Iterator[tuple[str, Instead]]:
         for one in range(4):
             for other in range(one):
                 yield f"gives parts {other} and {one} swapped", _parts_swapped(other, one)
-    elif made.name == "cat" and len({part.shape for part in made.args[0]}) == 1:
-        yield "takes its parts in reverse", lambda call, parts, **how: call(parts[::-1], **how)
-    elif made.name == "stack" and len(made.args[0]) > 1:
+    elif made.name in ("cat", "stack") and _may_be_reversed(made.args[0]):
         yield "takes its parts in reverse", lambda call, parts, **how: call(parts[::-1], **how)
     elif made.name == "sum" and not made.kwargs.get("keepdim"):
         yield "by the mean", lambda call, x, *a, **how: torch.mean(x, *a, **how)
@@ -128,6 +130,10 @@ def _near(made: Made, precision: Precision) -> Iterator[tuple[str, Instead]]:
             yield "always the second", lambda call, c, a, b: call(torch.zeros_like(c), a, b)
     elif made.name == "lt":
         yield "by at most", lambda call, a, b: torch.le(a, b)
+
+
+def _may_be_reversed(parts: list[Tensor]) -> bool:
+    return len(parts) > 1 and len({part.shape for part in parts}) == 1
 
 
 def _rational_sigmoid(call: Call, x: Tensor) -> Tensor:
@@ -147,7 +153,8 @@ def _input_scaled(by: float) -> Instead:
 
 
 def _last_tie(call: Call, x: Tensor, dim: int = -1) -> Tensor:
-    return x.shape[dim] - 1 - call(x.flip(dim), dim=dim)
+    last: Tensor = x.shape[dim] - 1 - call(x.flip(dim), dim=dim)
+    return last
 
 
 def _last_largest(call: Call, x: Tensor, dim: int = -1) -> Tensor:
@@ -179,7 +186,6 @@ POINTWISE: dict[str, dict[str, Instead]] = {
         "by softmax": lambda call, x, **how: torch.softmax(x, **how),
     },
     "argmax": {
-        "by the last of equal ones": _last_tie,
         "of scores in bf16": _last_largest,
     },
 }
@@ -227,7 +233,7 @@ def _both_replaced(low: float, high: float) -> Instead:
     return lambda call, x, *bounds: call(x, low, high)
 
 
-def _keyword_replaced(name: str, value: float) -> Instead:
+def _keyword_replaced(name: str, value: float | None) -> Instead:
     return lambda call, *args, **how: call(*args, **{**how, name: value})
 
 
@@ -246,9 +252,9 @@ def _near_norms(made: Made) -> Iterator[tuple[str, Instead]]:
     for epsilon in (1e-6, 1e-3):
         yield f"with epsilon {epsilon:g}", _keyword_replaced("eps", epsilon)
     if (made.kwargs["weight"] != 1).any():
-        yield "without its weight", _keyword_replaced("weight", None)  # type: ignore[arg-type]
+        yield "without its weight", _keyword_replaced("weight", None)
     if made.kwargs["bias"].any():
-        yield "without its bias", _keyword_replaced("bias", None)  # type: ignore[arg-type]
+        yield "without its bias", _keyword_replaced("bias", None)
     yield "dropped", lambda call, x, *a, **how: x
 
 

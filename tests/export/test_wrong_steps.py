@@ -5,8 +5,10 @@
 
 import pytest
 
+from export.formats import LoadedStep
 from tests.export.gate_cases import CASES, Case, case_of
-from tests.export.wrong_steps import difference, stopped_by_gate, why_equivalent, wrong_steps
+from tests.export.probe import difference
+from tests.export.wrong_steps import stopped_by_gate, why_equivalent, wrong_steps
 from tests.golden import needs_golden
 from tests.machine import needs_bf16
 
@@ -26,17 +28,11 @@ EVERY_CASE = [
 ]
 
 
-def stopped(case: Case, wrong: object) -> bool:
-    return (
-        stopped_by_gate(
-            case.policy,
-            case.normalizer,
-            case.precision,
-            wrong,  # type: ignore[arg-type]
-            case.max_batch_size,
-        )
-        is not None
+def stopped(case: Case, step: LoadedStep) -> bool:
+    sentence = stopped_by_gate(
+        case.policy, case.normalizer, case.precision, step, case.max_batch_size
     )
+    return sentence is not None
 
 
 @pytest.mark.parametrize("name", EVERY_CASE)

@@ -17,14 +17,13 @@ from export.formats import LoadedStep
 from export.step import PolicyStep, StepOutput
 from model.policy import FactoredRecurrentActorCritic
 from tests.export.gate_cases import Case
+from tests.export.named_step import Change, Make
 from tests.export.replaced_calls import calls_of
 
 MOST_CELLS = 48
 """Rules (booleans, indices) up to this size are wrong cell by cell, larger ones as a whole."""
 EXTRA_OF = {"q_head": "q_value", "contribution_predictor": "contribution"}
 """The networks that a step has only where this output is asked for."""
-Make = Callable[[], LoadedStep]
-Change = Callable[[Tensor], Tensor]
 
 
 def wrong_arrays(case: Case) -> Iterator[tuple[str, Make]]:
@@ -118,7 +117,8 @@ def _wrong_weights(case: Case) -> Iterator[tuple[str, Make]]:
         if weight.any() and "bias_" in name:  # one of two that packing adds up
             yield f"policy's {name} zeroed", _packed_from(case, name, torch.zeros_like)
     for head in case.policy.spec.head_names:
-        last = f"{head}_head.{len(case.policy.get_submodule(f'{head}_head')) - 1}"  # type: ignore[arg-type]
+        *_, (name, _) = case.policy.get_submodule(f"{head}_head").named_children()
+        last = f"{head}_head.{name}"
         for by in (0.5, 1.5):
             yield f"{head}'s logits x {by}", _with_logits_scaled(case, last, by)
         for choice in range(len(case.policy.get_parameter(f"{last}.bias"))):
