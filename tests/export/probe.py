@@ -1,4 +1,4 @@
-"""Where a step differs from the right one: compared directly, by nothing that the gate is made of."""
+"""Where a step differs from the right one: compared directly, without anything of the gate."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -27,7 +27,10 @@ def difference(case: Case, wrong: LoadedStep) -> str | None:
     names = [array.name for array in step_outputs(case.policy.spec)]
     with torch.inference_mode():
         for number, (inputs, expected) in enumerate(_probe(case)):
-            got = wrong(*(array.clone() for array in inputs))
+            try:
+                got = wrong(*(array.clone() for array in inputs))
+            except (IndexError, RuntimeError) as error:
+                return f"it fails at step {number}: {error}"
             for name, want, have in zip(names, expected, got, strict=True):
                 if have.shape != want.shape or have.dtype != want.dtype:
                     return f"{name} is {have.dtype} {tuple(have.shape)}"
