@@ -1,0 +1,147 @@
+"""Every way of being wrong that the gate must stop, for a policy, and which of them make none.
+
+A wrong step is right but for one thing, and is built from copies: it shares nothing with the
+judge. `stopped_by_gate` is the one place that knows the gate.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from export.formats import LoadedStep
+from export.manifest import Precision
+from export.parity import ParityError, Reference, check_parity, parity_batch_sizes
+from export.step import StepInput
+from model.normalizer import ObservationNormalizer
+from model.policy import FactoredRecurrentActorCritic
+from tests.export.gate_cases import Case
+from tests.export.replaced_calls import near_calls, with_call_replaced
+from tests.export.wrong_arrays import wrong_arrays
+from tests.export.wrong_inputs import wrong_inputs
+from tests.export.wrong_moments import wrong_moments
+from tests.export.wrong_outputs import wrong_outputs
+
+
+class WrongStep(NamedTuple):
+    """What is wrong, and how such a step is made."""
+
+    name: str
+    make: Callable[[], LoadedStep]
+
+
+class Equivalent(NamedTuple):
+    """Steps that are not wrong on some cases' weights, by patterns of their names, and why."""
+
+    step: str
+    case: str
+    reason: str
+
+
+OUT_OF_REACH = (
+    "no state brings a gate of fresh weights further at this width; the trained ones go beyond 8"
+)
+EQUIVALENT = (
+    Equivalent(r"argmax \d+ by the last of equal ones", ".*", "a tie may be broken either way"),
+    Equivalent(
+        r"where \d+ with -(1000|1e\+09) for -10000",
+        ".*",
+        "a masked choice has probability 0 either way, and no noise makes up for a thousand",
+    ),
+    Equivalent(
+        r"padding (x 1\.01|-\S+ for -1e4)",
+        "v1.*",
+        "cells that pad the table have probability 0 either way, and their noise is 0",
+    ),
+    Equivalent(r"heads\.forced_index \[[013-7]\] off by one", "v1.*", "no op forces these heads"),
+    Equivalent(
+        r"heads\.(forced_index \[[07]\] off by one|takes_first_allowed bit 7 flipped)",
+        "v2.*",
+        "the slot is forced to the first that is allowed, the op never",
+    ),
+    Equivalent(
+        r"heads\.countdown \[\d+\] off by one",
+        "v2.*",
+        "it then equals its neighbour, and of equal ones the first is taken",
+    ),
+    Equivalent(
+        r"argmax 1 of scores in bf16", "v2.*", "it is of integers up to 13, which bf16 has exactly"
+    ),
+    Equivalent(
+        r"action_mask('s bit [012] ignored| of slot one choice off)",
+        "v2.*",
+        "which slots are allowed is slot_by_op_mask's to say",
+    ),
+    Equivalent(
+        r"sigmoid 0 of at most [68]|(sigmoid [12]|tanh 0) of at most [468]",
+        "v1 fresh.*",
+        OUT_OF_REACH,
+    ),
+    Equivalent(
+        r"sigmoid [01] of at most [68]|(sigmoid 2|tanh 0) of at most [468]",
+        "v2 fresh.*",
+        OUT_OF_REACH,
+    ),
+)
+
+
+def wrong_steps(case: Case) -> Iterator[WrongStep]:
+    """The wrong steps of a policy, in an order that is always the same."""
+    for name, make in wrong_arrays(case):
+        yield WrongStep(name, make)
+    step = case.step()
+    for what, name, at, instead in near_calls(step, case.precision):
+        yield WrongStep(what, partial(with_call_replaced, step, name, at, instead))
+    for make_all in (wrong_inputs, wrong_outputs, wrong_moments):
+        for name, make in make_all(case):
+            yield WrongStep(name, make)
+
+
+def why_equivalent(case_name: str, step_name: str) -> str | None:
+    """The reason why this is no wrong step of this case; None where it is one."""
+    for entry in EQUIVALENT:
+        if re.fullmatch(entry.step, step_name) and re.fullmatch(entry.case, case_name):
+            return entry.reason
+    return None
+
+
+def stopped_by_gate(
+    policy: FactoredRecurrentActorCritic,
+    normalizer: ObservationNormalizer | None,
+    precision: Precision,
+    wrong: LoadedStep,
+    max_batch_size: int,
+) -> str | None:
+    """The sentence with which the gate stops a step, None where it lets it pass."""
+    reference, first = _reference(policy, normalizer, precision, max_batch_size)
+    try:
+        check_parity(wrong, reference)
+    except ParityError as error:
+        return str(error)
+    finally:
+        if not all(map(torch.equal, first, _first_inputs(reference))):
+            _reference.cache_clear()  # the step wrote into it
+    return None
+
+
+@cache
+def _reference(
+    policy: FactoredRecurrentActorCritic,
+    normalizer: ObservationNormalizer | None,
+    precision: Precision,
+    max_batch_size: int,
+) -> tuple[Reference, list[Tensor]]:
+    reference = Reference(
+        policy,
+        normalizer,
+        batch_sizes=parity_batch_sizes(max_batch_size),
+        precision=precision,
+    )
+    return reference, [array.clone() for array in _first_inputs(reference)]
+
+
+def _first_inputs(reference: Reference) -> StepInput:
+    return reference.episodes[0][0].inputs(reference.policy.initial_state(1))
