@@ -5,12 +5,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from export.formats import LoadedStep
 from export.manifest import Array, step_inputs, step_outputs
 from export.step import PolicyStep, StepOutput
-from tests.export.gate_cases import Case
+from tests.export.gate_cases import Case, TensorStep
 
-Make = Callable[[], LoadedStep]
+Make = Callable[[], TensorStep]
 """Makes a wrong step anew: one that has a memory starts without any."""
 Inputs = dict[str, Tensor]
 Outputs = dict[str, Tensor]
@@ -49,11 +48,11 @@ class NamedStep(NamedTuple):
         return slice(start, start + spec.head_sizes[at])
 
 
-def with_inputs(right: NamedStep, change: InputChange) -> LoadedStep:
+def with_inputs(right: NamedStep, change: InputChange) -> TensorStep:
     return lambda *inputs: right.packed(right.run(change(right.named(inputs))))
 
 
-def with_outputs(right: NamedStep, change: OutputChange) -> LoadedStep:
+def with_outputs(right: NamedStep, change: OutputChange) -> TensorStep:
     def changed(*inputs: Tensor) -> StepOutput:
         given = right.named(inputs)
         return right.packed(change(given, right.run(given)))

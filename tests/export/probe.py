@@ -6,10 +6,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from export.formats import LoadedStep
 from export.manifest import Precision, step_outputs
 from export.step import StepInput, StepOutput
-from tests.export.gate_cases import Case
+from tests.export.gate_cases import Case, TensorStep
 
 ROUNDING: dict[Precision, tuple[float, float]] = {"fp32": (5e-6, 5e-6), "bf16": (1e-3, 4e-3)}
 """`atol` and `rtol`: no more than two right steps differ by."""
@@ -17,7 +16,7 @@ PROBE_ROWS = 400
 PROBE_STEPS = 3
 
 
-def difference(case: Case, wrong: LoadedStep) -> str | None:
+def difference(case: Case, wrong: TensorStep) -> str | None:
     """Where a step differs from the right one beyond rounding, None where it nowhere does.
 
     Over rows meant to show it: single features far off, states zero, carried and saturated, noise

@@ -5,8 +5,7 @@
 
 import pytest
 
-from export.formats import LoadedStep
-from tests.export.gate_cases import CASES, Case, case_of
+from tests.export.gate_cases import CASES, Case, TensorStep, case_of
 from tests.export.probe import difference
 from tests.export.wrong_steps import stopped_by_gate, why_equivalent, wrong_steps
 from tests.golden import needs_golden
@@ -28,7 +27,7 @@ EVERY_CASE = [
 ]
 
 
-def stopped(case: Case, step: LoadedStep) -> bool:
+def stopped(case: Case, step: TensorStep) -> bool:
     sentence = stopped_by_gate(
         case.policy, case.normalizer, case.precision, step, case.max_batch_size
     )

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from export.formats import LoadedStep
 from export.step import PolicyStep, StepOutput
 from model.policy import FactoredRecurrentActorCritic
-from tests.export.gate_cases import Case
+from tests.export.gate_cases import Case, TensorStep
 from tests.export.named_step import Change, Make
 from tests.export.replaced_calls import calls_of
 
@@ -43,7 +42,7 @@ def _arrays_read(step: PolicyStep) -> dict[str, Tensor]:
     return {name: array for name, array in arrays.items() if id(array) in read}
 
 
-def _with_arrays(step: PolicyStep, arrays: dict[str, Tensor]) -> LoadedStep:
+def _with_arrays(step: PolicyStep, arrays: dict[str, Tensor]) -> TensorStep:
     """The step with these in place of its own; the step itself stays as it is."""
 
     def run(*inputs: Tensor) -> StepOutput:

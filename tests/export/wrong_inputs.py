@@ -7,8 +7,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from export.formats import LoadedStep
-from tests.export.gate_cases import Case
+from tests.export.gate_cases import Case, TensorStep
 from tests.export.named_step import (
     Change,
     InputChange,
@@ -137,7 +136,7 @@ def _masks_misread(right: NamedStep) -> Iterator[tuple[str, Make]]:
             yield f"mask of {head} ignored where {where}", partial(_misread, right, head, rows)
 
 
-def _misread(right: NamedStep, head: str, where: RowsOfHead) -> LoadedStep:
+def _misread(right: NamedStep, head: str, where: RowsOfHead) -> TensorStep:
     def change(given: Inputs) -> Inputs:
         mask = given["action_mask"].clone()
         rows = where(right, given, head)[:, None]

@@ -6,9 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from export.formats import LoadedStep
 from export.step import StepOutput
-from tests.export.gate_cases import Case
+from tests.export.gate_cases import Case, TensorStep
 from tests.export.named_step import (
     Inputs,
     Make,
@@ -72,7 +71,7 @@ def _every_choice(columns: slice) -> Condition:
     return lambda given: given["action_mask"][:, columns].all(1)
 
 
-def _off_where(right: NamedStep, name: str, condition: Condition) -> LoadedStep:
+def _off_where(right: NamedStep, name: str, condition: Condition) -> TensorStep:
     def off(given: Inputs, out: Outputs) -> Outputs:
         rows = condition(given).view(-1, *[1] * (out[name].ndim - 1))
         return {**out, name: out[name] + OFF * rows}
@@ -86,7 +85,7 @@ def _with_memory(right: NamedStep) -> Iterator[tuple[str, Make]]:
     yield "wrong from its second call of a size on", partial(_wrong_from_the_second, right)
 
 
-def _tired(right: NamedStep) -> LoadedStep:
+def _tired(right: NamedStep) -> TensorStep:
     calls = [0, 0]
 
     def run(given: Inputs, out: Outputs) -> Outputs:
@@ -96,7 +95,7 @@ def _tired(right: NamedStep) -> LoadedStep:
     return with_outputs(right, run)
 
 
-def _stateful(right: NamedStep) -> LoadedStep:
+def _stateful(right: NamedStep) -> TensorStep:
     kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def own_state(given: Inputs) -> Inputs:
@@ -111,7 +110,7 @@ def _stateful(right: NamedStep) -> LoadedStep:
     return run
 
 
-def _wrong_from_the_second(right: NamedStep) -> LoadedStep:
+def _wrong_from_the_second(right: NamedStep) -> TensorStep:
     seen: set[int] = set()
 
     def run(given: Inputs, out: Outputs) -> Outputs:
@@ -131,7 +130,7 @@ def _impure(right: NamedStep) -> Iterator[tuple[str, Make]]:
     yield "gives the same memory each time", partial(_reusing, right)
 
 
-def _writing(right: NamedStep, name: str) -> LoadedStep:
+def _writing(right: NamedStep, name: str) -> TensorStep:
     def written(given: Inputs, out: Outputs) -> Outputs:
         x = given[name]
         x.logical_not_() if x.dtype == torch.bool else x.add_(1)
@@ -144,7 +143,7 @@ def _in_place(name: str, output: str) -> OutputChange:
     return lambda given, out: {**out, output: given[name].copy_(out[output])}
 
 
-def _reusing(right: NamedStep) -> LoadedStep:
+def _reusing(right: NamedStep) -> TensorStep:
     """Its answer to a step is overwritten by the next of that size."""
     kept: dict[int, Outputs] = {}
 

@@ -10,15 +10,15 @@ from functools import cache, partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from export.formats import LoadedStep
-from export.manifest import Precision
-from export.parity import ParityError, Reference, check_parity, parity_batch_sizes
-from export.step import StepInput
+from export.loaders.torch_step import TorchStep
+from export.manifest import Precision, step_inputs, step_outputs
+from export.parity import Gate, ParityError
+from export.process import plain_process
+from export.weights import pack_weights
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
-from tests.export.gate_cases import Case
+from tests.export.gate_cases import Case, TensorStep
 from tests.export.replaced_calls import near_calls, with_call_replaced
 from tests.export.wrong_arrays import wrong_arrays
 from tests.export.wrong_inputs import wrong_inputs
@@ -30,7 +30,7 @@ class WrongStep(NamedTuple):
     """What is wrong, and how such a step is made."""
 
     name: str
-    make: Callable[[], LoadedStep]
+    make: Callable[[], TensorStep]
 
 
 class Equivalent(NamedTuple):
@@ -112,36 +112,32 @@ def stopped_by_gate(
     policy: FactoredRecurrentActorCritic,
     normalizer: ObservationNormalizer | None,
     precision: Precision,
-    wrong: LoadedStep,
+    wrong: TensorStep,
     max_batch_size: int,
 ) -> str | None:
     """The sentence with which the gate stops a step, None where it lets it pass."""
-    reference, first = _reference(policy, normalizer, precision, max_batch_size)
+    gate = _gate(policy, normalizer, precision, max_batch_size)
+    spec = policy.spec
+    loaded = TorchStep("it", wrong, step_inputs(spec), step_outputs(spec))
     try:
-        check_parity(wrong, reference)
+        with plain_process():
+            gate.check({"it": loaded})
     except ParityError as error:
         return str(error)
-    finally:
-        if not all(map(torch.equal, first, _first_inputs(reference))):
-            _reference.cache_clear()  # the step wrote into it
     return None
 
 
 @cache
-def _reference(
+def _gate(
     policy: FactoredRecurrentActorCritic,
     normalizer: ObservationNormalizer | None,
     precision: Precision,
     max_batch_size: int,
-) -> tuple[Reference, list[Tensor]]:
-    reference = Reference(
-        policy,
-        normalizer,
-        batch_sizes=parity_batch_sizes(max_batch_size),
+) -> Gate:
+    return Gate(
+        pack_weights(policy, normalizer),
+        policy.spec,
         precision=precision,
+        max_batch_size=max_batch_size,
+        device=torch.device("cpu"),
     )
-    return reference, [array.clone() for array in _first_inputs(reference)]
-
-
-def _first_inputs(reference: Reference) -> StepInput:
-    return reference.episodes[0][0].inputs(reference.policy.initial_state(1))
