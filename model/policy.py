@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from model.blueprint_embedding import NO_BLUEPRINT, BlueprintEmbedding
 from model.critic import critic_networks, reset_last_layers
 from model.heads import Choices, HeadTable
+from model.linear import Linear
 from model.recurrence import LSTM, RECURRENCES, ResidualLSTM, State
 from model.spec import SLOT_BY_OP, PolicySpec
 
@@ -94,7 +95,7 @@ class FactoredRecurrentActorCritic(nn.Module):
             )
             input_dim += spec.num_slots * spec.blueprint_embedding_dim
         self.feature_net = nn.Sequential(
-            nn.Linear(input_dim, spec.feature_dim), nn.LayerNorm(spec.feature_dim), nn.ReLU()
+            Linear(input_dim, spec.feature_dim), nn.LayerNorm(spec.feature_dim), nn.ReLU()
         )
         self.lstm = RECURRENCES[spec.recurrence](spec.feature_dim, spec.hidden_dim, spec.num_layers)
         has_norm = spec.recurrence == "lstm"  # the residual one has its own
@@ -432,8 +433,8 @@ def _mlp(hidden_dim: int, size: int, hidden_layers: int) -> nn.Sequential:
     widths = [hidden_dim] * hidden_layers + [hidden_dim // 2]
     layers: list[nn.Module] = []
     for width, next_width in pairwise(widths):
-        layers += [nn.Linear(width, next_width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(widths[-1], size))
+        layers += [Linear(width, next_width), nn.ReLU()]
+    return nn.Sequential(*layers, Linear(widths[-1], size))
 
 
 def _refuse_inference(what: str, tensors: Iterable[Tensor]) -> None:
