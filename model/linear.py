@@ -5,7 +5,6 @@ so does all that lies between two products. How a value is rounded then depends 
 alone: not on whether a step or a sequence computes it, nor on what a compiler fuses.
 """
 
-import torch
 from torch import Tensor, nn
 
 
