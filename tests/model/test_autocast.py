@@ -230,6 +230,6 @@ def test_evaluation_is_one_graph_with_the_same_values_and_gradients(spec: Policy
         assert_same_policy(evaluation, episode)
         loss = total(evaluation.log_prob).mean() + evaluation.value.mean()
         named = dict(policy.named_parameters())
-        gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        gradients = torch.autograd.grad(loss, list(named.values()), materialize_grads=True)
         found.append(dict(zip(named, gradients, strict=True)))
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=0.02)
