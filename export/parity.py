@@ -18,7 +18,8 @@ from export.manifest import FormatParity, Precision, bucket_sizes, step_outputs
 from export.step import StepInput, StepOutput
 from model.heads import HeadTable
 from model.normalizer import ObservationNormalizer
-from model.policy import FactoredRecurrentActorCritic, Masks, Scores
+from model.policy import FactoredRecurrentActorCritic, Scores
+from model.policy_inputs import Masks
 from model.recurrence import State
 from model.spec import SLOT_BY_OP
 
