@@ -612,8 +612,10 @@ def test_norms_whose_square_float32_cannot_hold_are_right(values: list[float]) -
     seed.register_parameter("second", nn.Parameter(torch.zeros(len(values))))
     seed.second.grad = torch.tensor(values)
     health = watch(host, seed).compute()
-    assert health["host_grad_norm"] == pytest.approx(math.hypot(*values), rel=1e-6)
-    assert health["seed_grad_norm"] == pytest.approx(math.hypot(*values, *values), rel=1e-6)
+    assert health["host_grad_norm"] == pytest.approx(math.hypot(*values), rel=1e-6, abs=0.0)
+    assert health["seed_grad_norm"] == pytest.approx(
+        math.hypot(*values, *values), rel=1e-6, abs=0.0
+    )
 
 
 def test_sparse_gradients_count_as_the_dense_ones_that_they_stand_for() -> None:
