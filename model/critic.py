@@ -7,6 +7,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from model.linear import Linear
 from model.spec import PolicySpec
 
 CONTRIBUTION_DROPOUT = 0.1
@@ -20,19 +21,19 @@ def critic_networks(spec: PolicySpec) -> dict[str, nn.Sequential]:
     """
     hidden, width = spec.hidden_dim, spec.hidden_dim // 2
     if spec.critic == "value":
-        value = nn.Sequential(nn.Linear(hidden, width), nn.ReLU(), nn.Linear(width, 1))
+        value = nn.Sequential(Linear(hidden, width), nn.ReLU(), Linear(width, 1))
         return {"value_head": value}
     return {
         "state_value_head": _funnel(hidden, width),
         "q_head": _funnel(hidden + spec.num_ops, width),
         "contribution_predictor": nn.Sequential(
-            nn.Linear(hidden, width),
+            Linear(hidden, width),
             nn.LayerNorm(width),
             nn.ReLU(),
             nn.Dropout(CONTRIBUTION_DROPOUT),
-            nn.Linear(width, width // 2),
+            Linear(width, width // 2),
             nn.ReLU(),
-            nn.Linear(width // 2, spec.num_slots),
+            Linear(width // 2, spec.num_slots),
         ),
     }
 
@@ -46,13 +47,13 @@ def reset_last_layers(networks: dict[str, nn.Sequential]) -> None:
 
 def _funnel(input_dim: int, width: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(input_dim, width),
+        Linear(input_dim, width),
         nn.LayerNorm(width),
         nn.ReLU(),
-        nn.Linear(width, width // 2),
+        Linear(width, width // 2),
         nn.LayerNorm(width // 2),
         nn.ReLU(),
-        nn.Linear(width // 2, width // 4),
+        Linear(width // 2, width // 4),
         nn.ReLU(),
-        nn.Linear(width // 4, 1),
+        Linear(width // 4, 1),
     )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 _RATIO_EPSILON = 1e-8
+_SMALLEST_SQUARE = 1e-30
 
 
 class GradientHealth(TypedDict):
@@ -27,7 +28,7 @@ class GradientHealth(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class PendingGradientHealth:
-    """Squared norms still on their device; None where a side has no gradient at all."""
+    """Squared norms, float64, still on their device; None where a side has no gradient at all."""
 
     host_norm_sq: Tensor | None
     seed_norm_sq: Tensor | None
@@ -73,6 +74,8 @@ class _StraightThrough(torch.autograd.Function):
 def _traceable_straight_through(host: Tensor, seed: Tensor) -> Tensor:
     # torch.export drops a Function's backward, silently. This sum keeps both gradients and loses
     # its value, overwritten where autograd does not look; a compiler then never computes it.
+    if 0 in host.stride():
+        host = host.clone()  # an expanded host says nothing of the sum's layout, the seed would
     out = host + _cast(seed, host.dtype)
     out.detach().copy_(host.detach())
     return out
@@ -147,7 +150,9 @@ class GradientHealthMonitor:
     def compute_async(self) -> PendingGradientHealth:
         """Squared norms as 0-dim tensors, without waiting for the device they all lie on.
 
-        They stay valid when the gradients are zeroed. Raises RuntimeError if nothing is registered.
+        Sparse gradients count as the dense ones that they stand for; a GPU is waited for to add up
+        their repeated places. The norms stay valid when the gradients are zeroed. Raises
+        RuntimeError if nothing is registered.
         """
         if self._sides is None:
             raise RuntimeError("no modules to watch; call register(host, seed) first")
@@ -170,12 +175,22 @@ def materialise(pending: PendingGradientHealth) -> GradientHealth:
 
 
 def _grad_norm_sq(parameters: Sequence[nn.Parameter]) -> Tensor | None:
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    grads = [_dense(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if not grads:
         return None
     # At least float32: a squared norm soon overflows float16 and has three digits in bfloat16.
     dtype = reduce(torch.promote_types, {grad.dtype for grad in grads}, torch.float32)
-    return torch.stack(torch._foreach_norm(grads, 2, dtype=dtype)).square().sum()
+    norm_sq, exact = (
+        torch.stack(torch._foreach_norm(grads, 2, dtype=each)).square().sum().double()
+        for each in (dtype, torch.float64)
+    )
+    # Of a norm above 1.8e19, or far below 1, float32 cannot hold the square.
+    return torch.where(norm_sq.isfinite() & (norm_sq > _SMALLEST_SQUARE), norm_sq, exact)
+
+
+def _dense(grad: Tensor) -> Tensor:
+    # What a sparse gradient holds, each place once: all else in it is 0.
+    return grad.coalesce().values() if grad.is_sparse else grad
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,7 @@ its state_dict loads with `strict=True`.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import NamedTuple, cast
 
@@ -15,14 +15,21 @@ from torch import Tensor, nn
 from model.blueprint_embedding import NO_BLUEPRINT, BlueprintEmbedding
 from model.critic import critic_networks, reset_last_layers
 from model.heads import Choices, HeadTable
+from model.linear import Linear
+from model.policy_inputs import (
+    Masks,
+    allowed_choices,
+    check_allowed,
+    check_blueprints,
+    check_in_range,
+    check_shape,
+    check_state,
+    packed_actions,
+    refuse_gradient,
+    refuse_inference,
+)
 from model.recurrence import LSTM, RECURRENCES, ResidualLSTM, State
-from model.spec import SLOT_BY_OP, PolicySpec
-
-Masks = Mapping[str, Tensor]
-"""`{head: bool [..., n]}`, True = allowed. A head that is absent has nothing disallowed.
-
-Where the spec has it, `"slot_by_op"` `[..., ops, slots]` stands in for the slot head's, by op.
-"""
+from model.spec import PolicySpec
 
 
 class Forward(NamedTuple):
@@ -75,6 +82,9 @@ class FactoredRecurrentActorCritic(nn.Module):
 
     `get_action` takes one step without gradient; `evaluate_actions` takes sequences with it. What
     recurrence, critic and heads there are is the spec's.
+
+    Both are one policy under `torch.autocast` too: products are in its dtype there, and all else
+    is in the parameters', the state that either returns included.
     """
 
     lstm: LSTM | ResidualLSTM
@@ -94,7 +104,7 @@ class FactoredRecurrentActorCritic(nn.Module):
             )
             input_dim += spec.num_slots * spec.blueprint_embedding_dim
         self.feature_net = nn.Sequential(
-            nn.Linear(input_dim, spec.feature_dim), nn.LayerNorm(spec.feature_dim), nn.ReLU()
+            Linear(input_dim, spec.feature_dim), nn.LayerNorm(spec.feature_dim), nn.ReLU()
         )
         self.lstm = RECURRENCES[spec.recurrence](spec.feature_dim, spec.hidden_dim, spec.num_layers)
         has_norm = spec.recurrence == "lstm"  # the residual one has its own
@@ -183,17 +193,17 @@ class FactoredRecurrentActorCritic(nn.Module):
         that allows nothing, naming head and row. The last is one read from the device; a compiled
         or exported step leaves it out, since no graph can hold it.
         """
-        self._check("observation", observation, (None, self.observation_dim))
+        check_shape("observation", observation, (None, self.observation_dim))
         batch_size = observation.shape[0]
         if state is None:
             state = self.initial_state(batch_size)
         else:
-            self._check_state(state, batch_size)
+            check_state(state, (batch_size, *self.state_shape))
         lead = observation.shape[:-1]
-        allowed, slot_by_op = self._allowed(masks, lead)
+        allowed, slot_by_op = allowed_choices(self.spec, self.heads, masks, lead)
         features = self._features(observation, blueprint_index)
         if not torch.compiler.is_compiling():
-            self._check_allowed(allowed, slot_by_op)
+            check_allowed(self.spec, self.heads, allowed, slot_by_op)
         y, state = self.lstm.step(features, state)
         logits, value, y = self._decode(y)
         choices = self.heads.choices(self.heads.spread(logits), allowed, slot_by_op)
@@ -217,7 +227,7 @@ class FactoredRecurrentActorCritic(nn.Module):
         ValueError as `step_scores` does, and for an input that requires a gradient: none would be
         recorded (ticket B9-PT-02). Compiled, the results are ordinary tensors without gradient.
         """
-        self._refuse_gradient(observation, state, noise)
+        refuse_gradient(observation, state, noise)
         # Inductor fails on a graph that takes views of inference tensors (torch 2.13).
         is_compiling = torch.compiler.is_compiling()
         with torch.no_grad() if is_compiling else torch.inference_mode():
@@ -228,7 +238,7 @@ class FactoredRecurrentActorCritic(nn.Module):
                 padded = torch.zeros_like(choices.log_probs)
             else:
                 batch_size = observation.shape[0]
-                self._check("noise", noise, (batch_size, sum(self.heads.sizes)))
+                check_shape("noise", noise, (batch_size, sum(self.heads.sizes)))
                 padded = self.heads.spread(noise)
             decision = choices.choose(padded)
             return Act(
@@ -255,17 +265,17 @@ class FactoredRecurrentActorCritic(nn.Module):
         `.clone()` of them instead.
         """
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            _refuse_inference("observations", [observations])
-            _refuse_inference("actions", actions.values())
-            _refuse_inference("masks", (masks or {}).values())
-            _refuse_inference("state", state or ())
-        self._check("observations", observations, (None, None, self.observation_dim))
+            refuse_inference("observations", [observations])
+            refuse_inference("actions", actions.values())
+            refuse_inference("masks", (masks or {}).values())
+            refuse_inference("state", state or ())
+        check_shape("observations", observations, (None, None, self.observation_dim))
         lead = observations.shape[:-1]
-        action = self._packed_actions(actions, lead)
-        allowed, slot_by_op = self._allowed(masks, lead)
+        action = packed_actions(self.heads, actions, lead)
+        allowed, slot_by_op = allowed_choices(self.spec, self.heads, masks, lead)
         if not torch.compiler.is_compiling():
-            self._check_allowed(allowed, slot_by_op)
-            self._check_in_range(action)
+            check_allowed(self.spec, self.heads, allowed, slot_by_op)
+            check_in_range(self.heads, action)
         logits, value, state, y = self._sequence(observations, state, blueprint_index)
         choices = self.heads.choices(self.heads.spread(logits), allowed, slot_by_op)
         op = action[..., self.heads.op_index]
@@ -282,12 +292,12 @@ class FactoredRecurrentActorCritic(nn.Module):
     def _sequence(
         self, observations: Tensor, state: State | None, blueprint_index: Tensor | None
     ) -> tuple[Tensor, Tensor, State, Tensor]:  # [B, T, num_choices], [B, T], ..., [B, T, hidden]
-        self._check("observations", observations, (None, None, self.observation_dim))
+        check_shape("observations", observations, (None, None, self.observation_dim))
         batch_size = observations.shape[0]
         if state is None:
             state = self.initial_state(batch_size)
         else:
-            self._check_state(state, batch_size)
+            check_state(state, (batch_size, *self.state_shape))
         y, state = self.lstm(self._features(observations, blueprint_index), state)
         logits, value, y = self._decode(y)
         return logits, value, state, y
@@ -299,7 +309,7 @@ class FactoredRecurrentActorCritic(nn.Module):
             if blueprint_index is None:
                 like = self.heads.forced_index  # int64, on the module's device
                 blueprint_index = like.new_full(shape, NO_BLUEPRINT)
-            self._check_blueprints(blueprint_index, shape)
+            check_blueprints(self.spec, blueprint_index, shape)
             x = torch.cat([x, self.blueprint_embedding(blueprint_index).to(x.dtype)], dim=-1)
         elif blueprint_index is not None:
             raise ValueError("blueprint_index is given, and this policy reads none")
@@ -315,134 +325,10 @@ class FactoredRecurrentActorCritic(nn.Module):
         parts = packed.unbind(-1) if sizes is None else torch.split(packed, sizes, -1)
         return dict(zip(self.heads.names, parts, strict=True))
 
-    def _allowed(
-        self, masks: Masks | None, lead: torch.Size
-    ) -> tuple[Tensor, Tensor | None]:  # [..., heads, width], [..., ops, slots]
-        if not masks:
-            return self.heads.valid.expand(*lead, *self.heads.valid.shape), None
-        slot_by_op = masks.get(SLOT_BY_OP) if self.spec.has_slot_by_op else None
-        if slot_by_op is not None:
-            masks = {name: mask for name, mask in masks.items() if name != SLOT_BY_OP}
-            self._check_mask(
-                SLOT_BY_OP, slot_by_op, (*lead, self.spec.num_ops, self.spec.num_slots)
-            )
-        self._check_names("masks", masks)
-        everything = self.heads.valid.new_ones(())
-        columns = []
-        for name, size in zip(self.heads.names, self.heads.sizes, strict=True):
-            mask = masks.get(name)
-            if mask is None:
-                mask = everything.expand(*lead, size)
-            else:
-                self._check_mask(name, mask, (*lead, size))
-            columns.append(mask)
-        allowed = self.heads.spread(torch.cat(columns, dim=-1)) & self.heads.valid
-        return allowed, slot_by_op
-
-    def _check_mask(self, name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
-        if mask.dtype != torch.bool:
-            raise ValueError(f"mask {name!r} is {mask.dtype}, not torch.bool (True = allowed)")
-        self._check(f"mask {name!r}", mask, shape)
-
-    def _check_blueprints(self, blueprint_index: Tensor, shape: tuple[int, ...]) -> None:
-        if blueprint_index.dtype != torch.int64:
-            raise ValueError(f"blueprint_index is {blueprint_index.dtype}, not torch.int64")
-        self._check("blueprint_index", blueprint_index, shape)
-        if torch.compiler.is_compiling():
-            return
-        num = self.spec.num_blueprints
-        outside = (blueprint_index < NO_BLUEPRINT) | (blueprint_index >= num)
-        if outside.any():
-            *row, slot = outside.nonzero()[0].tolist()
-            raise ValueError(
-                f"blueprint_index of slot {slot} is {int(blueprint_index[(*row, slot)])} in row "
-                f"{_row(row)}; there are {num} blueprints, and -1 is none"
-            )
-
-    def _packed_actions(self, actions: Mapping[str, Tensor], lead: torch.Size) -> Tensor:
-        self._check_names("actions", actions)
-        for name in self.heads.names:
-            if name not in actions:
-                raise ValueError(f"actions have no head {name!r}")
-            if actions[name].dtype != torch.int64:
-                raise ValueError(f"action {name!r} is {actions[name].dtype}, not torch.int64")
-            self._check(f"action {name!r}", actions[name], tuple(lead))
-        return torch.stack([actions[name] for name in self.heads.names], dim=-1)
-
-    def _check_names(self, what: str, by_head: Mapping[str, Tensor]) -> None:
-        for name in by_head:
-            if name not in self.heads.names:
-                known = ", ".join(self.heads.names)
-                raise ValueError(f"{what} name an unknown head {name!r}; the heads are {known}")
-
-    def _check_allowed(self, allowed: Tensor, slot_by_op: Tensor | None) -> None:
-        empty = ~allowed.any(-1)
-        if empty.any():
-            *row, head = empty.nonzero()[0].tolist()
-            raise ValueError(f"mask {self.heads.names[head]!r} allows nothing in row {_row(row)}")
-        if slot_by_op is None or self.heads.slot_index is None:
-            return
-        needs_slot = self.heads.relevance[:, self.heads.slot_index]
-        allowed_ops = allowed[..., self.heads.op_index, : self.spec.num_ops]
-        empty = allowed_ops & needs_slot & ~slot_by_op.any(-1)
-        if empty.any():
-            *row, op = empty.nonzero()[0].tolist()
-            raise ValueError(
-                f"mask {SLOT_BY_OP!r} allows no slot for op {op}, which is allowed in row "
-                f"{_row(row)}"
-            )
-
-    def _check_in_range(self, action: Tensor) -> None:
-        sizes = torch.tensor(self.heads.sizes, device=action.device)
-        outside = (action < 0) | (action >= sizes)
-        if outside.any():
-            *row, head = outside.nonzero()[0].tolist()
-            raise ValueError(
-                f"action {self.heads.names[head]!r} is {int(action[(*row, head)])} in row "
-                f"{_row(row)}; the head has {self.heads.sizes[head]} choices"
-            )
-
-    def _check_state(self, state: State, batch_size: int) -> None:
-        for name, part in zip(("h", "c"), state, strict=True):
-            self._check(f"state {name}", part, (batch_size, *self.state_shape))
-
-    @staticmethod
-    def _check(what: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
-        matches = tensor.ndim == len(shape) and all(
-            want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
-        )
-        if not matches:
-            wanted = ", ".join("any" if size is None else str(size) for size in shape)
-            raise ValueError(f"{what} has shape {tuple(tensor.shape)}, expected ({wanted})")
-
-    @staticmethod
-    def _refuse_gradient(observation: Tensor, state: State | None, noise: Tensor | None) -> None:
-        named = {"observation": observation, "noise": noise}
-        if state is not None:
-            named |= {"state h": state[0], "state c": state[1]}
-        for name, tensor in named.items():
-            if tensor is not None and tensor.requires_grad:
-                raise ValueError(
-                    f"{name} requires a gradient, and get_action records none: detach() it, "
-                    "or use evaluate_actions to train"
-                )
-
 
 def _mlp(hidden_dim: int, size: int, hidden_layers: int) -> nn.Sequential:
     widths = [hidden_dim] * hidden_layers + [hidden_dim // 2]
     layers: list[nn.Module] = []
     for width, next_width in pairwise(widths):
-        layers += [nn.Linear(width, next_width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(widths[-1], size))
-
-
-def _refuse_inference(what: str, tensors: Iterable[Tensor]) -> None:
-    if any(tensor.is_inference() for tensor in tensors):
-        raise ValueError(
-            f"{what} came out of inference mode (get_action), and no gradient can pass through: "
-            "give evaluate_actions a .clone() made outside inference mode"
-        )
-
-
-def _row(index: list[int]) -> str:
-    return str(index[0]) if len(index) == 1 else str(tuple(index))
+        layers += [Linear(width, next_width), nn.ReLU()]
+    return nn.Sequential(*layers, Linear(widths[-1], size))

@@ -17,6 +17,8 @@ from model.checkpoint_file import CheckpointError, names, short
 
 FIRST_WEIGHT = "feature_net.0.weight"
 """What a policy is recognised by: every Tamiyo has it."""
+COMPILED = "_orig_mod"
+"""What torch.compile puts into the names of what it wraps, be it the policy or a part of it."""
 
 
 class PolicyWeights(NamedTuple):
@@ -41,9 +43,9 @@ class _Place(NamedTuple):
 def find_weights(path: Path, content: Mapping[str, Any]) -> PolicyWeights:
     """The one mapping of the file, however deep, that is a policy's state_dict.
 
-    A prefix comes off where every name has it. Raises CheckpointError where there is no such
-    mapping or more than one, where a name has no prefix that others have, and where a value is no
-    plain tensor.
+    A prefix comes off where every name has it, and `_orig_mod` wherever it stands in a name. Raises
+    CheckpointError where there is no such mapping or more than one, where a name has no prefix that
+    others have, where two names become one, and where a value is no plain tensor.
     """
     found = list(_state_dicts(content))
     if not found:
@@ -76,7 +78,7 @@ def _state_dicts(content: Mapping[Any, Any]) -> Iterator[_Place]:
 
 
 def _is_first_weight(name: object, value: object) -> bool:
-    is_named_so = isinstance(name, str) and f".{name}".endswith(f".{FIRST_WEIGHT}")
+    is_named_so = isinstance(name, str) and f".{_uncompiled(name)}".endswith(f".{FIRST_WEIGHT}")
     return is_named_so and isinstance(value, Tensor | np.ndarray)
 
 
@@ -90,17 +92,30 @@ def _chain(place: _Place | None) -> Iterator[_Place]:
 def _without_prefix(path: Path, state_dict: Mapping[Any, Any]) -> dict[str, Any]:
     first, *others = [name for name, value in state_dict.items() if _is_first_weight(name, value)]
     if others:
-        raise CheckpointError(
-            f"{path}: holds both {short(first)} and {short(others[0])}; save one policy alone"
-        )
-    prefix = first.removesuffix(FIRST_WEIGHT)
+        raise _two_of_one(path, first, others[0])
+    prefix = _uncompiled(first).removesuffix(FIRST_WEIGHT)
+    given: dict[str, str] = {}
     for name in state_dict:
-        if not isinstance(name, str) or not name.startswith(prefix):
+        if not isinstance(name, str) or not _uncompiled(name).startswith(prefix):
             raise CheckpointError(
                 f"{path}: its weights are not all of one module: {short(first)} has the prefix "
                 f"{short(prefix)} and {short(name)} has not"
             )
-    return {name.removeprefix(prefix): value for name, value in state_dict.items()}
+        plain = _uncompiled(name).removeprefix(prefix)
+        if plain in given:
+            raise _two_of_one(path, given[plain], name)
+        given[plain] = name
+    return {plain: state_dict[name] for plain, name in given.items()}
+
+
+def _uncompiled(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != COMPILED)
+
+
+def _two_of_one(path: Path, one: str, other: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: holds both {short(one)} and {short(other)}; save one policy alone"
+    )
 
 
 def _tensors(path: Path, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:

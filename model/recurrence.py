@@ -3,6 +3,10 @@
 `nn.LSTM` neither compiles (Dynamo refuses the module) nor exports well (ONNX gets a Loop). One
 step of it is two matrix products and six pointwise operations, written out here. Sequences, which
 only training needs, go through torch's fused kernel on the same parameters.
+
+Under autocast that kernel would cast cells and state as well as products, and so score another
+policy than the one that acted. There a sequence takes the steps that acting takes, one by one, with
+its input's products in one: cells, states and outputs are of the parameters' dtype on both ways.
 """
 
 import math
@@ -12,8 +16,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from model.linear import Linear, linear
+
 State = tuple[Tensor, Tensor]
-"""`(h, c)`, each `[B, layers, hidden]`: batch-first, unlike `nn.LSTM`'s own state."""
+"""`(h, c)`, each `[B, layers, hidden]`: batch-first, unlike `nn.LSTM`'s own state.
+
+What a recurrence returns has its parameters' dtype, under autocast too.
+"""
 
 
 def cell_update(gates: Tensor, c: Tensor) -> State:
@@ -65,8 +74,7 @@ class LSTM(nn.Module):
         hs: list[Tensor] = []
         cs: list[Tensor] = []
         for layer, (w_ih, w_hh, b_ih, b_hh) in enumerate(self.layer_parameters()):
-            gates = nn.functional.linear(x, w_ih, b_ih)
-            gates = gates + nn.functional.linear(state[0][:, layer], w_hh, b_hh)
+            gates = linear(x, w_ih, b_ih) + linear(state[0][:, layer], w_hh, b_hh)
             x, c = cell_update(gates, state[1][:, layer])
             hs.append(x)
             cs.append(c)
@@ -74,12 +82,28 @@ class LSTM(nn.Module):
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """Runs a sequence: `x` `[B, T, input]` to `[B, T, hidden]` and the state after it."""
+        if torch.is_autocast_enabled(x.device.type):
+            return self._forward_by_steps(x, state)
         layer_first = [part.transpose(0, 1).contiguous() for part in state]
         parameters = [tensor for layer in self.layer_parameters() for tensor in layer]
         y, h, c = torch.lstm(
             x, layer_first, parameters, True, self.num_layers, 0.0, self.training, False, True
         )
         return y, (h.transpose(0, 1), c.transpose(0, 1))
+
+    def _forward_by_steps(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        hs: list[Tensor] = []
+        cs: list[Tensor] = []
+        for layer, (w_ih, w_hh, b_ih, b_hh) in enumerate(self.layer_parameters()):
+            h, c = state[0][:, layer], state[1][:, layer]
+            outputs: list[Tensor] = []
+            for gates in linear(x, w_ih, b_ih).unbind(dim=1):
+                h, c = cell_update(gates + linear(h, w_hh, b_hh), c)
+                outputs.append(h)
+            x = torch.stack(outputs, dim=1)
+            hs.append(h)
+            cs.append(c)
+        return x, (torch.stack(hs, dim=1), torch.stack(cs, dim=1))
 
 
 class ResidualLSTM(nn.Module):
@@ -92,7 +116,7 @@ class ResidualLSTM(nn.Module):
     def __init__(self, input_dim: int, hidden_dim: int, num_layers: int) -> None:
         super().__init__()
         same = input_dim == hidden_dim
-        self.input_proj = nn.Identity() if same else nn.Linear(input_dim, hidden_dim)
+        self.input_proj = nn.Identity() if same else Linear(input_dim, hidden_dim)
         self.layers = nn.ModuleList(LSTM(hidden_dim, hidden_dim, 1) for _ in range(num_layers))
         self.layer_norms = nn.ModuleList(nn.LayerNorm(hidden_dim) for _ in range(num_layers))
         self.reset_parameters()

@@ -41,6 +41,27 @@ def test_every_head_has_its_own_floor(seed: int, spread: float) -> None:
         np.testing.assert_allclose(got, expected, rtol=0, atol=FLOAT_ATOL, err_msg=head.name)
 
 
+@pytest.mark.parametrize("floor", [0.2, 0.5, 0.999])
+@pytest.mark.parametrize("num_allowed", [1, 2, 5, 6])
+def test_floors_that_would_take_all_probability_share_99_hundredths(
+    floor: float, num_allowed: int
+) -> None:
+    """Above that share the likely choices would have nothing, or less, to give."""
+    table = HeadTable(SPEC.with_probability_floors({"op": floor}))
+    rng = np.random.default_rng(num_allowed)
+    logits = rng.normal(scale=3.0, size=(50, SPEC.num_choices)).astype(np.float32)
+    at, start = SPEC.op_index, sum(SPEC.head_sizes[: SPEC.op_index])
+    mask = np.arange(SPEC.num_ops) < num_allowed
+    allowed = table.valid.clone()
+    allowed[at, : SPEC.num_ops] = torch.from_numpy(mask)
+    log_probs = table.log_probs(table.spread(torch.from_numpy(logits)), allowed)
+    got = log_probs[:, at, : SPEC.num_ops].exp()
+    for row in range(50):
+        own = logits[row, start : start + SPEC.num_ops].astype(np.float64)
+        expected = floored(own, mask, floor)
+        np.testing.assert_allclose(got[row], expected, rtol=0, atol=FLOAT_ATOL)
+
+
 def test_a_head_without_a_floor_is_left_alone() -> None:
     only_op = HeadTable(SPEC.with_probability_floors({"op": 0.1}))
     logits = 3 * torch.randn(6, SPEC.num_choices, generator=torch.Generator().manual_seed(0))

@@ -498,6 +498,33 @@ def test_exported_straight_through_casts_once_and_only_where_dtypes_differ(
     assert len(casts(program.run_decompositions().graph)) == count
 
 
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "one row for all": lambda full: full[:1].expand_as(full),
+    "one channel for all": lambda full: full[:, :1].expand_as(full),
+    "one value for all": lambda full: full[:1, :1, :1, :1].expand_as(full),
+    "channels last": lambda full: full.contiguous(memory_format=torch.channels_last),
+    "channels last, one row for all": lambda full: full.contiguous(
+        memory_format=torch.channels_last
+    )[:1].expand_as(full),
+    "every other column": lambda full: torch.cat([full, full], dim=-1)[..., ::2],
+}
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("seed_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_compiled_straight_through_has_the_eager_ones_layout(
+    layout: str, seed_format: torch.memory_format
+) -> None:
+    host = LAYOUTS[layout](torch.randn(2, 3, 4, 5))
+    seed = torch.randn(2, 3, 4, 5).to(memory_format=seed_format)
+    compiled = torch.compile(ste_forward, fullgraph=True, backend="aot_eager")
+    expected = ste_forward(host, seed)
+    found = compiled(host, seed)
+    assert torch.equal(found, expected)
+    assert found.stride() == expected.stride()
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 0), (torch.bfloat16, 1)])
 @pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd:UserWarning")
@@ -576,6 +603,32 @@ def test_norms_of_other_dtypes_neither_overflow_nor_lose_digits(dtype: torch.dty
     health = watch(host, seed).compute()
     assert health["host_grad_norm"] == pytest.approx(3000.0, rel=1e-6)
     assert health["seed_grad_norm"] == pytest.approx(math.sqrt(10), rel=1e-6)
+
+
+@pytest.mark.parametrize("values", [[3e38], [2e19, 1.0], [1e-30, 1e-30]])
+def test_norms_whose_square_float32_cannot_hold_are_right(values: list[float]) -> None:
+    host, seed = module_with_gradient(values), module_with_gradient(values)
+    seed.register_parameter("second", nn.Parameter(torch.zeros(len(values))))
+    seed.second.grad = torch.tensor(values)
+    health = watch(host, seed).compute()
+    assert health["host_grad_norm"] == pytest.approx(math.hypot(*values), rel=1e-6, abs=0.0)
+    assert health["seed_grad_norm"] == pytest.approx(
+        math.hypot(*values, *values), rel=1e-6, abs=0.0
+    )
+
+
+def test_sparse_gradients_count_as_the_dense_ones_that_they_stand_for() -> None:
+    rows = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    sparse, dense = (
+        nn.Embedding(5, 3, sparse=is_sparse, _weight=rows.clone()) for is_sparse in (True, False)
+    )
+    for embedding in (sparse, dense):
+        torch.autograd.backward(embedding(torch.tensor([1, 4, 1, 1])).square().sum())
+    assert sparse.weight.grad is not None
+    assert sparse.weight.grad.is_sparse
+    health = watch(dense, sparse).compute()
+    assert health["seed_grad_norm"] == pytest.approx(health["host_grad_norm"], rel=1e-6)
+    assert health["host_grad_norm"] > 1.0
 
 
 def test_nan_gradient_shows() -> None:

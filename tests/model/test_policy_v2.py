@@ -191,3 +191,22 @@ def test_fresh_weights_have_the_original_s_gains_and_open_forget_gates() -> None
             torch.testing.assert_close(quarters[1], torch.full((32,), 1 + np.log(3.0)).double())
             assert not quarters[[0, 2, 3]].any()
     assert 0.015 < state_dict["blueprint_embedding.embedding.weight"].std() < 0.025
+
+
+@torch.no_grad()
+def test_training_drops_a_tenth_of_what_predicts_contributions_and_acting_none() -> None:
+    policy = random_policy(
+        PolicySpec.tamiyo_v2(num_slots=2, observation_dim=5, feature_dim=8, hidden_dim=64)
+    )
+    *before_dropout, _, _, _ = policy.get_submodule("contribution_predictor").children()
+    hidden = torch.nn.Sequential(*before_dropout)
+    output = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
+    whole = hidden(output)
+    assert torch.equal(hidden(output), whole)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        dropped = hidden.train()(output)
+    is_on = whole > 0
+    is_dropped = is_on & torch.eq(dropped, 0)
+    assert is_dropped.sum() / is_on.sum() == pytest.approx(0.1, abs=0.01)
+    torch.testing.assert_close(dropped[~is_dropped], whole[~is_dropped] / 0.9)

@@ -181,6 +181,45 @@ def test_a_name_with_the_prefix_and_without_is_refused(
         )
 
 
+COMPILED_PARTS = ["lstm", "feature_net", "feature_net.0", "op_head", "op_head.2"]
+
+
+@pytest.mark.parametrize("part", COMPILED_PARTS)
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "policy."])
+def test_a_part_may_be_compiled(tmp_path: Path, part: str, prefix: str) -> None:
+    compiled = {
+        name.replace(f"{part}.", f"{part}._orig_mod.", 1): value
+        for name, value in weights().items()
+    }
+    assert compiled.keys() != weights().keys()
+    assert_is_read(saved(tmp_path, prefixed(prefix, compiled)), weights())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_what_torch_compiles_a_part_to_is_read(tmp_path: Path) -> None:
+    policy: Any = random_policy(V1)
+    policy.lstm = torch.compile(policy.lstm)
+    assert "lstm._orig_mod.weight_ih_l0" in policy.state_dict()
+    assert_is_read(saved(tmp_path, policy.state_dict()), weights())
+
+
+@pytest.mark.parametrize(
+    ("name", "compiled"),
+    [
+        ("feature_net.0.weight", "_orig_mod.feature_net.0.weight"),
+        ("feature_net.0.weight", "feature_net._orig_mod.0.weight"),
+        ("lstm.weight_ih_l0", "lstm._orig_mod.weight_ih_l0"),
+        ("op_head.2.bias", "_orig_mod.op_head.2.bias"),
+    ],
+)
+def test_a_weight_with_and_without_compilation_is_refused(
+    tmp_path: Path, name: str, compiled: str
+) -> None:
+    content = weights() | {compiled: weights()[name] + 1}
+    said = f"holds both {name!r} and {compiled!r}; save one policy alone"
+    assert refusal(saved(tmp_path, content)) == said
+
+
 def test_two_modules_in_one_state_dict_are_refused(tmp_path: Path) -> None:
     content = prefixed("actor.", weights()) | prefixed("target.", weights(seed=1))
     said = (
