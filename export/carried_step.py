@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export.episodes import Moment
+from export.loaders.load import first_line
 from export.loaders.protocol import LoadedStep
 from export.manifest import Array, step_inputs, step_outputs
 from model.spec import PolicySpec
@@ -60,8 +61,9 @@ class CarriedStep:
                 call = self._calls[num_rows] = self._step.bind(inputs, outputs)
             call()
         except Exception as error:  # whatever the format's own runtime raises
-            sentence = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise StepFault(f"the step fails: {sentence} (batch size {num_rows})") from error
+            raise StepFault(
+                f"the step fails: {first_line(error)} (batch size {num_rows})"
+            ) from error
         for name, array in inputs.items():
             if not np.array_equal(array, given[name][rows]):
                 raise StepFault(f"the step writes to its input {name!r} (batch size {num_rows})")

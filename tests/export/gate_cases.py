@@ -9,7 +9,7 @@ from typing import Self
 import torch
 
 from export.manifest import Precision
-from export.step import PolicyStep, StepOutput
+from export.step import PolicyStep
 from model.checkpoint import load_checkpoint
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
@@ -18,9 +18,6 @@ from tests.golden import GOLDEN
 from tests.random_inputs import random_policy
 
 GATE_GAIN = 6.0
-
-TensorStep = Callable[..., StepOutput]
-"""A step of tensors, in the manifest's order."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from export.manifest import Array, step_inputs, step_outputs
 from export.step import PolicyStep, StepOutput
-from tests.export.gate_cases import Case, TensorStep
+from tests.export.gate_cases import Case
+from tests.loaded_step import TensorStep
 
 Make = Callable[[], TensorStep]
 """Makes a wrong step anew: one that has a memory starts without any."""

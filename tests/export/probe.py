@@ -8,7 +8,8 @@ from torch import Tensor
 
 from export.manifest import Precision, step_outputs
 from export.step import StepInput, StepOutput
-from tests.export.gate_cases import Case, TensorStep
+from tests.export.gate_cases import Case
+from tests.loaded_step import TensorStep
 
 ROUNDING: dict[Precision, tuple[float, float]] = {"fp32": (5e-6, 5e-6), "bf16": (1e-3, 4e-3)}
 """`atol` and `rtol`: no more than two right steps differ by."""
@@ -28,8 +29,8 @@ def difference(case: Case, wrong: TensorStep) -> str | None:
         for number, (inputs, expected) in enumerate(_probe(case)):
             try:
                 got = wrong(*(array.clone() for array in inputs))
-            except (IndexError, RuntimeError) as error:
-                return f"it fails at step {number}: {error}"
+            except (IndexError, RuntimeError) as fault:
+                return f"it fails at step {number}: {fault}"
             for name, want, have in zip(names, expected, got, strict=True):
                 if have.shape != want.shape or have.dtype != want.dtype:
                     return f"{name} is {have.dtype} {tuple(have.shape)}"

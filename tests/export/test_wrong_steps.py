@@ -5,10 +5,11 @@
 
 import pytest
 
-from tests.export.gate_cases import CASES, Case, TensorStep, case_of
+from tests.export.gate_cases import CASES, Case, case_of
 from tests.export.probe import difference
 from tests.export.wrong_steps import stopped_by_gate, why_equivalent, wrong_steps
 from tests.golden import needs_golden
+from tests.loaded_step import TensorStep
 from tests.machine import needs_bf16
 
 EVERY_CASE = [

@@ -15,9 +15,10 @@ from torch.func import functional_call
 
 from export.step import PolicyStep, StepOutput
 from model.policy import FactoredRecurrentActorCritic
-from tests.export.gate_cases import Case, TensorStep
+from tests.export.gate_cases import Case
 from tests.export.named_step import Change, Make
 from tests.export.replaced_calls import calls_of
+from tests.loaded_step import TensorStep
 
 MOST_CELLS = 48
 """Rules (booleans, indices) up to this size are wrong cell by cell, larger ones as a whole."""

@@ -7,7 +7,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from tests.export.gate_cases import Case, TensorStep
+from tests.export.gate_cases import Case
 from tests.export.named_step import (
     Change,
     InputChange,
@@ -16,6 +16,7 @@ from tests.export.named_step import (
     NamedStep,
     with_inputs,
 )
+from tests.loaded_step import TensorStep
 
 MOST_FEATURES = 8
 """Of an observation, evenly spaced, each of which is ignored in turn."""

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor
 
 from export.step import StepOutput
-from tests.export.gate_cases import Case, TensorStep
+from tests.export.gate_cases import Case
 from tests.export.named_step import (
     Inputs,
     Make,
@@ -16,6 +17,7 @@ from tests.export.named_step import (
     Outputs,
     with_outputs,
 )
+from tests.loaded_step import TensorStep
 
 OFF = 1.0
 """By how much an output is off where it is."""
@@ -80,17 +82,16 @@ def _off_where(right: NamedStep, name: str, condition: Condition) -> TensorStep:
 
 
 def _with_memory(right: NamedStep) -> Iterator[tuple[str, Make]]:
-    yield "value off after 20 carried steps", partial(_tired, right)
+    yield "value off from its 21st call on", partial(_tired, right)
     yield "keeps its own state", partial(_stateful, right)
     yield "wrong from its second call of a size on", partial(_wrong_from_the_second, right)
 
 
 def _tired(right: NamedStep) -> TensorStep:
-    calls = [0, 0]
+    calls = count(1)
 
     def run(given: Inputs, out: Outputs) -> Outputs:
-        calls[:] = [calls[0] + 1 if calls[1] == _size(given) else 1, _size(given)]
-        return {**out, "value": out["value"] + OFF * (calls[0] > 20)}
+        return {**out, "value": out["value"] + OFF * (next(calls) > 20)}
 
     return with_outputs(right, run)
 

@@ -9,21 +9,18 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import NamedTuple
 
-import torch
-
-from export.loaders.torch_step import TorchStep
-from export.manifest import Precision, step_inputs, step_outputs
+from export.manifest import Precision
 from export.parity import Gate, ParityError
-from export.process import plain_process
-from export.weights import pack_weights
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
-from tests.export.gate_cases import Case, TensorStep
+from tests.export.gate_cases import Case
 from tests.export.replaced_calls import near_calls, with_call_replaced
 from tests.export.wrong_arrays import wrong_arrays
 from tests.export.wrong_inputs import wrong_inputs
 from tests.export.wrong_moments import wrong_moments
 from tests.export.wrong_outputs import wrong_outputs
+from tests.gate import gate_of, judged
+from tests.loaded_step import TensorStep
 
 
 class WrongStep(NamedTuple):
@@ -45,6 +42,16 @@ OUT_OF_REACH = (
     "no state brings a gate of fresh weights further at this width; the trained ones go beyond 8"
 )
 EQUIVALENT = (
+    Equivalent(
+        "gives the same memory each time",
+        ".*",
+        "whoever runs a step, gate or service, copies what it gives before its next call",
+    ),
+    Equivalent(
+        "linear 4 in TF32",
+        "v1 fresh.*",
+        "it lays out logits that are at most 0.02, and are rounded by less than the tolerance",
+    ),
     Equivalent(r"argmax \d+ by the last of equal ones", ".*", "a tie may be broken either way"),
     Equivalent(
         r"where \d+ with -(1000|1e\+09) for -10000",
@@ -116,12 +123,8 @@ def stopped_by_gate(
     max_batch_size: int,
 ) -> str | None:
     """The sentence with which the gate stops a step, None where it lets it pass."""
-    gate = _gate(policy, normalizer, precision, max_batch_size)
-    spec = policy.spec
-    loaded = TorchStep("it", wrong, step_inputs(spec), step_outputs(spec))
     try:
-        with plain_process():
-            gate.check({"it": loaded})
+        judged(_gate(policy, normalizer, precision, max_batch_size), wrong)
     except ParityError as error:
         return str(error)
     return None
@@ -134,10 +137,4 @@ def _gate(
     precision: Precision,
     max_batch_size: int,
 ) -> Gate:
-    return Gate(
-        pack_weights(policy, normalizer),
-        policy.spec,
-        precision=precision,
-        max_batch_size=max_batch_size,
-        device=torch.device("cpu"),
-    )
+    return gate_of(policy, normalizer, precision=precision, max_batch_size=max_batch_size)
