@@ -27,7 +27,7 @@ OWN = {"notes.txt": "precious", "plots/one.png": "precious"}
 NEW = {"manifest.json": '{"schema_version": 1, "formats": {"pt2": {"file": "policy.pt2"}}}'}
 NEW |= {"policy.pt2": "new"}
 NEVER_CAME = 99
-TRACED = {directory.__file__, stopping.__file__, shutil.__file__}
+TRACED = {directory.__file__, stopping.__file__}
 
 Watch = Callable[[Callable[[], None]], None]
 
