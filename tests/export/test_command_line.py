@@ -628,7 +628,7 @@ def test_a_stopped_export_says_whether_it_has_written(
 ) -> None:
     """Before it is put in its place, as it is, and as it is read again for the table."""
     output.mkdir()
-    arguments = [*FAST, "--preset", "tamiyo-v1", "--output", output, "--overwrite"]
+    arguments = [*FAST, "--preset", "tamiyo-v1", "--output", str(output), "--overwrite"]
     done = subprocess.run(
         [sys.executable, "-c", STOPPED_AT_AN_EVENT, str(int(number)), event, path, *arguments],
         cwd=ROOT,
