@@ -65,5 +65,5 @@ def open_artifact(
         check_signature(directory, content, trusted)
     artifact = Artifact(directory, Manifest.parse(content, directory), content)
     if sha256 is not None and artifact.sha256 != sha256:
-        raise ArtifactError(f"{directory}: was replaced while it was being opened")
+        raise ArtifactError(f"{directory}: its manifest is no longer the one that was read")
     return artifact

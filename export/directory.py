@@ -18,7 +18,7 @@ from pathlib import Path
 
 from export.manifest import MANIFEST_FILE, SIGNATURE_FILE
 
-NEW, OLDER = "new", "older"
+NEW, OLDER, SCRAP = "new", "older", "scrap"
 
 
 @contextmanager
@@ -129,13 +129,14 @@ def _close(workshop: Path, output: Path) -> None:
     older = workshop / OLDER
     if older.exists() and not output.exists():
         older.rename(output)
-    shutil.rmtree(workshop / NEW, ignore_errors=True)
     if older.exists():
         for path in foreign(older):
             if not os.path.lexists(output / path.name):
                 path.rename(output / path.name)
         if not foreign(older):
-            shutil.rmtree(older)
+            older.rename(workshop / SCRAP)  # all of it, even once its manifest has gone
+    for name in (NEW, SCRAP):
+        shutil.rmtree(workshop / name, ignore_errors=True)
     with suppress(OSError):  # it still holds something
         workshop.rmdir()
 
@@ -145,8 +146,8 @@ def foreign(directory: Path) -> list[Path]:
     manifest = _manifest(directory)
     files = [manifest.get("weights"), *_values(manifest.get("formats"))]
     files += _values(manifest.get("reports"))
-    listed = {file.get("file") for file in files if isinstance(file, dict)}
-    listed |= {MANIFEST_FILE, SIGNATURE_FILE}
+    listed = [file.get("file") for file in files if isinstance(file, dict)]
+    listed += [MANIFEST_FILE, SIGNATURE_FILE]
     return sorted(
         path for path in directory.iterdir() if path.name not in listed or path.is_dir()
     )  # fmt: skip

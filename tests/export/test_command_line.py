@@ -474,6 +474,28 @@ def test_overwrite_replaces_an_artifact(
     assert list(output.parent.iterdir()) == [output]
 
 
+def test_overwrite_leaves_what_is_not_the_artifacts_and_names_it(
+    tiny_preset: str, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*FAST, "--preset", tiny_preset, "--output", str(output), "--overwrite", "--json"]
+    assert main(arguments) == 0
+    (output / "thesis.tex").write_text("precious")
+    capsys.readouterr()
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert (output / "thesis.tex").read_text() == "precious"
+    assert printed.err == "export: not part of the artifact: thesis.tex\n"
+    assert Manifest.model_validate_json(printed.out) == Manifest.read(output)
+
+
+def test_a_link_to_nothing_is_refused_before_the_checkpoint_is_read(
+    output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output.symlink_to("nowhere")
+    line = refusal(capsys, "--checkpoint", "absent.pt", "--output", output)
+    assert line == f"export: {output} is a link to nowhere, which does not exist\n"
+
+
 @pytest.mark.parametrize(
     "below",
     [
@@ -568,6 +590,58 @@ def test_export_that_is_stopped_leaves_nothing(
     assert says in seen
     assert b"Traceback" not in seen
     assert [path.name for path in tmp_path.iterdir()] == ["wide.safetensors"]
+
+
+STOPPED_AT_AN_EVENT = """
+import os, sys
+from export.__main__ import main
+
+number, awaited, path = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+
+def stop(event, arguments):
+    if event == awaited and str(arguments[0]).endswith(path):
+        os.kill(os.getpid(), number)
+
+sys.addaudithook(stop)
+raise SystemExit(main(sys.argv[4:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "event", "path", "says"),
+    [
+        pytest.param(
+            *(signal.SIGTERM, 143, "open", "/new/weights.safetensors"),
+            "terminated; no artifact was written",
+            id="before",
+        ),
+        pytest.param(
+            *(signal.SIGTERM, 143, "os.rename", "/new"), "terminated; {} was written", id="in it"
+        ),
+        pytest.param(
+            *(signal.SIGINT, 130, "open", "/tiny/report.json"),
+            "interrupted; {} was written",
+            id="after",
+        ),
+    ],
+)
+def test_a_stopped_export_says_whether_it_has_written(
+    number: signal.Signals, code: int, event: str, path: str, says: str, output: Path
+) -> None:
+    """Before it is put in its place, as it is, and as it is read again for the table."""
+    output.mkdir()
+    arguments = [*FAST, "--preset", "tamiyo-v1", "--output", str(output), "--overwrite"]
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED_AT_AN_EVENT, str(int(number)), event, path, *arguments],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert (done.returncode, done.stderr) == (code, f"export: {says.format(output)}\n")
+    assert list(output.parent.iterdir()) == [output]
+    assert any(output.iterdir()) == ("no artifact" not in says)
 
 
 def everything(screen: Any) -> bytes:

@@ -24,6 +24,8 @@ from export.manifest import (
 from model.spec import PolicySpec
 
 ROOT = Path(__file__).resolve().parents[2]
+SCHEMA_1 = Path(__file__).with_name("schema_1")
+"""What `python -m export --preset tamiyo-v1` wrote at 54b58f5, the first release of the schema."""
 CONTENT = b"what was exported"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
@@ -192,6 +194,59 @@ def test_manifest_this_version_does_not_know_is_refused_naming_the_field(
         Manifest.read(tmp_path)
     assert str(refusal.value).startswith(f"{tmp_path / MANIFEST_FILE}: {named}: ")
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "where", [(), ("formats", "torchscript")], ids=["the gate", "a format in the gate"]
+)
+def test_what_a_later_version_says_beside_how_to_run_is_passed_over(
+    where: tuple[str, ...], manifest: Manifest, tmp_path: Path
+) -> None:
+    document = json.loads(manifest.model_dump_json())
+    described = document["parity"]
+    for key in where:
+        described = described[key]
+    described["added"] = {"by": "a later version"}
+    document["source"]["added"] = 1
+    document["versions"]["added"] = "1.0"
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps(document))
+    read = Manifest.read(tmp_path)
+    assert read.versions == manifest.versions | {"added": "1.0"}
+    assert read.model_copy(update={"versions": manifest.versions}) == manifest
+
+
+def test_manifest_of_the_first_release_is_read() -> None:
+    manifest = Manifest.read(SCHEMA_1)
+    assert manifest.spec == PolicySpec.tamiyo_v1()
+    assert manifest.source == Source(kind="preset", name="tamiyo-v1", seed=0)
+    assert manifest.formats["onnx"].requires is None
+
+
+def fields(document: Any, at: str = "") -> set[str]:
+    """The path of every field; entries of lists, and of mappings by format, have one in common."""
+    if isinstance(document, list):
+        return set().union(*(fields(entry, f"{at}[]") for entry in document))
+    if not isinstance(document, dict):
+        return {at}
+    named = at.removesuffix(".").endswith("formats") or at == ".versions"
+    return set().union(
+        *(fields(of, f"{at}.{'*' if named else name}") for name, of in document.items())
+    )
+
+
+def test_what_is_written_has_only_fields_that_the_first_release_reads(
+    spec: PolicySpec, manifest: Manifest, tmp_path: Path
+) -> None:
+    """A service rolled back serves what a newer exporter wrote, if it uses nothing new."""
+    plain = manifest.model_copy(update={"source": Source(kind="module", name="tiny")})
+    for written in (manifest, plain):
+        written.write(tmp_path)
+        document = json.loads((tmp_path / MANIFEST_FILE).read_bytes())
+        first = json.loads((SCHEMA_1 / MANIFEST_FILE).read_bytes())
+        errors = {f".parity.formats.*.max_error.{array.name}" for array in step_outputs(spec)}
+        assert fields(document) <= fields(first) | errors | {".source.sha256"}
+    assert document["source"] == {"kind": "module", "name": "tiny"}
+    assert document["formats"]["torchscript"].keys() == {"file", "sha256", "bytes"}
 
 
 def test_later_schema_is_named_before_what_it_added(manifest: Manifest, tmp_path: Path) -> None:

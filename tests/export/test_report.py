@@ -1,5 +1,6 @@
 """`report.json`: read back as it was written, and only as it was written."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from export.exporter import export_policy
 from export.manifest import ArtifactError, File, Manifest
 from export.report import REPORT_FILE, Report
 from model.policy import FactoredRecurrentActorCritic
+from tests.export.test_manifest import SCHEMA_1
 from tests.export.test_report_page import report
 
 
@@ -29,6 +31,29 @@ def test_report_survives_its_file(artifact: Path) -> None:
     written = report()
     manifest = with_report(artifact, written.model_dump_json())
     assert Report.read(artifact, manifest) == written
+
+
+def test_report_of_the_first_release_has_no_version_and_is_read() -> None:
+    assert "schema_version" not in json.loads((SCHEMA_1 / REPORT_FILE).read_bytes())
+    read = Report.read(SCHEMA_1, Manifest.read(SCHEMA_1))
+    assert read.schema_version == 1
+    assert read.speedup("onnx").keys() >= {1, 32, 256}
+
+
+def test_report_says_its_version_and_another_one_is_refused(artifact: Path) -> None:
+    document = json.loads((artifact / REPORT_FILE).read_bytes())
+    assert document["schema_version"] == 1
+    later = with_report(artifact, json.dumps(document | {"schema_version": 2}))
+    with pytest.raises(ArtifactError, match=r"report.json: schema_version: Input should be 1$"):
+        Report.read(artifact, later)
+
+
+def test_figures_that_a_later_report_adds_are_passed_over(artifact: Path) -> None:
+    document = json.loads((artifact / REPORT_FILE).read_bytes())
+    expected = Report.read(artifact, Manifest.read(artifact))
+    document["added"] = document["machine"]["added"] = document["eager"][0]["added"] = 1
+    document["formats"]["torchscript"]["added"] = 1
+    assert Report.read(artifact, with_report(artifact, json.dumps(document))) == expected
 
 
 def test_speedup_is_how_many_times_as_fast_as_eager_at_each_batch_size() -> None:

@@ -100,6 +100,19 @@ def test_one_that_does_not_run_here_is_left_out(
     assert "SHA-256" in caplog.text
 
 
+def test_another_artifact_that_took_its_place_is_not_measured(
+    two_formats: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As whoever replaces a directory does, between the server's reading and the measuring."""
+    replaced = Path(shutil.copytree(two_formats, tmp_path / "replaced"))
+    artifact = open_artifact(replaced)
+    artifact.manifest.model_copy(update={"name": "another"}).write(replaced)
+    choose_runtime(artifact, device="cpu", num_threads=1, max_batch_size=4)
+    said = [record.message for record in caplog.records]
+    assert len(said) == 2
+    assert all("its manifest is no longer the one that was read" in line for line in said)
+
+
 def test_where_none_runs_loading_one_says_why(two_formats: Path, tmp_path: Path) -> None:
     spoiled = Path(shutil.copytree(two_formats, tmp_path / "spoiled"))
     for file in Manifest.read(spoiled).formats.values():
