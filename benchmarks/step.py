@@ -3,25 +3,24 @@
 `python -m benchmarks.step` prints tables for each policy; fp32 and bf16 are timed in one run.
 The usual way is `nn.LSTM`, one module a head, a loop over them, and boolean-index assignment for
 forced heads, in eager PyTorch. Every format is loaded from its file, compared with it, and timed in
-turn with it. ONNX Runtime is given NumPy arrays and the others tensors: what each takes without
-conversion.
+turn with it. The naive policy is given tensors, the formats the host's arrays, as the service binds
+them: what each takes.
 """
 
 import argparse
+import hashlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from export.formats import (
-    FORMATS,
-    LoadedStep,
-    StepSource,
-    native_call,
-)
-from export.manifest import Precision
+from export.formats import FORMATS, StepSource
+from export.loaders.load import RUNTIME_OF, load_step
+from export.loaders.protocol import LoadedStep
+from export.manifest import FormatFile, Precision, step_inputs, step_outputs
 from export.parity import TOLERANCES
 from export.report import Latency
 from export.step import PolicyStep, StepInput, StepOutput
@@ -159,7 +158,33 @@ def random_inputs(spec: PolicySpec, batch_size: int, device: torch.device) -> St
 
 def loaded(format_name: str, step: PolicyStep, device: torch.device) -> LoadedStep:
     written = FORMATS[format_name]
-    return written.load(written.write(StepSource(step, max(BATCH_SIZES))), device)
+    content = written.write(StepSource(step, max(BATCH_SIZES)))
+    sha256 = hashlib.sha256(content).hexdigest()
+    return load_step(
+        content,
+        name=RUNTIME_OF[format_name],
+        file=FormatFile(file=written.file, sha256=sha256, bytes=len(content)),
+        inputs=step_inputs(step.spec),
+        outputs=step_outputs(step.spec),
+        device="cuda" if device.type == "cuda" else "cpu",
+        num_threads=torch.get_num_threads(),
+    )
+
+
+def bound(step: LoadedStep, spec: PolicySpec, inputs: StepInput) -> tuple[Call, StepOutput]:
+    """The step's call on these inputs, and the tensors, on the host, it writes to."""
+    given = {
+        array.name: tensor.cpu().numpy()
+        for array, tensor in zip(step_inputs(spec), inputs, strict=True)
+    }
+    wanted = {
+        array.name: np.zeros(
+            [size if isinstance(size, int) else len(inputs[0]) for size in array.shape],
+            dtype=array.dtype,
+        )
+        for array in step_outputs(spec)
+    }
+    return step.bind(given, wanted), tuple(map(torch.from_numpy, wanted.values()))
 
 
 def check(name: str, got: StepOutput, expected: StepOutput, precision: Precision) -> None:
@@ -194,11 +219,13 @@ def measure(
                 steps[name, precision] = loaded(name, source, device)
     for batch_size in BATCH_SIZES:
         inputs = random_inputs(spec, batch_size, device)
-        expected = naive(*inputs)
-        for (name, precision), step in steps.items():
-            check(name, step(*inputs), expected, precision)
+        expected = tuple(output.cpu() for output in naive(*inputs))
         calls: dict[str, Call] = {"naive": partial(naive, *inputs)}
-        calls |= {"-".join(runner): native_call(step, inputs) for runner, step in steps.items()}
+        for (name, precision), step in steps.items():
+            call, got = bound(step, spec, inputs)
+            call()
+            check(name, got, expected, precision)
+            calls[f"{name}-{precision}"] = call
         timed = latencies(calls, batch_size=batch_size, seconds=seconds, device=device)
         yield batch_size, timed["naive"], {runner: timed["-".join(runner)] for runner in steps}
 

@@ -1,7 +1,9 @@
 """Every format does what the policy does, from its file, and says what it needs."""
 
+import io
 import platform
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -11,15 +13,17 @@ from safetensors.torch import load_file
 
 from export.exporter import export_policy
 from export.format_kinds import PORTABLE_FORMATS
-from export.formats import FORMATS, FormatError
+from export.formats import FORMATS, FormatError, StepSource, check_onnx
 from export.loaders.machine import machine_capability
-from export.manifest import Manifest, Source
+from export.loaders.torch_warnings import torch_speaks_of_itself
+from export.manifest import Manifest, Source, step_inputs, step_outputs
+from export.step import PolicyStep
 from model.checkpoint import load_checkpoint
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from tests.golden import GOLDEN, golden_tensors, needs_golden
-from tests.loaded_step import load_from, run_step
+from tests.loaded_step import allocated, load_from, run_step
 from tests.machine import needs_bf16
 from tests.naive import NaivePolicy
 from tests.random_inputs import (
@@ -163,6 +167,59 @@ def test_machine_code_names_the_machine_it_needs_and_nothing_else_does(artifact:
     assert formats["aoti"].requires == machine_capability("cpu")
     assert {formats[name].requires for name in PORTABLE_FORMATS} == {None}
     assert platform.machine() in (formats["aoti"].requires or "").split()
+
+
+def test_pt2_takes_as_many_rows_as_the_largest_batch_and_no_more(
+    artifact: Path, odd_spec: PolicySpec
+) -> None:
+    content = Manifest.read(artifact).formats["pt2"].read(artifact)
+    (batch,) = exported(content).range_constraints.values()
+    assert (batch.lower, batch.upper) == (1, MAX_BATCH_SIZE)
+    step = load_from(artifact, "pt2")
+    inputs, outputs = step_inputs(odd_spec), step_outputs(odd_spec)
+    step.bind(allocated(inputs, MAX_BATCH_SIZE), allocated(outputs, MAX_BATCH_SIZE))()
+    too_many = MAX_BATCH_SIZE + 1
+    with pytest.raises(AssertionError, match=f"<= {MAX_BATCH_SIZE}"):
+        step.bind(allocated(inputs, too_many), allocated(outputs, too_many))()
+
+
+def exported(content: bytes) -> torch.export.ExportedProgram:
+    with torch_speaks_of_itself():
+        return torch.export.load(io.BytesIO(content))
+
+
+def test_a_step_is_written_as_it_evaluates_whatever_it_did_before(
+    odd_policy: FactoredRecurrentActorCritic,
+) -> None:
+    step = PolicyStep(odd_policy, None)
+    assert step.training
+    assert not any(module.training for module in StepSource(step, 2).step.modules())
+
+
+def onnx_model(**changes: int) -> onnx.ModelProto:
+    """A model of one sum; `changes` to its output's size and its node's number of inputs."""
+    size, num_inputs = changes.get("size", 3), changes.get("num_inputs", 2)
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [3])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [size])
+    node = onnx.helper.make_node("Add", ["x"] * num_inputs, ["y"])
+    return onnx.helper.make_model(onnx.helper.make_graph([node], "sum", [x], [y]))
+
+
+@pytest.mark.parametrize("changes", [{"size": 4}, {"num_inputs": 3}])
+def test_onnx_that_is_against_its_standard_is_refused(changes: dict[str, int]) -> None:
+    check_onnx(onnx_model().SerializeToString())
+    with pytest.raises(FormatError, match=r"^onnx was written against its standard: \S"):
+        check_onnx(onnx_model(**changes).SerializeToString())
+
+
+def test_onnx_is_checked_as_it_is_written(
+    odd_policy: FactoredRecurrentActorCritic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's exporter writes something else than ONNX here, as a release of it might."""
+    wrong = SimpleNamespace(model_proto=onnx_model(size=4))
+    monkeypatch.setattr("torch.onnx.export", lambda *_, **__: wrong)
+    with pytest.raises(FormatError, match="against its standard"):
+        FORMATS["onnx"].write(StepSource(PolicyStep(odd_policy, None), 2))
 
 
 @needs_golden
