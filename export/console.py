@@ -50,5 +50,5 @@ def summarize(
             *(f"{speedup[size]:.1f}x" for size in sizes),
         )
     Console(soft_wrap=True, highlight=False).print(table)
-    legend = "error: largest of any output; equal: share of actions that are eager's"
+    legend = "error: largest of any output; equal: share of free actions that are eager's"
     say(legend + ("; B: times as fast as eager at that batch size" if sizes else ""))

@@ -98,8 +98,10 @@ class FormatFile(File):
 class FormatParity(Description):
     """How one format compared with the eager policy, over `rows` rows of carried steps.
 
-    The agreements are the shares of decisions equal to eager's, of all and of the greedy ones
-    (those without noise); the others are within the tolerance of eager's best.
+    The agreements are the shares of free decisions equal to eager's, of all and of the greedy ones
+    (those without noise); the others are within the tolerance of eager's best. Free is a head that
+    matters, has a choice, and no noise that points at one. `max_error` is by output, and weighed:
+    `|got - expected| / (1 + rtol / atol * |expected|)`, of which `atol` is the limit.
     """
 
     rows: int
