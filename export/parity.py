@@ -108,8 +108,8 @@ class ParityRun:
         if wrong.any():
             row, head = _first(wrong)
             self._fault(
-                f"action of head {heads.names[head]!r}, row {row} is {int(action[row, head])}, "
-                f"expected {int(best[row, head])}{_where(moment, row)}"
+                f"action of head {heads.names[head]!r}, row {int(moment.row[row])} is "
+                f"{int(action[row, head])}, expected {int(best[row, head])}{_where(moment, row)}"
             )
         log_prob = outputs["log_prob"]
         bounds = [heads.log_prob_of(bound, action) for bound in (lower, upper)]
@@ -118,8 +118,8 @@ class ParityRun:
         if uncertain.any():
             row, head = _first(uncertain)
             self._fault(
-                f"log_prob[{row}, {head}] is {log_prob[row, head].item():.9g}, expected exactly 0: "
-                f"head {heads.names[head]!r} does not matter for its op{_where(moment, row)}"
+                f"{_cell('log_prob', moment, (row, head))} is {log_prob[row, head].item():.9g}, "
+                f"expected exactly 0: head {heads.names[head]!r} does not matter for its op{_where(moment, row)}"
             )
         self._count(action == best, matters & (allowed.sum(-1) > 1), moment)
 
@@ -174,7 +174,7 @@ class ParityRun:
         if beyond.any():
             index = _first(beyond)
             self._fault(
-                f"{name}[{', '.join(map(str, index))}] is {got[index].item():.9g}, expected "
+                f"{_cell(name, moment, index)} is {got[index].item():.9g}, expected "
                 f"{expected[index].item():.9g}{_where(moment, index[0])}"
             )
         largest = error.abs().max().item()
@@ -261,29 +261,28 @@ class Gate:
         seconds = dict.fromkeys(steps, 0.0)
         with torch.inference_mode():
             for episode in maker.episodes:
-                num_rows, largest = episode.num_rows, max(episode.sizes)
                 carried = {
-                    name: CarriedStep(step, self.spec, num_rows=num_rows, largest=largest)
+                    name: CarriedStep(
+                        step, self.spec, num_rows=episode.num_rows, largest=max(episode.sizes)
+                    )
                     for name, step in steps.items()
                 }
-                judge = CarriedJudge(self.judge, num_rows)
-                exact = CarriedJudge(self.exact, num_rows)
+                judge = CarriedJudge(self.judge, episode.num_rows)
+                exact = CarriedJudge(self.exact, episode.num_rows)
                 for moment in maker.moments(episode):
                     outputs = {}
                     for name, step in carried.items():
                         with _told_of(name, seconds):
                             outputs[name] = scaled(step.run(moment), self.spec)
-                    for part in _parts(moment):
-                        on_device = part.to(self.judge.device)
-                        scores = judge.scores(on_device)
+                    for part in _parts(moment, self.judge.device):
+                        scores = judge.scores(part)
                         for name, run in runs.items():
                             with _told_of(name, seconds):
-                                rows = _rows(outputs[name], part.row, self.judge.device)
-                                run.compare(rows, on_device, scores)
+                                run.compare(_rows(outputs[name], part), part, scores)
                         if self.precision != "fp32":
                             with _told_of(self.precision):
-                                rows = self.judge.outputs(on_device, scores)
-                                loss.compare(rows, on_device, exact.scores(on_device))
+                                rounded = self.judge.outputs(part, scores)
+                                loss.compare(rounded, part, exact.scores(part))
         return self._verdict(maker, runs, loss, seconds)
 
     def _verdict(
@@ -324,14 +323,21 @@ def _told_of(name: str, seconds: dict[str, float] | None = None) -> Iterator[Non
             seconds[name] += time.perf_counter() - start
 
 
-def _parts(moment: Moment) -> Iterator[Moment]:
-    """As many rows at a time as a judge's memory is meant for."""
+def _parts(moment: Moment, device: torch.device) -> Iterator[Moment]:
+    """As many rows at a time as a judge's memory is meant for, where it is."""
     for start in range(0, len(moment.row), ROWS):
-        yield moment.part(slice(start, start + ROWS))
+        yield moment.part(slice(start, start + ROWS)).to(device)
 
 
-def _rows(outputs: Mapping[str, Tensor], rows: Tensor, device: torch.device) -> dict[str, Tensor]:
-    return {name: output[rows].to(device) for name, output in outputs.items()}
+def _rows(outputs: Mapping[str, Tensor], part: Moment) -> dict[str, Tensor]:
+    """A step's outputs of these rows, where the judge is."""
+    rows = part.row.to("cpu")
+    return {name: output[rows].to(part.row.device) for name, output in outputs.items()}
+
+
+def _cell(name: str, moment: Moment, index: tuple[int, ...]) -> str:
+    """An output's cell as the message has it: by the row's own number."""
+    return f"{name}[{', '.join(map(str, (int(moment.row[index[0]]), *index[1:])))}]"
 
 
 def _where(moment: Moment, row: int) -> str:

@@ -27,7 +27,7 @@ class Case:
     policy: FactoredRecurrentActorCritic
     normalizer: ObservationNormalizer | None
     precision: Precision = "fp32"
-    max_batch_size: int = 16
+    max_batch_size: int = 128
 
     def step(self) -> PolicyStep:
         """The right step, packed from copies: whoever changes it changes nothing else."""
@@ -107,7 +107,7 @@ def recorded(name: str) -> tuple[FactoredRecurrentActorCritic, ObservationNormal
 
 
 CASES: dict[str, Callable[[], Case]] = {
-    "v1 fresh, largest batch 128": lambda: Case(fresh(small_v1()), None, max_batch_size=128),
+    "v1 fresh, largest batch 16": lambda: Case(fresh(small_v1()), None, max_batch_size=16),
     "v1 fresh, normaliser": lambda: Case(fresh(small_v1()), statistics(21)),
     "v1, normaliser": lambda: Case(trained(small_v1()), statistics(21)),
     "v1, as many features as choices, largest batch 2": lambda: Case(
