@@ -119,7 +119,8 @@ class ParityRun:
             row, head = _first(uncertain)
             self._fault(
                 f"{_cell('log_prob', moment, (row, head))} is {log_prob[row, head].item():.9g}, "
-                f"expected exactly 0: head {heads.names[head]!r} does not matter for its op{_where(moment, row)}"
+                f"expected exactly 0: head {heads.names[head]!r} does not matter for its op"
+                f"{_where(moment, row)}"
             )
         self._count(action == best, matters & (allowed.sum(-1) > 1), moment)
 
