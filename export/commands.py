@@ -10,13 +10,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.console import Console
 
 from export.artifact import open_artifact
+from export.comparison import ParityError
 from export.console import fail, name_unlisted, say, summarize
 from export.directory import check_output
 from export.exporter import export_policy
 from export.formats import FormatError
 from export.manifest import ArtifactError, Manifest
 from export.options import chosen_formats
-from export.parity import ParityError
 from export.report import REPORT_PAGE, Report
 from export.signature import load_private_key, load_public_key
 from export.sources import load_source, readable

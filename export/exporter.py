@@ -11,6 +11,7 @@ from typing import NamedTuple, TypedDict
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from export.comparison import ParityError
 from export.directory import staged
 from export.episodes import LARGEST_BATCH_SIZE
 from export.format_kinds import PORTABLE_FORMATS
@@ -31,7 +32,7 @@ from export.manifest import (
     step_outputs,
 )
 from export.measurement import EAGER, measure_latency, row_difference
-from export.parity import Gate, ParityError, Verdict
+from export.parity import Gate, Verdict
 from export.process import plain_process
 from export.report import REPORT_FILE, REPORT_PAGE, FormatReport, Latency, Report
 from export.report_page import render

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from export.episodes import Moment
 from export.floor_bounds import LogProbBounds, floor_bounds
-from export.manifest import Precision
-from export.rounded_policy import round_products
+from export.rounded_policy import RoundedLinear, round_products
 from export.weights import RebuiltPolicy, rebuild
 from model.heads import HeadTable
 from model.policy import FactoredRecurrentActorCritic, Scores
@@ -17,16 +16,21 @@ from model.spec import SLOT_BY_OP, PolicySpec
 
 
 class Judge:
-    """One policy's answers, in float32 or with its products in bf16, on one device."""
+    """One policy's answers, on one device: in float32, or with its products rounded to bf16."""
 
     def __init__(
-        self, weights: bytes, spec: PolicySpec, precision: Precision, device: torch.device
+        self,
+        weights: bytes,
+        spec: PolicySpec,
+        device: torch.device,
+        *,
+        linear: type[RoundedLinear] | None = None,
     ) -> None:
         self.rebuilt: RebuiltPolicy = rebuild(weights, spec, device)
         self.policy: FactoredRecurrentActorCritic = self.rebuilt.policy
         self.normalizer = self.rebuilt.normalizer
-        if precision == "bf16":
-            round_products(self.policy)
+        if linear is not None:
+            round_products(self.policy, linear)
         self.spec = spec
         self.device = device
         self.heads: HeadTable = self.policy.heads

@@ -14,27 +14,7 @@ from model.policy import FactoredRecurrentActorCritic
 from model.recurrence import LSTM, ResidualLSTM, State, cell_update
 
 
-def round_products(policy: FactoredRecurrentActorCritic) -> FactoredRecurrentActorCritic:
-    """Turns every product of `policy` into one in bf16, in place; it can act, and not learn."""
-    first = cast(nn.Linear, policy.feature_net[0])
-    policy.feature_net[0] = _RoundedFeatures(first, policy.spec.observation_dim, _slots(policy))
-    for module in list(policy.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, _RoundedLinear(child.weight, child.bias))
-    lstm = policy.lstm
-    if isinstance(lstm, ResidualLSTM):
-        lstm.layers = nn.ModuleList(_RoundedLSTM(cast(LSTM, layer)) for layer in lstm.layers)
-    else:
-        policy.lstm = cast(LSTM, _RoundedLSTM(lstm))
-    return policy
-
-
-def _slots(policy: FactoredRecurrentActorCritic) -> int:
-    return 0 if policy.blueprint_embedding is None else policy.spec.num_slots
-
-
-class _RoundedLinear(nn.Module):
+class RoundedLinear(nn.Module):
     """`[..., in]` to `[..., out]`, float32 that bf16 can hold."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
@@ -46,18 +26,57 @@ class _RoundedLinear(nn.Module):
         return _rounded(nn.functional.linear(_rounded(x), self.weight, self.bias))
 
 
+class BackwardLinear(RoundedLinear):
+    """The same, summed from the last input to the first: as right, and rounded elsewhere at times.
+
+    A sum that lies between two bf16 numbers falls to the one or the other with its last bits, and
+    those are the order's. How often shows in how far two such policies are apart.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _rounded(nn.functional.linear(_rounded(x).flip(-1), self.weight.flip(-1), self.bias))
+
+
+def round_products(
+    policy: FactoredRecurrentActorCritic, linear: type[RoundedLinear] = RoundedLinear
+) -> FactoredRecurrentActorCritic:
+    """Turns every product of `policy` into one in bf16, in place; it can act, and not learn."""
+    first = cast(nn.Linear, policy.feature_net[0])
+    policy.feature_net[0] = _RoundedFeatures(
+        first, linear, policy.spec.observation_dim, _slots(policy)
+    )
+    for module in list(policy.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, linear(child.weight, child.bias))
+    lstm = policy.lstm
+    if isinstance(lstm, ResidualLSTM):
+        lstm.layers = nn.ModuleList(
+            _RoundedLSTM(cast(LSTM, layer), linear) for layer in lstm.layers
+        )
+    else:
+        policy.lstm = cast(LSTM, _RoundedLSTM(lstm, linear))
+    return policy
+
+
+def _slots(policy: FactoredRecurrentActorCritic) -> int:
+    return 0 if policy.blueprint_embedding is None else policy.spec.num_slots
+
+
 class _RoundedFeatures(nn.Module):
     """The first layer: the observation's product, and what each slot's blueprint adds to it.
 
     What a blueprint in a slot adds is a product of weights, rounded as one.
     """
 
-    def __init__(self, linear: nn.Linear, observation_dim: int, num_slots: int) -> None:
+    def __init__(
+        self, first: nn.Linear, linear: type[RoundedLinear], observation_dim: int, num_slots: int
+    ) -> None:
         super().__init__()
-        weight = linear.weight.detach()
+        weight = first.weight.detach()
         self.observation_dim = observation_dim
         self.num_slots = num_slots
-        self.observation = _RoundedLinear(weight[:, :observation_dim], linear.bias)
+        self.observation = linear(weight[:, :observation_dim], first.bias)
         self.register_buffer("by_slot", weight[:, observation_dim:].clone())
         self.by_slot: Tensor
 
@@ -75,10 +94,10 @@ class _RoundedFeatures(nn.Module):
 class _RoundedLSTM(nn.Module):
     """One product for each layer's gates, of input and hidden state together."""
 
-    def __init__(self, lstm: LSTM) -> None:
+    def __init__(self, lstm: LSTM, linear: type[RoundedLinear]) -> None:
         super().__init__()
         self.gates = nn.ModuleList(
-            _RoundedLinear(torch.cat([w_ih, w_hh], dim=-1), b_ih + b_hh)
+            linear(torch.cat([w_ih, w_hh], dim=-1), b_ih + b_hh)
             for w_ih, w_hh, b_ih, b_hh in lstm.layer_parameters()
         )
 

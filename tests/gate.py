@@ -2,9 +2,10 @@
 
 import torch
 
+from export.comparison import ParityRun
 from export.loaders.torch_step import TorchStep
 from export.manifest import Precision, step_inputs, step_outputs
-from export.parity import Gate, ParityRun
+from export.parity import Gate
 from export.process import plain_process
 from export.weights import pack_weights
 from model.normalizer import ObservationNormalizer

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import NamedTuple
 
+from export.comparison import ParityError
 from export.manifest import Precision
-from export.parity import Gate, ParityError
+from export.parity import Gate
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 from tests.export.gate_cases import Case

@@ -1,0 +1,171 @@
+"""One side's answers against a judge's: array by array, decision by decision."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from export.episodes import Moment
+from export.judge import Judge
+from export.manifest import FormatParity
+from model.policy import Scores
+
+
+class Tolerance(NamedTuple):
+    """How far two sides may be apart: `atol + rtol * |expected|`, and in how many free greedy
+    decisions.
+
+    An action is within it where the policy's score of it is `atol` short of its best, or less.
+    Where floors jump, scores and log-probs have bounds (`export.floor_bounds`), not one number.
+    float32 has no other limit: where it differs from eager's, the two are a tie to float32.
+    """
+
+    atol: float
+    rtol: float
+    min_greedy_agreement: float
+
+
+class ParityError(Exception):
+    """An exported file does not do what the policy does; the message says where first."""
+
+
+class ParityRun:
+    """What the comparison of one side with a judge adds up to.
+
+    Errors are weighed: `|got - expected| / (1 + rtol / atol * |expected|)`, of which `atol` is the
+    limit. Decisions count where they are free: a head that matters, with a choice, and no noise
+    that points at one.
+    """
+
+    def __init__(self, judge: Judge, tolerance: Tolerance) -> None:
+        self.judge = judge
+        self.tolerance = tolerance
+        self.rows = 0
+        self.free = 0
+        self.equal = 0
+        self.greedy_free = 0
+        self.greedy_equal = 0
+        self.max_error: dict[str, float] = {}
+        self.error_by_step: list[float] = []
+        self._sums: dict[str, Tensor] = {}
+
+    def compare(self, outputs: Mapping[str, Tensor], moment: Moment, scores: Scores) -> None:
+        """One moment's rows, value and Q in the network's units. Raises ParityError, at the first
+        array beyond the tolerance, naming array, row, expected and got."""
+        heads, tolerance = self.judge.heads, self.tolerance
+        for name, expected in (
+            ("state_h_out", scores.state[0]),
+            ("state_c_out", scores.state[1]),
+            ("value", scores.value),
+        ):
+            self._compare(name, outputs[name], expected, moment)
+        action = outputs["action"]
+        outside = (action < 0) | (action >= torch.tensor(heads.sizes, device=action.device))
+        if outside.any():
+            self._fault(f"action is outside its head{_where(moment, first(outside)[0])}")
+        op = action[..., heads.op_index]
+        for name, expected in self.judge.extra(scores, op).items():
+            self._compare(name, outputs[name], expected, moment)
+        noise = heads.spread(moment.noise)
+        best = scores.choices.choose(noise).action
+        lower, upper = self.judge.log_prob_bounds(
+            moment, scores, op, atol=tolerance.atol, rtol=tolerance.rtol
+        )
+        _, allowed = scores.choices.given(op)
+        matters = heads.relevant(op)
+        taken = (upper + noise).gather(-1, action.unsqueeze(-1)).squeeze(-1)
+        is_best = (lower + noise).amax(-1) - taken <= tolerance.atol  # False for NaN
+        wrong = ~torch.where(matters, is_best, action == heads.forced(allowed))
+        if wrong.any():
+            row, head = first(wrong)
+            self._fault(
+                f"action of head {heads.names[head]!r}, row {int(moment.row[row])} is "
+                f"{int(action[row, head])}, expected {int(best[row, head])}{_where(moment, row)}"
+            )
+        log_prob = outputs["log_prob"]
+        bounds = [heads.log_prob_of(bound, action) for bound in (lower, upper)]
+        self._compare("log_prob", log_prob, log_prob.clamp(*bounds), moment)
+        uncertain = ~matters & (log_prob != 0)
+        if uncertain.any():
+            row, head = first(uncertain)
+            self._fault(
+                f"{_cell('log_prob', moment, (row, head))} is {log_prob[row, head].item():.9g}, "
+                f"expected exactly 0: head {heads.names[head]!r} does not matter for its op"
+                f"{_where(moment, row)}"
+            )
+        self._count(action == best, matters & (allowed.sum(-1) > 1), moment)
+
+    def finish(self) -> None:
+        """Raises ParityError where too few free greedy decisions are the policy's own."""
+        least = self.tolerance.min_greedy_agreement
+        if self.greedy_agreement < least:
+            raise ParityError(
+                f"{self.greedy_agreement:.3%} of the free greedy decisions are the policy's own, "
+                f"at least {least:.1%} must be"
+            )
+
+    @property
+    def greedy_agreement(self) -> float:
+        return self.greedy_equal / max(self.greedy_free, 1)
+
+    def mean_error(self, name: str) -> Tensor:
+        """Of an output, signed, by column: float64 `[columns]`, a value's one."""
+        return self._sums[name][0] / self.rows
+
+    def mean_distance(self, name: str) -> Tensor:
+        """The same of its absolute."""
+        return self._sums[name][1] / self.rows
+
+    def summary(self) -> FormatParity:
+        return FormatParity(
+            rows=self.rows,
+            action_agreement=self.equal / max(self.free, 1),
+            greedy_agreement=self.greedy_agreement,
+            max_error=self.max_error,
+        )
+
+    def _fault(self, sentence: str) -> None:
+        raise ParityError(sentence)
+
+    def _compare(self, name: str, got: Tensor, expected: Tensor, moment: Moment) -> None:
+        tolerance = self.tolerance
+        error = (got - expected) / (1.0 + tolerance.rtol / tolerance.atol * expected.abs())
+        beyond = ~(error.abs() <= tolerance.atol)  # True for NaN
+        if beyond.any():
+            index = first(beyond)
+            self._fault(
+                f"{_cell(name, moment, index)} is {got[index].item():.9g}, expected "
+                f"{expected[index].item():.9g}{_where(moment, index[0])}"
+            )
+        largest = error.abs().max().item()
+        self.max_error[name] = max(self.max_error.get(name, 0.0), largest)
+        while len(self.error_by_step) <= moment.number:
+            self.error_by_step.append(0.0)
+        self.error_by_step[moment.number] = max(self.error_by_step[moment.number], largest)
+        by_row = error.double().view(len(error), -1)
+        sums = torch.stack([by_row.sum(0), by_row.abs().sum(0)]).cpu()
+        self._sums[name] = self._sums.get(name, torch.zeros_like(sums)) + sums
+
+    def _count(self, equal: Tensor, has_choice: Tensor, moment: Moment) -> None:
+        free = has_choice & moment.is_free[:, None]
+        greedy = free & moment.is_greedy[:, None]
+        self.rows += len(equal)
+        self.free += int(free.sum())
+        self.equal += int((free & equal).sum())
+        self.greedy_free += int(greedy.sum())
+        self.greedy_equal += int((greedy & equal).sum())
+
+
+def _cell(name: str, moment: Moment, index: tuple[int, ...]) -> str:
+    """An output's cell as the message has it: by the row's own number."""
+    return f"{name}[{', '.join(map(str, (int(moment.row[index[0]]), *index[1:])))}]"
+
+
+def _where(moment: Moment, row: int) -> str:
+    return f" (batch size {int(moment.batch_size[row])}, step {moment.number})"
+
+
+def first(wrong: Tensor) -> tuple[int, ...]:
+    """The index of the first that is."""
+    return tuple(wrong.nonzero()[0].tolist())
