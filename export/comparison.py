@@ -13,8 +13,8 @@ from model.policy import Scores
 
 
 class Tolerance(NamedTuple):
-    """How far two sides may be apart: `atol + rtol * |expected|`, and in how many free greedy
-    decisions.
+    """How far two sides may be apart: `atol + rtol * |expected|`, and in how many of the free
+    decisions, and of the greedy among them.
 
     An action is within it where the policy's score of it is `atol` short of its best, or less.
     Where floors jump, scores and log-probs have bounds (`export.floor_bounds`), not one number.
@@ -97,13 +97,25 @@ class ParityRun:
         self._count(action == best, matters & (allowed.sum(-1) > 1), moment)
 
     def finish(self) -> None:
-        """Raises ParityError where too few free greedy decisions are the policy's own."""
+        """Raises ParityError where too few free decisions, or greedy ones, are the policy's own."""
         least = self.tolerance.min_greedy_agreement
-        if self.greedy_agreement < least:
-            raise ParityError(
-                f"{self.greedy_agreement:.3%} of the free greedy decisions are the policy's own, "
-                f"at least {least:.1%} must be"
-            )
+        for share, which in (
+            (self.greedy_agreement, "free greedy decisions"),
+            (self.action_agreement, "free decisions"),
+        ):
+            if share < least:
+                raise ParityError(
+                    f"{share:.3%} of the {which} are the policy's own, at least {least:.1%} must be"
+                )
+
+    @property
+    def differing(self) -> int:
+        """Free decisions that are not the policy's own."""
+        return self.free - self.equal
+
+    @property
+    def action_agreement(self) -> float:
+        return self.equal / max(self.free, 1)
 
     @property
     def greedy_agreement(self) -> float:
@@ -120,7 +132,7 @@ class ParityRun:
     def summary(self) -> FormatParity:
         return FormatParity(
             rows=self.rows,
-            action_agreement=self.equal / max(self.free, 1),
+            action_agreement=self.action_agreement,
             greedy_agreement=self.greedy_agreement,
             max_error=self.max_error,
         )

@@ -18,10 +18,16 @@ PRECISION_LOSS = Tolerance(atol=0.1, rtol=0.02, min_greedy_agreement=0.98)
 LARGEST_MEAN_LOSS = 0.02
 """In the mean over all rows, of any output."""
 MEAN_MARGIN = 4.0
-"""How much further off, in the mean, a bf16 artifact may be than sums in another order are."""
+"""How much further off, in the mean, a bf16 artifact may be than sums in another order are; and in
+how many more decisions."""
+FEW = 8
+"""Decisions, of thousands, that any two right steps may differ in."""
 SHARES_OF_LOSS = (0.01, 0.25)
 """Whatever the orders say, it is that much closer to bf16 than bf16 is to float32: no more need be
 shown than the first, and no less will do than the second."""
+EARLY_ROWS = 2048
+EARLY_MARGIN = 4.0
+"""Times the margin: what is far beyond it so soon need not be run to the end."""
 SMALLEST_DISTANCE = 1e-7
 """In the mean, of arrays that bf16 leaves as they are."""
 
@@ -73,7 +79,22 @@ class Rounding:
         self.order.compare(other, part, scores)
 
     def check(self, run: ParityRun) -> None:
-        """Raises ParityError where a column is further off, in the mean, than rounding explains."""
+        """Raises ParityError where rounding does not explain how many decisions are others, or how
+        far a column is off in the mean."""
+        most = MEAN_MARGIN * self.order.differing + FEW
+        if run.differing > most:
+            raise ParityError(
+                f"{run.differing} of {run.free} free decisions are not the policy's own, and at "
+                f"most {most:.0f} of them are bf16's rounding"
+            )
+        self._check(run, 1.0)
+
+    def check_early(self, run: ParityRun) -> None:
+        """The same once, with a wider margin, while there are few rows."""
+        if EARLY_ROWS <= run.rows < 2 * EARLY_ROWS:
+            self._check(run, EARLY_MARGIN)
+
+    def _check(self, run: ParityRun, margin: float) -> None:
         least, most = SHARES_OF_LOSS
         for name in run.max_error:
             distance = run.mean_distance(name)
@@ -81,6 +102,7 @@ class Rounding:
             by_order = MEAN_MARGIN * by_order.clamp(min=float(by_order.mean()))
             by_loss = self.loss.mean_distance(name)
             limit = by_order.clamp(least * by_loss, most * by_loss) + SMALLEST_DISTANCE
+            limit = margin * limit
             beyond = distance > limit
             if beyond.any():
                 (column,) = first(beyond)

