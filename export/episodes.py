@@ -3,7 +3,8 @@
 The rows are made to show faults, as a test generator's inputs are. Whatever a step computes, some
 row makes it visible in an output: one feature far beyond the others shows a clip that a LayerNorm
 would cancel; noise that lifts one choice above all others shows that choice's log-prob, or that its
-mask bit was read; states along a row of the recurrent weights drive that gate as far as it goes.
+mask bit was read; states along a row of the recurrent weights drive a gate as far as it goes, one
+that the row's observation drives already.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -138,6 +139,7 @@ class EpisodeMaker:
     def __init__(self, rebuilt: RebuiltPolicy, max_batch_size: int, *, seed: int = 0) -> None:
         self.spec: PolicySpec = rebuilt.policy.spec
         self.heads = HeadTable(self.spec)
+        self.policy = rebuilt.policy
         self.normalizer = rebuilt.normalizer
         self.hidden_weights = [weight.cpu() for weight in _hidden_weights(rebuilt.policy.lstm)]
         self.generator = torch.Generator().manual_seed(seed)
@@ -177,18 +179,20 @@ class EpisodeMaker:
             batch_size[rows] = len(rows)
         mask = self._masks(num_rows)
         noise, is_free, is_greedy = self._noise(num_rows)
+        observation = self._observations(num_rows)
+        blueprint_index = self._blueprints(num_rows)
         return Moment(
             number=number,
             row=row,
             batch_size=batch_size,
             batches=batches,
-            observation=self._observations(num_rows),
+            observation=observation,
             action_mask=mask,
             noise=noise,
-            blueprint_index=self._blueprints(num_rows),
+            blueprint_index=blueprint_index,
             slot_by_op_mask=self._slots_by_op(mask),
             begins=self._begins(num_rows),
-            begin_state=self._begin_state(num_rows),
+            begin_state=self._begin_state(num_rows, observation, blueprint_index),
             is_free=is_free,
             is_greedy=is_greedy,
         )
@@ -270,29 +274,51 @@ class EpisodeMaker:
         often = torch.arange(num_rows) % 2 == 0
         return self._rand((num_rows,)) < torch.where(often, 0.25, 0.02)
 
-    def _begin_state(self, num_rows: int) -> State:
+    def _begin_state(
+        self, num_rows: int, observation: Tensor, blueprint_index: Tensor | None
+    ) -> State:
         """Zeros; anything; saturated; or each layer's state along a row of its gates' weights."""
         shape = (num_rows, self.spec.num_layers, self.spec.hidden_dim)
-        layers = []
-        for weight in self.hidden_weights:
-            gates = torch.randint(len(weight), (num_rows,), generator=self.generator)
-            layers.append(weight[gates].sign())
-        toward = torch.stack(layers, dim=1) * self._signs((num_rows, 1, 1))
+        toward = torch.stack([self._driving(w, num_rows) for w in self.hidden_weights], dim=1)
+        inputs = self._first_gates(observation, blueprint_index)
+        kind = self._one_hot((num_rows,), 4).repeat_interleave(self.spec.hidden_dim, dim=-1)
+        some = kind & (self._rand(inputs.shape) < 0.5)
+        gates = torch.where(some, inputs.abs(), -1.0).argmax(-1, keepdim=True)
+        sign = inputs.gather(-1, gates).sign()
+        toward[:, 0] = self.hidden_weights[0][gates[:, 0]].sign() * sign
         anything = self._rand(shape) * 2 - 1
         signs = self._signs(shape)
         memory = self._log_uniform((num_rows, 1, 1), 0.1, LONGEST_MEMORY)
         kinds = self._rand((num_rows,))
-        h = _chosen(kinds, {0.3: torch.zeros(shape), 0.5: anything, 0.6: signs, 1.0: toward})
+        h = _chosen(kinds, {0.25: torch.zeros(shape), 0.4: anything, 0.5: signs, 1.0: toward})
         c = _chosen(
             kinds,
             {
-                0.3: torch.zeros(shape),
-                0.5: 3.0 * self._normal(shape),
-                0.6: signs * SATURATION,
+                0.25: torch.zeros(shape),
+                0.4: 3.0 * self._normal(shape),
+                0.5: signs * SATURATION,
                 1.0: signs * memory,
             },
         )
         return h, c
+
+    def _driving(self, weight: Tensor, num_rows: int) -> Tensor:
+        """Hidden states that drive one of a layer's gates each, up or down, as far as they can."""
+        gates = torch.randint(len(weight), (num_rows,), generator=self.generator)
+        return weight[gates].sign() * self._signs((num_rows, 1))
+
+    def _first_gates(self, observation: Tensor, blueprint_index: Tensor | None) -> Tensor:
+        """What the first layer's gates get of the input, `[rows, 4 * hidden]`."""
+        device = self.policy.heads.valid.device
+        x = observation.to(device)
+        if self.normalizer is not None:
+            x = self.normalizer(x)
+        x = self.policy.features(x, None if blueprint_index is None else blueprint_index.to(device))
+        lstm = self.policy.lstm
+        if isinstance(lstm, ResidualLSTM):
+            x, lstm = lstm.input_proj(x), cast(LSTM, lstm.layers[0])
+        w_ih, _, b_ih, b_hh = lstm.layer_parameters()[0]
+        return nn.functional.linear(x, w_ih, b_ih + b_hh).cpu()
 
     def _rand(self, shape: Sequence[int]) -> Tensor:
         return torch.rand(*shape, generator=self.generator)

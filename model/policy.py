@@ -201,7 +201,7 @@ class FactoredRecurrentActorCritic(nn.Module):
             check_state(state, (batch_size, *self.state_shape))
         lead = observation.shape[:-1]
         allowed, slot_by_op = allowed_choices(self.spec, self.heads, masks, lead)
-        features = self._features(observation, blueprint_index)
+        features = self.features(observation, blueprint_index)
         if not torch.compiler.is_compiling():
             check_allowed(self.spec, self.heads, allowed, slot_by_op)
         y, state = self.lstm.step(features, state)
@@ -298,11 +298,12 @@ class FactoredRecurrentActorCritic(nn.Module):
             state = self.initial_state(batch_size)
         else:
             check_state(state, (batch_size, *self.state_shape))
-        y, state = self.lstm(self._features(observations, blueprint_index), state)
+        y, state = self.lstm(self.features(observations, blueprint_index), state)
         logits, value, y = self._decode(y)
         return logits, value, state, y
 
-    def _features(self, observation: Tensor, blueprint_index: Tensor | None) -> Tensor:
+    def features(self, observation: Tensor, blueprint_index: Tensor | None) -> Tensor:
+        """What the recurrence reads: `[..., feature]` of `observation` `[..., D]`."""
         x = observation
         if self.blueprint_embedding is not None:
             shape = (*observation.shape[:-1], self.spec.num_slots)

@@ -121,9 +121,6 @@ CASES: dict[str, Callable[[], Case]] = {
     "v2 with floors, normaliser, extras": lambda: Case(
         trained(small_v2(extras=True, floors=True, value_scale=3.0)), statistics(21)
     ),
-    "v2 with floors, largest batch 2": lambda: Case(
-        trained(small_v2(floors=True)), None, max_batch_size=2
-    ),
     "v2 fresh in bf16": lambda: Case(fresh(small_v2()), statistics(21), "bf16"),
     "v2 with floors, normaliser, extras in bf16": lambda: Case(
         trained(small_v2(extras=True, floors=True, value_scale=3.0)), statistics(21), "bf16"

@@ -42,16 +42,52 @@ class Equivalent(NamedTuple):
 OUT_OF_REACH = (
     "no state brings a gate of fresh weights further at this width; the trained ones go beyond 8"
 )
+CANCELLED = "no bias stands between it and a LayerNorm, which cancels its scale"
+WITHIN_TOLERANCE = "it is off by less than the tolerance, which is float32's rounding"
+ALWAYS_ON = "this policy's critics have all their units on"
+NEVER_ALIKE = "this policy's choices of that head are never that alike"
+ONE_WAY = "with these floors the rule goes one way only, or its two ways meet"
 EQUIVALENT = (
     Equivalent(
         "gives the same memory each time",
         ".*",
         "whoever runs a step, gate or service, copies what it gives before its next call",
     ),
+    Equivalent("linear 4 in TF32", "v1 fresh.*", WITHIN_TOLERANCE),
+    Equivalent(r"linear [459] in TF32", "v2 fresh", WITHIN_TOLERANCE),
     Equivalent(
-        "linear 4 in TF32",
-        "v1 fresh.*",
-        "it lays out logits that are at most 0.02, and are rounded by less than the tolerance",
+        r"layer_norm [23] with epsilon 1e-06|layer_norm 2 with epsilon 0\.001",
+        "v2 fresh",
+        CANCELLED,
+    ),
+    Equivalent(
+        r"outputs\.value\.layers\.[02]\.weight x 1\.01"
+        r"|policy's state_value_head\.[013]\.weight x 1\.01",
+        "v2 fresh",
+        CANCELLED,
+    ),
+    Equivalent(r"layer_norm [3-7] with epsilon 1e-06", "v2, normaliser, extras", WITHIN_TOLERANCE),
+    Equivalent(
+        r"layer_norm [2-6] with epsilon 1e-06",
+        "v2 with floors, normaliser, extras",
+        WITHIN_TOLERANCE,
+    ),
+    Equivalent(
+        r"relu 12 by a leaky one|relu 15 (by a leaky one|dropped)",
+        "v2, normaliser, extras",
+        ALWAYS_ON,
+    ),
+    Equivalent(
+        r"relu 1[25] (by a leaky one|dropped)|relu 17 by a leaky one",
+        "v2 with floors, normaliser, extras",
+        ALWAYS_ON,
+    ),
+    Equivalent("linear 10 in TF32", "v2 with floors, normaliser, extras", WITHIN_TOLERANCE),
+    Equivalent(
+        r"where [16] with -50 for -10000|lt [12] by at most|clamp [2356] with min \S+ for 1e-08"
+        r"|where (5|10) always the first|__rdiv__ 1 with \S+ for 0\.99",
+        "v2 with floors, normaliser, extras",
+        ONE_WAY,
     ),
     Equivalent(r"argmax \d+ by the last of equal ones", ".*", "a tie may be broken either way"),
     Equivalent(
@@ -89,9 +125,19 @@ EQUIVALENT = (
         "it is within 3e-3 of what it would be, and bf16 rounds what a gate is of by more",
     ),
     Equivalent(
-        "mask of blueprint ignored where one choice is forbidden and logits are close",
-        "v1(, normaliser| in bf16)",
-        "this policy's blueprints are never that alike",
+        r"mask of blueprint ignored where one choice is forbidden and logits are close",
+        "v1(, normaliser| in bf16)|v2.*extras",
+        NEVER_ALIKE,
+    ),
+    Equivalent(
+        "mask of alpha_curve ignored where one choice is forbidden and logits are close",
+        "v2, normaliser, extras",
+        NEVER_ALIKE,
+    ),
+    Equivalent(
+        "mask of tempo ignored where one choice is forbidden and logits are close",
+        "v2 with floors, normaliser, extras",
+        NEVER_ALIKE,
     ),
     Equivalent(
         r"sigmoid 0 of at most [68]|(sigmoid [12]|tanh 0) of at most [468]",
@@ -99,8 +145,13 @@ EQUIVALENT = (
         OUT_OF_REACH,
     ),
     Equivalent(
+        r"sigmoid 0 of at most 8|sigmoid [12] of at most [68]|tanh 0 of at most [468]",
+        "v2 fresh",
+        OUT_OF_REACH,
+    ),
+    Equivalent(
         r"sigmoid [01] of at most [68]|(sigmoid 2|tanh 0) of at most [468]",
-        "v2 fresh.*",
+        "v2 fresh in bf16",
         OUT_OF_REACH,
     ),
 )
