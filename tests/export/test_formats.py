@@ -37,7 +37,7 @@ from tests.random_inputs import (
 )
 
 ATOL = 2e-5
-MAX_BATCH_SIZE = 8
+MAX_BATCH_SIZE = 16
 RUNS_CODE = {"Loop", "If", "Scan"}
 
 

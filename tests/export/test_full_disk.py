@@ -14,10 +14,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from export.exporter import WEIGHTS_FILE
 from export.format_kinds import FORMAT_KINDS
 from export.manifest import MANIFEST_FILE, SIGNATURE_FILE
 from export.report import REPORT_FILE, REPORT_PAGE
+from export.weights import WEIGHTS_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 280

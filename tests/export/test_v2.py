@@ -42,7 +42,7 @@ from tests.random_inputs import (
 
 ATOL = 5e-5
 """Values and Q are in returns, three times what the network gives."""
-MAX_BATCH_SIZE = 4
+MAX_BATCH_SIZE = 16
 GATE_BATCH_SIZE = 64
 """The gate is quickest with batches of some size."""
 BLUEPRINT_INPUT, SLOT_BY_OP_INPUT = 5, 6
