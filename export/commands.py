@@ -55,7 +55,7 @@ def _export(options: argparse.Namespace) -> int:
     except OSError as error:
         fail(f"{error.filename or options.output}: cannot be written ({error.strerror})")
     except (ParityError, ArtifactError) as error:
-        if isinstance(error.__cause__, OSError):  # no room for what a loader unpacks
+        if isinstance(error.__cause__, OSError):
             fail(f"no artifact was written: {error}")
         raise ParityError(f"no artifact was written: {error}") from error
     return 0

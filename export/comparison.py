@@ -85,7 +85,7 @@ class ParityRun:
             )
         log_prob = outputs["log_prob"]
         bounds = [heads.log_prob_of(bound, action) for bound in (lower, upper)]
-        self._compare("log_prob", log_prob, log_prob.clamp(*bounds), moment)
+        self._compare("log_prob", log_prob, log_prob.nan_to_num().clamp(*bounds), moment)
         uncertain = ~matters & (log_prob != 0)
         if uncertain.any():
             row, head = first(uncertain)

@@ -184,6 +184,8 @@ def _export_format(
             num_threads=1,
         )
     except ArtifactError as error:
+        if isinstance(error.__cause__, OSError):  # no room for what a loader unpacks
+            raise
         raise ParityError(f"{format_name} is not the policy's step: {error}") from error
     return _Export(file, step, seconds)
 

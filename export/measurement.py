@@ -57,8 +57,12 @@ def row_difference(judge: Judge, step: LoadedStep, max_batch_size: int) -> dict[
     together = _outputs(judge, step, moment)
     differences = {}
     for batch_size in bucket_sizes(max_batch_size):
-        parted = replace(moment, batches=list(torch.split(moment.row, batch_size)))
-        outputs = _outputs(judge, step, parted)
+        # All of that size: the last may have some of the rows before it once more.
+        starts = (
+            min(at, max_batch_size - batch_size) for at in range(0, max_batch_size, batch_size)
+        )
+        batches = [moment.row[start : start + batch_size] for start in starts]
+        outputs = _outputs(judge, step, replace(moment, batches=batches))
         differences[batch_size] = max(
             _distance(outputs[name], array) for name, array in together.items()
         )

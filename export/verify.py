@@ -38,6 +38,7 @@ def verify_artifact(
     contents = {file.file: artifact.read(file) for file in manifest.files}
     if device == "cuda" and not torch.cuda.is_available():
         raise ArtifactError(f"{directory}: is to run on CUDA, and no CUDA device is visible")
+    on_stage("loading the formats")
     try:
         with plain_process():
             steps = {

@@ -578,7 +578,7 @@ def test_export_that_is_stopped_leaves_nothing(
     with process, os.fdopen(terminal, "rb", buffering=0) as screen:
         try:
             seen = b""
-            while b"comparing" not in seen:
+            while b"beside it" not in seen:
                 seen += screen.read(1024)
             beside = {path.name for path in tmp_path.iterdir()}
             process.send_signal(number)

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from export.exporter import WEIGHTS_FILE, export_policy
+from export.episodes import ROWS, STEPS
+from export.exporter import export_policy
 from export.formats import FORMATS, StepSource
 from export.loaders.torch_formats import load_torchscript
 from export.manifest import (
@@ -27,10 +28,11 @@ from export.manifest import (
     step_inputs,
     step_outputs,
 )
-from export.parity import STEPS, TOLERANCES, ParityError, parity_batch_sizes
+from export.parity import TOLERANCES, ParityError
 from export.report import REPORT_FILE, REPORT_PAGE, Report
 from export.report_page import render
 from export.step import PolicyStep, StepOutput
+from export.weights import WEIGHTS_FILE
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
@@ -47,13 +49,11 @@ from tests.random_inputs import (
 SOURCE = Source(kind="preset", name="tiny", seed=0)
 FORMAT = "torchscript"
 MAX_BATCH_SIZE = 16
-BATCH_SIZES = parity_batch_sizes(MAX_BATCH_SIZE)
 FILES = {MANIFEST_FILE, WEIGHTS_FILE, FORMATS[FORMAT].file, REPORT_FILE, REPORT_PAGE}
 STAGES = (
     "writing the weights",
-    "running the policy's own episodes",
     f"exporting {FORMAT}",
-    f"comparing {FORMAT} with the policy",
+    "running the policy's own episodes, and each format beside it",
     "measuring how fast each format is",
 )
 
@@ -174,9 +174,10 @@ def test_manifest_says_what_was_exported_and_how_it_compared(
     assert manifest.versions.keys() == {"python", "tamiyo-serve", "torch"}
     parity = manifest.parity
     assert (parity.atol, parity.rtol, parity.min_greedy_agreement) == TOLERANCES["fp32"]
-    assert (parity.batch_sizes, parity.steps) == (BATCH_SIZES, STEPS)
+    assert parity.batch_sizes == tuple(range(1, MAX_BATCH_SIZE + 1))
+    assert parity.steps == STEPS
     assert parity.formats.keys() == manifest.formats.keys() == {FORMAT}
-    assert parity.formats[FORMAT].rows == STEPS * sum(BATCH_SIZES)
+    assert parity.formats[FORMAT].rows == STEPS * ROWS
     assert parity.formats[FORMAT].action_agreement == 1.0
     assert max(parity.formats[FORMAT].max_error.values()) < parity.atol
 
@@ -214,7 +215,12 @@ def test_policy_of_ones_own_is_exported_without_naming_a_source(
     policy: FactoredRecurrentActorCritic, tmp_path: Path
 ) -> None:
     manifest = export_policy(
-        policy, None, str(tmp_path / "mine"), name="mine", formats=(FORMAT,), max_batch_size=2
+        policy,
+        None,
+        str(tmp_path / "mine"),
+        name="mine",
+        formats=(FORMAT,),
+        max_batch_size=MAX_BATCH_SIZE,
     )
     assert manifest.source == Source(kind="module", name="mine")
     assert Manifest.read(tmp_path / "mine") == manifest
@@ -404,27 +410,29 @@ def test_older_artifact_stands_where_the_new_one_cannot_be_put_in_its_place(
     assert snapshot(old.parent) == before
 
 
-class Wrong(torch.nn.Module):
+class Wrong(PolicyStep):
     """The step with values off by a thousandth."""
 
-    def __init__(self, step: PolicyStep) -> None:
-        super().__init__()
-        self.step = step
-
-    def forward(
-        self, observation: Tensor, mask: Tensor, noise: Tensor, h: Tensor, c: Tensor
+    def forward(  # type: ignore[override]
+        self,
+        observation: Tensor,
+        action_mask: Tensor,
+        noise: Tensor,
+        state_h_in: Tensor,
+        state_c_in: Tensor,
     ) -> StepOutput:
-        action, log_prob, value, h, c = self.step(observation, mask, noise, h, c)
+        action, log_prob, value, h, c = super().forward(
+            observation, action_mask, noise, state_h_in, state_c_in
+        )
         return action, log_prob, value + 1e-3, h, c
 
 
 @pytest.fixture
-def faulty_format(monkeypatch: pytest.MonkeyPatch) -> None:
+def faulty_format(policy: FactoredRecurrentActorCritic, monkeypatch: pytest.MonkeyPatch) -> None:
     right = FORMATS[FORMAT]
 
     def write_wrong(source: StepSource) -> bytes:
-        source.step = cast(PolicyStep, Wrong(source.step).eval())
-        return right.write(source)
+        return right.write(StepSource(Wrong(policy, None), MAX_BATCH_SIZE))
 
     monkeypatch.setitem(FORMATS, FORMAT, right._replace(write=write_wrong))
 
@@ -433,7 +441,7 @@ def faulty_format(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_format_that_fails_its_comparison_leaves_no_artifact(
     policy: FactoredRecurrentActorCritic, tmp_path: Path
 ) -> None:
-    with pytest.raises(ParityError, match=r"^torchscript differs from the policy: value\[0\] is"):
+    with pytest.raises(ParityError, match=r"^torchscript differs from the policy: value\[\d+\] is"):
         export(policy, tmp_path / "tiny")
     assert snapshot(tmp_path) == {}
 

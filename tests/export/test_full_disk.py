@@ -14,10 +14,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from export.exporter import WEIGHTS_FILE
 from export.format_kinds import FORMAT_KINDS
 from export.manifest import MANIFEST_FILE, SIGNATURE_FILE
 from export.report import REPORT_FILE, REPORT_PAGE
+from export.weights import WEIGHTS_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 280
@@ -64,11 +64,26 @@ export_policy = commands.export_policy
 def export_until_full(*arguments, on_stage, **options):
     def on_this_stage(stage):
         on_stage(stage)
-        if stage == {stage!r}:
+        if stage == "exporting aoti":
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
     return export_policy(*arguments, on_stage=on_this_stage, **options)
 
 commands.export_policy = export_until_full
+raise SystemExit(main(sys.argv[2:]))
+"""
+
+FULL_AT_A_LOAD = """
+import resource, sys
+from export import exporter
+from export.__main__ import main
+
+load_step = exporter.load_step
+
+def load_on_a_full_disk(*arguments, **options):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+    return load_step(*arguments, **options)
+
+exporter.load_step = load_on_a_full_disk
 raise SystemExit(main(sys.argv[2:]))
 """
 
@@ -156,11 +171,10 @@ def test_a_disk_too_small_is_one_sentence_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("stage", ["exporting aoti", "comparing aoti with the policy"])
+@pytest.mark.parametrize("code", [FULL_AT_A_STAGE, FULL_AT_A_LOAD], ids=["compiles", "unpacks"])
 def test_no_room_for_what_aoti_compiles_and_unpacks_is_one_sentence(
-    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = FULL_AT_A_STAGE.format(stage=stage)
     arguments = (*PRESET, "--formats", "aoti", "--output", tmp_path / "made" / "tiny")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path.with_name("inductor")))
     done = python(code, str(LARGEST_BYTES), *arguments)

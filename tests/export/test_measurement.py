@@ -4,23 +4,39 @@ import pytest
 import torch
 from torch import Tensor
 
-from export.manifest import bucket_sizes
+from export.judge import Judge
+from export.loaders.protocol import LoadedStep
+from export.loaders.torch_step import TorchStep
+from export.manifest import bucket_sizes, step_inputs, step_outputs
 from export.measurement import measure_latency, row_difference
-from export.parity import Reference
 from export.step import PolicyStep, StepOutput
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
+from tests.gate import gate_of
 from tests.loaded_step import TensorStep
 
-BATCH_SIZES = (1, 2, 3, 4, 6)
-BUCKETS = bucket_sizes(BATCH_SIZES[-1])
+MAX_BATCH_SIZE = 6
+BUCKETS = bucket_sizes(MAX_BATCH_SIZE)
 
 
 @pytest.fixture(scope="module")
-def reference(policy: FactoredRecurrentActorCritic) -> Reference:
+def normalizer(policy: FactoredRecurrentActorCritic) -> ObservationNormalizer:
     statistics = torch.linspace(0.5, 2.0, policy.spec.observation_dim)
-    normalizer = ObservationNormalizer(statistics, statistics)
-    return Reference(policy, normalizer, batch_sizes=BATCH_SIZES)
+    return ObservationNormalizer(statistics, statistics)
+
+
+@pytest.fixture(scope="module")
+def judge(policy: FactoredRecurrentActorCritic, normalizer: ObservationNormalizer) -> Judge:
+    return gate_of(policy, normalizer).exact
+
+
+@pytest.fixture
+def step(policy: FactoredRecurrentActorCritic, normalizer: ObservationNormalizer) -> PolicyStep:
+    return PolicyStep(policy, normalizer).eval()
+
+
+def loaded(step: TensorStep, judge: Judge) -> LoadedStep:
+    return TorchStep("step", step, step_inputs(judge.spec), step_outputs(judge.spec))
 
 
 def row_by_row(step: TensorStep) -> TensorStep:
@@ -34,35 +50,34 @@ def row_by_row(step: TensorStep) -> TensorStep:
     return one_at_a_time
 
 
-@torch.inference_mode()
-def test_rows_of_their_own_do_not_depend_on_their_batch(reference: Reference) -> None:
-    step = row_by_row(PolicyStep(reference.policy, reference.normalizer).eval())
-    assert row_difference(reference, step) == dict.fromkeys(BUCKETS, 0.0)
+def test_rows_of_their_own_do_not_depend_on_their_batch(step: PolicyStep, judge: Judge) -> None:
+    found = row_difference(judge, loaded(row_by_row(step), judge), MAX_BATCH_SIZE)
+    assert found == dict.fromkeys(BUCKETS, 0.0)
 
 
-@torch.inference_mode()
 @pytest.mark.parametrize("index", range(5))
 def test_row_that_depends_on_its_batch_is_found_in_every_output(
-    index: int, reference: Reference
+    index: int, step: PolicyStep, judge: Judge
 ) -> None:
-    step = row_by_row(PolicyStep(reference.policy, reference.normalizer).eval())
+    alone = row_by_row(step)
 
     def less_alike(*inputs: Tensor) -> StepOutput:
-        outputs = list(step(*inputs))
+        outputs = list(alone(*inputs))
         if len(inputs[0]) == 2:
             outputs[index] = outputs[index].clone()
             outputs[index][1] += 3
         action, log_prob, value, h, c = outputs
         return action, log_prob, value, h, c
 
-    found = row_difference(reference, less_alike)
+    found = row_difference(judge, loaded(less_alike, judge), MAX_BATCH_SIZE)
     assert found.pop(2) == pytest.approx(3.0)
     assert set(found.values()) == {0.0}
 
 
-def test_every_step_and_the_policy_itself_are_timed_at_every_bucket(reference: Reference) -> None:
-    step = PolicyStep(reference.policy, reference.normalizer).eval()
-    timed = measure_latency(reference, {"packed": step})
+def test_every_step_and_the_policy_itself_are_timed_at_every_bucket(
+    step: PolicyStep, judge: Judge
+) -> None:
+    timed = measure_latency(judge, {"packed": loaded(step, judge)}, MAX_BATCH_SIZE)
     assert timed.keys() == {"eager", "packed"}
     for latencies in timed.values():
         assert tuple(latency.batch_size for latency in latencies) == BUCKETS
