@@ -267,6 +267,7 @@ def test_each_choice_is_in_some_row_the_only_one_forbidden_and_in_some_the_only_
         assert only_forbidden.any(axis=0).all()
         assert only_allowed.any(axis=0).all()
         assert (allowed == mask.shape[-1]).any()
+        assert (allowed == mask.shape[-1] - 1)[kind].mean() > 0.25
 
 
 def test_every_head_allows_something_in_every_row(rows: Rows) -> None:
@@ -285,10 +286,14 @@ def test_ops_that_are_not_allowed_have_no_slot_and_those_that_need_one_have_it(
     assert 0.2 < waiting.mean() < 0.8
 
 
-def test_each_slot_of_each_op_is_in_some_row_the_only_one_forbidden(rows: Rows) -> None:
+def test_each_slot_of_each_op_is_in_some_row_the_only_one_forbidden_and_in_some_the_only_one(
+    rows: Rows,
+) -> None:
     mask = rows.flat("slot_by_op_mask")
-    is_one = mask.sum(axis=-1, keepdims=True) == mask.shape[-1] - 1
-    assert (~mask & is_one).any(axis=0).all()
+    allowed = mask.sum(axis=-1, keepdims=True)
+    assert (~mask & (allowed == mask.shape[-1] - 1)).any(axis=0).all()
+    assert (mask & (allowed == 1)).any(axis=0).all()
+    assert (allowed == mask.shape[-1]).any(axis=0).all()
 
 
 def test_each_slot_holds_each_blueprint_and_none(rows: Rows) -> None:
