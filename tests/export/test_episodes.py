@@ -4,6 +4,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,15 +38,15 @@ class Rows:
     maker: EpisodeMaker
     moments: list[Moment]
 
-    def all(self, name: str) -> NDArray[np.generic]:
+    def all(self, name: str) -> NDArray[Any]:
         array: Tensor = torch.stack([getattr(moment, name) for moment in self.moments])
         return array.numpy()
 
-    def flat(self, name: str) -> NDArray[np.generic]:
+    def flat(self, name: str) -> NDArray[Any]:
         array = self.all(name)
         return array.reshape(-1, *array.shape[2:])
 
-    def by_head(self, name: str) -> dict[str, NDArray[np.generic]]:
+    def by_head(self, name: str) -> dict[str, NDArray[Any]]:
         """A packed array's columns."""
         spec = self.maker.spec
         parts = np.split(self.flat(name), np.cumsum(spec.head_sizes)[:-1], axis=-1)
