@@ -50,7 +50,7 @@ def normalizer(policy: FactoredRecurrentActorCritic) -> ObservationNormalizer:
 
 
 def by_formula(like: Tensor, start: int = 0) -> Tensor:
-    """Numbers from -0.5 to 0.5 that every machine has bit for bit, as torch's random ones aren't."""
+    """Numbers from -0.5 to 0.5 XX."""
     number = torch.arange(start, start + like.numel(), dtype=torch.int64)
     fraction = (number * 2654435761 % 65536).double() / 65536
     return (fraction - 0.5).float().view(like.shape)
