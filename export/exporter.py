@@ -12,13 +12,13 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from export.directory import staged
-from export.episodes import LARGEST_BATCH_SIZE
 from export.format_kinds import PORTABLE_FORMATS
 from export.formats import FORMATS, FormatError, StepSource, check_formats
 from export.loaders.load import RUNTIME_OF, load_step
 from export.loaders.machine import machine_capability
 from export.loaders.protocol import LoadedStep
 from export.manifest import (
+    LARGEST_BATCH_SIZE,
     SCHEMA_VERSION,
     ArtifactError,
     Device,

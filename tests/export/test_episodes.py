@@ -278,7 +278,7 @@ def test_every_head_allows_something_in_every_row(rows: Rows) -> None:
 def test_ops_that_are_not_allowed_have_no_slot_and_those_that_need_one_have_it(
     rows: Rows,
 ) -> None:
-    has_slot: NDArray[np.bool_] = rows.flat("slot_by_op_mask").any(axis=-1)
+    has_slot = np.asarray(rows.flat("slot_by_op_mask").any(axis=-1))
     op_allowed = rows.by_head("action_mask")["op"]
     assert not has_slot[~op_allowed].any()
     needing = np.arange(rows.maker.spec.num_ops) != WAIT
