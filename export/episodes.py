@@ -20,9 +20,6 @@ from model.heads import HeadTable
 from model.recurrence import LSTM, ResidualLSTM, State
 from model.spec import SLOT_BY_OP, PolicySpec
 
-LARGEST_BATCH_SIZE = 4096
-"""Of an artifact: what a machine can still check, whole batches at once."""
-
 ROWS = 256
 """Environments beside one another, whatever the largest batch: so the gate sees as much of a small
 one. Every batch size up to here is run."""

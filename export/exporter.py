@@ -13,13 +13,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from export.comparison import ParityError
 from export.directory import staged
-from export.episodes import LARGEST_BATCH_SIZE
 from export.format_kinds import PORTABLE_FORMATS
 from export.formats import FORMATS, FormatError, StepSource, check_formats
 from export.loaders.load import RUNTIME_OF, load_step
 from export.loaders.machine import machine_capability
 from export.loaders.protocol import LoadedStep
 from export.manifest import (
+    LARGEST_BATCH_SIZE,
     SCHEMA_VERSION,
     ArtifactError,
     Device,

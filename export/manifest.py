@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from model.spec import PolicySpec
 
 SCHEMA_VERSION: Literal[1] = 1
+LARGEST_BATCH_SIZE = 4096
+"""Of an artifact: what a machine can still check, whole batches at once."""
+
 MANIFEST_FILE = "manifest.json"
 SIGNATURE_FILE = "manifest.sig"
 

@@ -7,7 +7,7 @@ from typing import NoReturn, get_args
 
 from export.console import fail
 from export.format_kinds import FORMAT_KINDS, PORTABLE_FORMATS
-from export.manifest import Device, Precision
+from export.manifest import LARGEST_BATCH_SIZE, Device, Precision
 from model.spec import PROBABILITY_FLOORS_V2, PolicySpec
 
 PRESETS: dict[str, Callable[[], PolicySpec]] = {
@@ -181,8 +181,8 @@ def _seed(text: str) -> int:
 
 
 def _batch_size(text: str) -> int:
-    if not text.isdecimal() or not 2 <= int(text) <= 65536:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 2 to 65536")
+    if not text.isdecimal() or not 2 <= int(text) <= LARGEST_BATCH_SIZE:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 2 to {LARGEST_BATCH_SIZE}")
     return int(text)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import backends
 
 FULL_PRECISION = "ieee"
+INHERITED = "none"
 
 T = TypeVar("T")
 
@@ -37,28 +38,27 @@ def plain_process(num_threads: int = 1) -> Iterator[None]:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
+    """Of matrix products, the only ones there are."""
     # Torch's own types know no more of them than their names.
     mkldnn: Any = backends.mkldnn
     cudnn: Any = backends.cudnn
-    places: tuple[Any, ...] = (
-        *(backends, mkldnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn),
-        *(cudnn, cudnn.conv, cudnn.rnn, backends.cuda.matmul),
-    )
+    # The inner ones inherit from those before them: each says its own once these say nothing.
+    outer: tuple[Any, ...] = (backends, mkldnn, cudnn)
+    inner: tuple[Any, ...] = (mkldnn.matmul, backends.cuda.matmul)
     products = _asked(torch.get_float32_matmul_precision)
-    convolutions = _asked(lambda: cudnn.allow_tf32)
-    before = [place.fp32_precision for place in places]
+    own: list[tuple[Any, str]] = []
     try:
-        for place in places:
+        for place in (*outer, *inner):
+            own.append((place, place.fp32_precision))
+            place.fp32_precision = INHERITED
+        for place in inner:
             place.fp32_precision = FULL_PRECISION
         torch.set_float32_matmul_precision("highest")
-        cudnn.allow_tf32 = False
         yield
     finally:
         if products is not None:
             torch.set_float32_matmul_precision(products)
-        if convolutions is not None:
-            cudnn.allow_tf32 = convolutions
-        for place, precision in zip(places, before, strict=True):
+        for place, precision in reversed(own):
             place.fp32_precision = precision
 
 
