@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from export.carried_step import CarriedStep, StepFault
+from export.comparison import ParityError
 from export.episodes import EpisodeMaker, Moment
 from export.loaders.protocol import LoadedStep
 from export.loaders.torch_step import TorchStep
 from export.manifest import step_inputs, step_outputs
-from export.parity import ParityError
 from export.process import plain_process
 from export.step import PolicyStep
 from export.weights import RebuiltPolicy

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from export.comparison import ParityError
 from export.episodes import ROWS, STEPS
 from export.exporter import export_policy
 from export.formats import FORMATS, StepSource
@@ -28,7 +29,7 @@ from export.manifest import (
     step_inputs,
     step_outputs,
 )
-from export.parity import TOLERANCES, ParityError
+from export.parity import TOLERANCES
 from export.report import REPORT_FILE, REPORT_PAGE, Report
 from export.report_page import render
 from export.step import PolicyStep, StepOutput

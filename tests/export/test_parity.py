@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from export.comparison import ParityError
 from export.episodes import ROWS, STEPS
-from export.parity import TOLERANCES, Gate, ParityError
+from export.parity import TOLERANCES, Gate
 from export.step import PolicyStep, StepOutput
 from model.heads import HeadTable
 from model.normalizer import ObservationNormalizer

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from export.comparison import ParityError
 from export.exporter import export_policy
 from export.manifest import MANIFEST_FILE, Manifest, Precision
-from export.parity import Gate, ParityError
+from export.parity import Gate
 from export.report import Report
 from export.step import PolicyStep
 from model.policy import FactoredRecurrentActorCritic

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from export.__main__ import main
 from export.artifact import open_artifact
+from export.comparison import ParityError
 from export.exporter import export_policy
 from export.formats import FORMATS, StepSource
 from export.loaders.load import RUNTIME_OF
 from export.manifest import Manifest, Precision
-from export.parity import Gate, ParityError
+from export.parity import Gate
 from export.step import PolicyStep, StepInput, StepOutput
 from export.verify import verify_artifact
 from model.normalizer import ObservationNormalizer

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from export.__main__ import main
 from export.artifact import open_artifact
+from export.comparison import ParityError
 from export.exporter import export_policy
 from export.manifest import MANIFEST_FILE, ArtifactError, File, Manifest, Source
-from export.parity import ParityError
 from export.signature import load_private_key, load_public_key
 from export.verify import verify_artifact
 from export.weights import WEIGHTS_FILE
