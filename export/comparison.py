@@ -44,6 +44,7 @@ class ParityRun:
         self.rows = 0
         self.free = 0
         self.equal = 0
+        self.worse = 0  # by however little: ties are not
         self.greedy_free = 0
         self.greedy_equal = 0
         self.max_error: dict[str, float] = {}
@@ -75,7 +76,8 @@ class ParityRun:
         _, allowed = scores.choices.given(op)
         matters = heads.relevant(op)
         taken = (upper + noise).gather(-1, action.unsqueeze(-1)).squeeze(-1)
-        is_best = (lower + noise).amax(-1) - taken <= tolerance.atol  # False for NaN
+        short = (lower + noise).amax(-1) - taken
+        is_best = short <= tolerance.atol  # False for NaN
         wrong = ~torch.where(matters, is_best, action == heads.forced(allowed))
         if wrong.any():
             row, head = first(wrong)
@@ -94,7 +96,8 @@ class ParityRun:
                 f"expected exactly 0: head {heads.names[head]!r} does not matter for its op"
                 f"{_where(moment, row)}"
             )
-        self._count(action == best, matters & (allowed.sum(-1) > 1), moment)
+        free = matters & (allowed.sum(-1) > 1) & moment.is_free[:, None]
+        self._count(free, action == best, short > 0, moment)
 
     def finish(self) -> None:
         """Raises ParityError where too few free decisions, or greedy ones, are the policy's own."""
@@ -107,11 +110,6 @@ class ParityRun:
                 raise ParityError(
                     f"{share:.3%} of the {which} are the policy's own, at least {least:.1%} must be"
                 )
-
-    @property
-    def differing(self) -> int:
-        """Free decisions that are not the policy's own."""
-        return self.free - self.equal
 
     @property
     def action_agreement(self) -> float:
@@ -159,12 +157,12 @@ class ParityRun:
         sums = torch.stack([by_row.sum(0), by_row.abs().sum(0)]).cpu()
         self._sums[name] = self._sums.get(name, torch.zeros_like(sums)) + sums
 
-    def _count(self, equal: Tensor, has_choice: Tensor, moment: Moment) -> None:
-        free = has_choice & moment.is_free[:, None]
+    def _count(self, free: Tensor, equal: Tensor, worse: Tensor, moment: Moment) -> None:
         greedy = free & moment.is_greedy[:, None]
         self.rows += len(equal)
         self.free += int(free.sum())
         self.equal += int((free & equal).sum())
+        self.worse += int((free & worse).sum())
         self.greedy_free += int(greedy.sum())
         self.greedy_equal += int((greedy & equal).sum())
 

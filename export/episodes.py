@@ -277,23 +277,19 @@ class EpisodeMaker:
         """Zeros; anything; saturated; or each layer's state along a row of its gates' weights."""
         shape = (num_rows, self.spec.num_layers, self.spec.hidden_dim)
         toward = torch.stack([self._driving(w, num_rows) for w in self.hidden_weights], dim=1)
-        inputs = self._first_gates(observation, blueprint_index)
-        kind = self._one_hot((num_rows,), 4).repeat_interleave(self.spec.hidden_dim, dim=-1)
-        some = kind & (self._rand(inputs.shape) < 0.5)
-        gates = torch.where(some, inputs.abs(), -1.0).argmax(-1, keepdim=True)
-        sign = inputs.gather(-1, gates).sign()
-        toward[:, 0] = self.hidden_weights[0][gates[:, 0]].sign() * sign
+        further = self._driving_further(self._first_gates(observation, blueprint_index))
+        toward[:, 0] = torch.where(self._rand((num_rows, 1)) < 0.5, further, toward[:, 0])
         anything = self._rand(shape) * 2 - 1
         signs = self._signs(shape)
         memory = self._log_uniform((num_rows, 1, 1), 0.1, LONGEST_MEMORY)
         kinds = self._rand((num_rows,))
-        h = _chosen(kinds, {0.25: torch.zeros(shape), 0.4: anything, 0.5: signs, 1.0: toward})
+        h = _chosen(kinds, {0.25: torch.zeros(shape), 0.45: anything, 0.52: signs, 1.0: toward})
         c = _chosen(
             kinds,
             {
                 0.25: torch.zeros(shape),
-                0.4: 3.0 * self._normal(shape),
-                0.5: signs * SATURATION,
+                0.45: 3.0 * self._normal(shape),
+                0.52: signs * SATURATION,
                 1.0: signs * memory,
             },
         )
@@ -303,6 +299,15 @@ class EpisodeMaker:
         """Hidden states that drive one of a layer's gates each, up or down, as far as they can."""
         gates = torch.randint(len(weight), (num_rows,), generator=self.generator)
         return weight[gates].sign() * self._signs((num_rows, 1))
+
+    def _driving_further(self, inputs: Tensor) -> Tensor:
+        """The same in the first layer, for a gate that what it gets of the input drives already."""
+        weight = self.hidden_weights[0]
+        kind = self._one_hot((len(inputs),), 4).repeat_interleave(self.spec.hidden_dim, dim=-1)
+        some = kind & (self._rand(inputs.shape) < 0.5)
+        reach = inputs.abs() + weight.abs().sum(-1)
+        gates = torch.where(some, reach, -1.0).argmax(-1, keepdim=True)
+        return weight[gates[:, 0]].sign() * inputs.gather(-1, gates).sign()
 
     def _first_gates(self, observation: Tensor, blueprint_index: Tensor | None) -> Tensor:
         """What the first layer's gates get of the input, `[rows, 4 * hidden]`."""
@@ -315,7 +320,7 @@ class EpisodeMaker:
         if isinstance(lstm, ResidualLSTM):
             x, lstm = lstm.input_proj(x), cast(LSTM, lstm.layers[0])
         w_ih, _, b_ih, b_hh = lstm.layer_parameters()[0]
-        return nn.functional.linear(x, w_ih, b_ih + b_hh).cpu()
+        return nn.functional.linear(x, w_ih, b_ih + b_hh).detach().cpu()
 
     def _rand(self, shape: Sequence[int]) -> Tensor:
         return torch.rand(*shape, generator=self.generator)

@@ -81,11 +81,11 @@ class Rounding:
     def check(self, run: ParityRun) -> None:
         """Raises ParityError where rounding does not explain how many decisions are others, or how
         far a column is off in the mean."""
-        most = MEAN_MARGIN * self.order.differing + FEW
-        if run.differing > most:
+        most = MEAN_MARGIN * self.order.worse + FEW
+        if run.worse > most:
             raise ParityError(
-                f"{run.differing} of {run.free} free decisions are not the policy's own, and at "
-                f"most {most:.0f} of them are bf16's rounding"
+                f"{run.worse} of {run.free} free decisions are worse than the policy's own, and "
+                f"at most {most:.0f} of them are bf16's rounding"
             )
         self._check(run, 1.0)
 

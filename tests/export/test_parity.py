@@ -167,16 +167,19 @@ def cell_state_not_carried(step: TensorStep, heads: HeadTable) -> TensorStep:
 
 
 def stale_state_for_restarted_rows(step: TensorStep, heads: HeadTable) -> TensorStep:
-    """Keeps its own copy of the state, and takes the caller's only for rows that go on."""
-    kept: list[Tensor] = []
+    """Keeps its own state, as graphs of one size do, and the caller's only for rows that go on."""
+    kept: dict[int, list[Tensor]] = {}
 
     def stale(*inputs: Tensor) -> StepOutput:
         h, c = inputs[3], inputs[4]
-        if kept and len(kept[0]) == len(h):
+        if len(h) in kept:
             restarted = (h == 0).flatten(1).all(1)[:, None, None]
-            h, c = torch.where(restarted, kept[0], h), torch.where(restarted, kept[1], c)
+            h, c = (
+                torch.where(restarted, mine, given)
+                for mine, given in zip(kept[len(h)], (h, c), strict=True)
+            )
         outputs = step(*inputs[:3], h, c)
-        kept[:] = outputs[3:]
+        kept[len(h)] = [state.clone() for state in outputs[3:]]
         return outputs
 
     return stale
@@ -444,7 +447,7 @@ def ties_turned(step: TensorStep, heads: HeadTable, head: str, share: float) -> 
 
 
 @needs_bf16
-@pytest.mark.parametrize(("share", "is_enough"), [(0.05, True), (0.9, False)])
+@pytest.mark.parametrize(("share", "is_enough"), [(0.005, True), (0.9, False)])
 def test_in_bf16_enough_greedy_actions_must_be_the_policys_own(
     share: float, is_enough: bool, policy: FactoredRecurrentActorCritic
 ) -> None:
@@ -453,7 +456,7 @@ def test_in_bf16_enough_greedy_actions_must_be_the_policys_own(
     gate = gate_of(even, precision="bf16", max_batch_size=MAX_BATCH_SIZE)
     step = ties_turned(PolicyStep(even, None, "bf16").eval(), even.heads, "tempo", share)
     if is_enough:
-        assert 0.99 <= judged(gate, step).greedy_agreement < 1.0
+        assert 0.998 <= judged(gate, step).greedy_agreement < 1.0
     else:
         with pytest.raises(ParityError, match=r"of the free greedy decisions are the policy's own"):
             judged(gate, step)
