@@ -40,7 +40,7 @@ class Equivalent(NamedTuple):
 
 
 OUT_OF_REACH = (
-    "no state brings a gate of fresh weights further at this width; the trained ones go beyond 8"
+    "no state brings a gate of these weights further at this width; the trained ones go beyond 8"
 )
 CANCELLED = "no bias stands between it and a LayerNorm, which cancels its scale"
 WITHIN_TOLERANCE = "it is off by less than the tolerance, which is float32's rounding"
@@ -149,6 +149,7 @@ EQUIVALENT = (
         "v2 fresh",
         OUT_OF_REACH,
     ),
+    Equivalent(r"sigmoid 0 of at most 8|sigmoid [12] of at most [68]", "v1 recorded", OUT_OF_REACH),
     Equivalent(
         r"sigmoid [01] of at most [68]|(sigmoid 2|tanh 0) of at most [468]",
         "v2 fresh in bf16",
