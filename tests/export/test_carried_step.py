@@ -18,7 +18,7 @@ from export.loaders.torch_step import TorchStep
 from export.manifest import step_inputs, step_outputs
 from export.process import plain_process
 from export.step import PolicyStep
-from export.weights import RebuiltPolicy
+from export.weights import pack_weights, rebuild
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from tests.export.gate_cases import small_v2, trained
@@ -63,7 +63,12 @@ def policy() -> FactoredRecurrentActorCritic:
 
 @pytest.fixture
 def maker(policy: FactoredRecurrentActorCritic) -> EpisodeMaker:
-    return EpisodeMaker(RebuiltPolicy(policy, None), LARGEST)
+    return maker_of(policy)
+
+
+def maker_of(policy: FactoredRecurrentActorCritic) -> EpisodeMaker:
+    rebuilt = rebuild(pack_weights(policy, None), SPEC, torch.device("cpu"))
+    return EpisodeMaker(rebuilt, LARGEST)
 
 
 def right(policy: FactoredRecurrentActorCritic) -> LoadedStep:
@@ -204,7 +209,7 @@ def test_step_that_spoils_its_inputs_leaves_the_moment_and_the_next_step_alone(
         with pytest.raises(StepFault):
             carried(HandWritten(spoiling)).run(moment)
         after = carried(right(policy)).run(moment)
-    again = moments(EpisodeMaker(RebuiltPolicy(policy, None), LARGEST), 1)[0]
+    again = moments(maker_of(policy), 1)[0]
     for name, array in moment.inputs(moment.begin_state).items():
         assert torch.equal(array, again.inputs(again.begin_state)[name]), name
     assert all(torch.equal(after[name], array) for name, array in alone.items())

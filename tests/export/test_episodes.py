@@ -16,7 +16,7 @@ from torch import Tensor
 
 from export.episodes import Episode, EpisodeMaker, Moment
 from export.manifest import bucket_sizes
-from export.weights import RebuiltPolicy
+from export.weights import pack_weights, rebuild
 from model.normalizer import CLIP, VARIANCE_EPSILON, ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
@@ -64,7 +64,8 @@ def maker_of(
     max_batch_size: int = SMALLEST_LARGEST,
     seed: int = 0,
 ) -> EpisodeMaker:
-    return EpisodeMaker(RebuiltPolicy(policy, normalizer), max_batch_size, seed=seed)
+    rebuilt = rebuild(pack_weights(policy, normalizer), policy.spec, torch.device("cpu"))
+    return EpisodeMaker(rebuilt, max_batch_size, seed=seed)
 
 
 def moments_of(maker: EpisodeMaker) -> Iterator[tuple[Episode, Moment]]:
@@ -313,19 +314,30 @@ def begin_states(rows: Rows) -> tuple[Floats, Floats]:
     return h[begins], c[begins]
 
 
-@pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_states_drive_gates_of_every_kind_and_layer_as_far_as_they_go(
-    rows: Rows, v2: FactoredRecurrentActorCritic, sign: float
+    rows: Rows, v2: FactoredRecurrentActorCritic
 ) -> None:
+    """Up or down: whichever way the row's observation drives the first layer's already."""
     h, _ = begin_states(rows)
     for layer in range(v2.spec.num_layers):
         weight = v2.state_dict()[f"lstm.layers.{layer}.weight_hh_l0"].double().numpy()
         reach = np.abs(weight).sum(axis=-1)  # h is within -1 and 1
-        driven = (sign * h[:, layer] @ weight.T).max(axis=0)
+        driven = np.abs(h[:, layer] @ weight.T).max(axis=0)
         assert (driven <= reach + 1e-9).all()
         for kind in np.split(np.arange(len(reach)), 4):  # i, f, g, o
             assert driven[kind].max() >= 0.97 * reach[kind].max()
-        assert np.mean(driven >= 0.97 * reach) > 0.8
+        assert np.mean(driven >= 0.97 * reach) > 0.7
+
+
+def test_states_drive_later_layers_gates_both_up_and_down(
+    rows: Rows, v2: FactoredRecurrentActorCritic
+) -> None:
+    h, _ = begin_states(rows)
+    weight = v2.state_dict()["lstm.layers.1.weight_hh_l0"].double().numpy()
+    reach = np.abs(weight).sum(axis=-1)
+    for sign in (1, -1):
+        driven = (sign * h[:, 1] @ weight.T).max(axis=0)
+        assert np.mean(driven >= 0.97 * reach) > 0.9
 
 
 def test_states_begin_at_zero_in_between_and_with_the_longest_memories(rows: Rows) -> None:
@@ -333,7 +345,7 @@ def test_states_begin_at_zero_in_between_and_with_the_longest_memories(rows: Row
     is_zero = (h == 0).all(axis=(1, 2)) & (c == 0).all(axis=(1, 2))
     assert is_zero.mean() > 0.2
     between = (np.abs(h) < 0.99).all(axis=(1, 2)) & ~is_zero
-    assert between.mean() > 0.1
+    assert between.mean() > 0.05
     for sign in (1, -1):
         largest = (sign * c).max(axis=(1, 2))
         assert ((largest > 10) & (largest < 25)).any()
