@@ -149,7 +149,29 @@ EQUIVALENT = (
         "v2 fresh",
         OUT_OF_REACH,
     ),
-    Equivalent(r"sigmoid 0 of at most 8|sigmoid [12] of at most [68]", "v1 recorded", OUT_OF_REACH),
+    Equivalent(
+        r"sigmoid 0 of at most 8|sigmoid [12] of at most [68]|tanh 0 of at most 4",
+        "v[12] recorded.*",
+        OUT_OF_REACH,
+    ),
+    Equivalent(
+        r"with a normaliser's epsilon of \S+",
+        "v2 recorded.*",
+        "no feature's variance is so small that it counts beside it",
+    ),
+    Equivalent("layer_norm 2 with epsilon 1e-06", "v2 recorded.*", WITHIN_TOLERANCE),
+    Equivalent(
+        "mask of blueprint ignored where one choice is forbidden and logits are close",
+        "v2 recorded.*",
+        NEVER_ALIKE,
+    ),
+    Equivalent("sigmoid 1 of at most 4", "v2 fresh in bf16", WITHIN_TOLERANCE),
+    Equivalent("layer_norm [23] with epsilon 1e-06", "v2 fresh in bf16", CANCELLED),
+    Equivalent(
+        "noise x 0.9",
+        "v2 fresh in bf16",
+        "its logits hardly differ: noise decides alone, whatever its scale",
+    ),
     Equivalent(
         r"sigmoid [01] of at most [68]|(sigmoid 2|tanh 0) of at most [468]",
         "v2 fresh in bf16",
