@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from pathlib import Path
 from export.manifest import MANIFEST_FILE, SIGNATURE_FILE
 
 NEW, OLDER, SCRAP = "new", "older", "scrap"
+RANDOM_BYTES = 8
+"""Of a workshop's name: nobody else's directory is called so."""
 
 
 @contextmanager
@@ -47,7 +50,8 @@ def check_output(output: Path, *, overwrite: bool) -> Path:
     """
     if output.is_symlink() and not output.exists():
         raise FileExistsError(f"{output} is a link to {os.readlink(output)}, which does not exist")
-    output = output.resolve() if output.is_symlink() else output
+    if output.is_symlink() or not output.name:  # `.` has neither a name nor a directory around it
+        output = output.resolve()
     _finish_abandoned(output)
     _check_replaceable(output, overwrite)
     return output
@@ -87,7 +91,7 @@ def _make_parent(output: Path) -> None:
 @contextmanager
 def _workshop(output: Path) -> Iterator[Path]:
     """A directory beside `output`, locked, that goes again: but for what would be lost with it."""
-    workshop = output.parent / f"{_workshops(output)}{secrets.token_hex(4)}"
+    workshop = output.parent / f"{_workshops(output)}{secrets.token_hex(RANDOM_BYTES)}"
     workshop.mkdir(mode=0o700)
     lock = os.open(workshop, os.O_RDONLY)
     try:
@@ -110,7 +114,8 @@ def _finish_abandoned(output: Path) -> None:
     except OSError:
         return
     for workshop in beside:
-        if not workshop.name.startswith(_workshops(output)):
+        drawn = workshop.name.removeprefix(_workshops(output))
+        if not re.fullmatch(f"[0-9a-f]{{{2 * RANDOM_BYTES}}}", drawn):
             continue
         with suppress(OSError):  # somebody is at work there, or has locked it away
             lock = os.open(workshop, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

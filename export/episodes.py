@@ -34,10 +34,10 @@ LIFT = 4096.0
 """What noise adds to the one choice it points at: beyond any log-prob, and less than a mask."""
 
 FAR = 1e30
-FAR_WITHOUT_NORMALIZER = 1e3
+FAR_WITHOUT_NORMALIZER = 1e8
 SATURATION = 20.0
-LONGEST_MEMORY = 1e3
-"""A cell that never forgets gains at most 1 a step: this is a thousand of them."""
+LONGEST_MEMORY = 200.0
+"""A cell that never forgets gains at most 1 a step: this is two hundred of them."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class EpisodeMaker:
         plain = self._normal(shape)
         some = self._rand(shape) < 2.0 / shape[1]
         far = FAR_WITHOUT_NORMALIZER if self.normalizer is None else FAR
-        usual = self._log_uniform((num_rows, 1), 3.0, 1e3)
+        usual = self._log_uniform(shape, 3.0, 1e3 if self.normalizer is not None else far)
         outlier = self._signs(shape) * torch.where(self._rand((num_rows, 1)) < 0.25, far, usual)
         alone = some & (some.cumsum(-1) == 1)
         observation = _chosen(
@@ -235,14 +235,23 @@ class EpisodeMaker:
         return torch.cat(parts, dim=-1)
 
     def _noise(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """None, Gumbel, or Gumbel and in each head one choice lifted above all, allowed or not."""
-        uniform = self._rand((num_rows, self.spec.num_choices)).clamp(min=1e-20)
-        gumbel = -torch.log(-torch.log(uniform))
+        """None; Gumbel; alike in each head but for its last digits; or Gumbel and in each head one
+        choice lifted above all, allowed or not. The first two are free.
+        """
+        gumbel = -torch.log(-torch.log(self._rand((num_rows, self.spec.num_choices)) + 1e-20))
+        alike = torch.cat(
+            [
+                part[:, :1].expand_as(part)
+                + self._normal(part.shape) * self._log_uniform((num_rows, 1), 1e-4, 0.1)
+                for part in torch.split(gumbel, self.heads.sizes, -1)
+            ],
+            dim=-1,
+        )
         pointed = torch.cat([self._one_hot((num_rows,), size) for size in self.heads.sizes], -1)
         kind = self._rand((num_rows,))
-        is_greedy, is_free = kind < 0.35, kind < 0.7
-        noise = torch.where(is_greedy[:, None], 0.0, gumbel)
-        return torch.where(is_free[:, None], noise, noise + LIFT * pointed), is_free, is_greedy
+        none = torch.zeros_like(gumbel)
+        noise = _chosen(kind, {0.3: none, 0.6: gumbel, 0.75: alike, 1.0: gumbel + LIFT * pointed})
+        return noise, kind < 0.6, kind < 0.3
 
     def _blueprints(self, num_rows: int) -> Tensor | None:
         if self.spec.blueprint_embedding_dim is None:

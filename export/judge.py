@@ -1,6 +1,7 @@
 """The eager policy as the judge of an artifact: rebuilt from its weights, sharing nothing else."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,6 +96,13 @@ def scaled(outputs: Mapping[str, Tensor], spec: PolicySpec) -> dict[str, Tensor]
     }
 
 
+class Answer(NamedTuple):
+    """What a judge makes of some rows, and the cells `[rows, layers, hidden]` it began with."""
+
+    scores: Scores
+    memory: Tensor
+
+
 class CarriedJudge:
     """A judge's own run of an episode: its answers, row by row, each from the row's own state."""
 
@@ -102,11 +110,12 @@ class CarriedJudge:
         self._judge = judge
         self._state = judge.initial_state(num_rows)
 
-    def scores(self, part: Moment) -> Scores:
+    def answer(self, part: Moment) -> Answer:
         """What the policy makes of these rows, whose states move on."""
         rows = part.row
         h, c = (array[rows] for array in self._state)
-        scores = self._judge.scores(part, part.restarted((h, c)))
+        state = part.restarted((h, c))
+        scores = self._judge.scores(part, state)
         for array, new in zip(self._state, scores.state, strict=True):
             array[rows] = new
-        return scores
+        return Answer(scores, state[1])

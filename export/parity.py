@@ -119,12 +119,12 @@ class Gate:
                 with _told_of(name, seconds):
                     outputs[name] = scaled(step.run(moment), self.spec)
             for part in _parts(moment, self.judge.device):
-                scores = judge.scores(part)
+                answer = judge.answer(part)
                 for name, run in runs.items():
                     with _told_of(name, seconds):
-                        run.compare(_rows(outputs[name], part), part, scores)
+                        run.compare(_rows(outputs[name], part), part, answer)
                 if rounding is not None:
-                    rounding.compare(part, scores)
+                    rounding.compare(part, answer)
             if rounding is not None:
                 for name, run in runs.items():
                     with _told_of(name):

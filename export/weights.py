@@ -35,7 +35,8 @@ def pack_weights(policy: nn.Module, normalizer: ObservationNormalizer | None) ->
     """The content of `weights.safetensors`: float32 copies, the spec beside them.
 
     `policy` may be compiled, whole or in parts, be on any device and have any floating dtype.
-    Raises ValueError where two weights have one name, or one is not finite.
+    Raises ValueError where two weights have one name, one is not finite, or
+    the normaliser is not one of the policy's.
     """
     tensors: dict[str, Tensor] = {}
     for compiled_name, tensor in policy.state_dict().items():
@@ -47,11 +48,17 @@ def pack_weights(policy: nn.Module, normalizer: ObservationNormalizer | None) ->
         tensors[name] = _plain(tensor)
         if not tensors[name].isfinite().all():
             raise ValueError(f"the policy's {name!r} holds NaN or infinity")
+    spec = cast(PolicySpec, policy.spec)
     if normalizer is not None:
+        own = ObservationNormalizer(normalizer.mean, normalizer.var)  # whose checks are its own
+        if len(own.mean) != spec.observation_dim:
+            raise ValueError(
+                f"the normaliser is for {len(own.mean)} features, and the policy reads "
+                f"{spec.observation_dim}"
+            )
         for name, tensor in normalizer.state_dict().items():
             tensors[f"{NORMALIZER_PREFIX}{name}"] = _plain(tensor)
     # Without defaults: what a later release adds to the spec leaves old policies' versions alone.
-    spec = cast(PolicySpec, policy.spec)
     return save_tensors(tensors, metadata={"spec": spec.model_dump_json(exclude_defaults=True)})
 
 

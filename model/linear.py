@@ -1,8 +1,9 @@
 """Linear layers of one precision, in autocast or out of it.
 
 Under autocast the products alone are in its dtype: their results go on in the parameters' own, and
-so does all that lies between two products. How a value is rounded then depends on the numbers
-alone: not on whether a step or a sequence computes it, nor on what a compiler fuses.
+so does all that lies between two products. What is rounded then depends neither on whether a step
+or a sequence computes it nor on what a compiler fuses; how is the product's own: one of other rows
+may sum in another order and fall to the neighbouring number (V1's 140 features, in 2 of 100,000).
 """
 
 from torch import Tensor, nn

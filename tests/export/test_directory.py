@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from export.directory import staged
+from export.directory import check_output, staged
 from export.stopping import ENDS, Stopped, deferred, stoppable
 from tests.export.stopped_exports import NEW, OLD, OWN, export_new, tree, write
 
@@ -190,3 +190,18 @@ def test_nothing_but_an_artifacts_own_files_is_removed(output: Path, tmp_path: P
     write(tmp_path / "made", {"precious": "precious"})
     export_new(output)
     assert tree(tmp_path) == placed(NEW) | {"made/precious": "precious"}
+
+
+def test_a_directory_that_is_only_called_like_a_workshop_is_left_alone(tmp_path: Path) -> None:
+    mine = tmp_path / ".artifact.export-notes" / "new" / "mine"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("precious")
+    check_output(tmp_path / "artifact", overwrite=False)
+    assert mine.read_text() == "precious"
+
+
+def test_the_working_directory_is_known_by_its_own_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert check_output(Path(), overwrite=True) == tmp_path.resolve()
