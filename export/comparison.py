@@ -98,8 +98,9 @@ class ParityRun:
                 f"expected exactly 0: head {heads.names[head]!r} does not matter for its op"
                 f"{_where(moment, row)}"
             )
-        free = matters & (allowed.sum(-1) > 1) & moment.is_free[:, None]
-        self._count(free, action == best, short > 0, moment)
+        has_choice = matters & (allowed.sum(-1) > 1)
+        self.worse += int((has_choice & (short > 0)).sum())
+        self._count(has_choice & moment.is_free[:, None], action == best, moment)
 
     def finish(self) -> None:
         """Raises ParityError where too few free decisions, or greedy ones, are the policy's own."""
@@ -167,12 +168,11 @@ class ParityRun:
         sums = torch.stack([by_row.sum(0), by_row.abs().sum(0)]).cpu()
         self._sums[name] = self._sums.get(name, torch.zeros_like(sums)) + sums
 
-    def _count(self, free: Tensor, equal: Tensor, worse: Tensor, moment: Moment) -> None:
+    def _count(self, free: Tensor, equal: Tensor, moment: Moment) -> None:
         greedy = free & moment.is_greedy[:, None]
         self.rows += len(equal)
         self.free += int(free.sum())
         self.equal += int((free & equal).sum())
-        self.worse += int((free & worse).sum())
         self.greedy_free += int(greedy.sum())
         self.greedy_equal += int((greedy & equal).sum())
 

@@ -83,8 +83,8 @@ class Rounding:
         most = MEAN_MARGIN * self.order.worse + FEW
         if run.worse > most:
             raise ParityError(
-                f"{run.worse} of {run.free} free decisions are worse than the policy's own, and "
-                f"at most {most:.0f} of them are bf16's rounding"
+                f"{run.worse} decisions are worse than the policy's own, and at most {most:.0f} of "
+                "them are bf16's rounding"
             )
         self._check(run, 1.0)
 

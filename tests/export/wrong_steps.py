@@ -54,7 +54,8 @@ EQUIVALENT = (
         "whoever runs a step, gate or service, copies what it gives before its next call",
     ),
     Equivalent("linear 4 in TF32", "v1 fresh.*", WITHIN_TOLERANCE),
-    Equivalent(r"linear [459] in TF32", "v2 fresh", WITHIN_TOLERANCE),
+    Equivalent(r"linear [459] in TF32|relu 6 by a leaky one", "v2 fresh", WITHIN_TOLERANCE),
+    Equivalent("linear 11 in TF32", "v2, normaliser, extras", WITHIN_TOLERANCE),
     Equivalent(
         r"layer_norm [23] with epsilon 1e-06|layer_norm 2 with epsilon 0\.001",
         "v2 fresh",
@@ -120,7 +121,7 @@ EQUIVALENT = (
         "which slots are allowed is slot_by_op_mask's to say",
     ),
     Equivalent(
-        r"sigmoid 1 of at most [68]|sigmoid 2 of at most 8|tanh 0 of at most 4",
+        r"sigmoid 1 of at most [68]|sigmoid [02] of at most 8|tanh 0 of at most 4",
         "v1 in bf16",
         "it is within 3e-3 of what it would be, and bf16 rounds what a gate is of by more",
     ),
@@ -145,7 +146,7 @@ EQUIVALENT = (
         OUT_OF_REACH,
     ),
     Equivalent(
-        r"sigmoid 0 of at most 8|sigmoid [12] of at most [68]|tanh 0 of at most [468]",
+        r"sigmoid [012] of at most [68]|tanh 0 of at most [468]",
         "v2 fresh",
         OUT_OF_REACH,
     ),
