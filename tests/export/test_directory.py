@@ -92,6 +92,15 @@ def test_a_file_of_ones_own_that_has_a_new_files_name_is_not_written_over(
     assert tree(tmp_path) == before
 
 
+def test_a_directory_of_ones_own_with_an_older_files_name_is_kept(
+    output: Path, tmp_path: Path
+) -> None:
+    """Its manifest speaks of a file."""
+    write(output, {"manifest.json": OLD["manifest.json"], "policy.onnx/thesis.tex": "precious"})
+    export_new(output)
+    assert tree(tmp_path) == placed(NEW | {"policy.onnx/thesis.tex": "precious"})
+
+
 def test_a_link_to_an_artifact_goes_on_leading_to_one(output: Path, tmp_path: Path) -> None:
     write(output, OLD | OWN)
     (tmp_path / "latest").symlink_to("made/tiny")

@@ -86,9 +86,7 @@ def test_every_batch_that_the_manifest_says_can_be_had_is_run(
     policy: FactoredRecurrentActorCritic, tmp_path: Path
 ) -> None:
     """Its graph takes four rows and no more, which the others than the largest do not show."""
-    export_policy(
-        policy, None, tmp_path / "tiny", name="tiny", formats=("pt2",), max_batch_size=4
-    )
+    export_policy(policy, None, tmp_path / "tiny", name="tiny", formats=("pt2",), max_batch_size=4)
     manifest = Manifest.read(tmp_path / "tiny")
     manifest.model_copy(update={"max_batch_size": 5}).write(tmp_path / "tiny")
     with pytest.raises(ParityError, match=r"pt2 differs .* the step fails: .* \(batch size 5\)$"):
