@@ -425,7 +425,7 @@ def test_choice_worse_by_more_than_the_tolerance_is_stopped(
     heads = policy.heads
     index = heads.names.index(head)
     other_way = PolicyStep(nudged(even, head, NUDGE), None)
-    worse = nudged(even, head, -2 * ATOL)
+    worse = nudged(even, head, -1.1 * ATOL)
     right = PolicyStep(worse, None)
 
     def right_but_for_the_action(*inputs: Tensor) -> StepOutput:
