@@ -82,17 +82,6 @@ def test_weights_that_are_not_the_files_are_found_by_what_they_do(artifact: Path
         verify_artifact(open_artifact(artifact))
 
 
-def test_every_batch_that_the_manifest_says_can_be_had_is_run(
-    policy: FactoredRecurrentActorCritic, tmp_path: Path
-) -> None:
-    """Its graph takes four rows and no more, which the others than the largest do not show."""
-    export_policy(policy, None, tmp_path / "tiny", name="tiny", formats=("pt2",), max_batch_size=4)
-    manifest = Manifest.read(tmp_path / "tiny")
-    manifest.model_copy(update={"max_batch_size": 5}).write(tmp_path / "tiny")
-    with pytest.raises(ParityError, match=r"pt2 differs .* the step fails: .* \(batch size 5\)$"):
-        verify_artifact(open_artifact(tmp_path / "tiny"))
-
-
 def test_manifest_changed_after_signing_is_refused(artifact: Path) -> None:
     Manifest.read(artifact).model_copy(update={"name": "other"}).write(artifact)
     verify_artifact(open_artifact(artifact))

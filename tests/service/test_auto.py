@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from service.runtime.auto import Measurement, best, choose_runtime, measure
 from service.runtime.load import load_runtime
+from tests.running_server import running_server
 from tests.service.fakes import Arrays, SummingRuntime
 
 BATCH_SIZES = (1, 2, 4)
@@ -47,6 +49,12 @@ def test_one_whose_rows_are_alike_comes_before_a_faster_one() -> None:
     fast, alike = Measurement({1: 1e-5}, False), Measurement({1: 9e-5}, True)
     assert best({"a": fast, "b": alike}) == "b"
     assert best({"a": fast}) == "a"
+
+
+def test_no_batch_is_measured_that_the_artifact_was_not_checked_with(two_formats: Path) -> None:
+    with running_server(two_formats, "--runtime", "auto", "--max-batch-size", "64") as server:
+        measured = re.findall(r"auto: batch of (\d+)", server.log())
+    assert [int(size) for size in measured] == [1, 2, 4]
 
 
 class DependsOnItsBatch(SummingRuntime):
