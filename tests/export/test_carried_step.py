@@ -178,6 +178,19 @@ def test_step_that_writes_to_an_input_is_found(name: str, maker: EpisodeMaker) -
         carried(HandWritten(writing)).run(moments(maker, 1)[0])
 
 
+@pytest.mark.parametrize("row", [0, -1])
+def test_step_that_writes_to_any_row_of_a_larger_batch_is_found(
+    row: int, maker: EpisodeMaker
+) -> None:
+    def writing(inputs: Arrays, outputs: Arrays) -> None:
+        zeros(inputs, outputs)
+        if len(inputs["observation"]) > 1:
+            inputs["observation"][row, 0] += 1
+
+    with pytest.raises(StepFault, match="the step writes to its input 'observation'"):
+        carried(HandWritten(writing)).run(moments(maker, 1)[0])
+
+
 def test_step_that_fails_is_told_of_with_its_batch_size(maker: EpisodeMaker) -> None:
     def failing(inputs: Arrays, outputs: Arrays) -> None:
         zeros(inputs, outputs)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,15 @@ def test_a_file_of_ones_own_that_has_a_new_files_name_is_not_written_over(
     assert tree(tmp_path) == before
 
 
+def test_a_directory_of_ones_own_with_an_older_files_name_is_kept(
+    output: Path, tmp_path: Path
+) -> None:
+    """Its manifest speaks of a file."""
+    write(output, {"manifest.json": OLD["manifest.json"], "policy.onnx/thesis.tex": "precious"})
+    export_new(output)
+    assert tree(tmp_path) == placed(NEW | {"policy.onnx/thesis.tex": "precious"})
+
+
 def test_a_link_to_an_artifact_goes_on_leading_to_one(output: Path, tmp_path: Path) -> None:
     write(output, OLD | OWN)
     (tmp_path / "latest").symlink_to("made/tiny")
@@ -168,6 +178,39 @@ def test_signals_wait_for_the_end_of_the_block_or_a_part_that_heeds_them(
         assert len(received) == 2
     assert len(received) == 3
     assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_signals_that_waited_come_in_the_order_they_came_in() -> None:
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, frame: came.append(number)) for number in ENDS
+    }
+    try:
+        for order in (list(ENDS), list(ENDS)[::-1]):
+            came.clear()
+            with deferred():
+                for number in order:
+                    os.kill(os.getpid(), number)
+            assert came == order
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_beside_the_main_thread_signals_are_left_as_they_are() -> None:
+    """Where Python sets no handlers: who exports in a thread of their own can."""
+    went: list[bool] = []
+
+    def export() -> None:
+        with deferred() as heeded, heeded():
+            went.append(True)
+
+    handlers = {number: signal.getsignal(number) for number in ENDS}
+    thread = threading.Thread(target=export)
+    thread.start()
+    thread.join()
+    assert went == [True]
+    assert {number: signal.getsignal(number) for number in ENDS} == handlers
 
 
 def fail_while_a_signal_waits() -> None:

@@ -4,6 +4,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -314,6 +315,10 @@ def test_each_slot_holds_each_blueprint_and_none(rows: Rows) -> None:
     assert [{*column.tolist()} for column in index.T] == [expected] * rows.maker.spec.num_slots
 
 
+def next_moments(maker: EpisodeMaker, number: int) -> list[Moment]:
+    return list(islice(maker.moments(maker.episodes[0]), number))
+
+
 def begin_states(rows: Rows) -> tuple[Floats, Floats]:
     """Those that rows do begin from: h and c, `[rows, layers, hidden]`."""
     begins = rows.flat("begins")
@@ -348,6 +353,29 @@ def test_states_drive_later_layers_gates_both_up_and_down(
     for sign in (1, -1):
         driven = (sign * h[:, 1] @ weight.T).max(axis=0)
         assert np.mean(driven >= 0.97 * reach) > 0.9
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_states_drive_further_what_the_observation_drives_already(
+    v2: FactoredRecurrentActorCritic, sign: float
+) -> None:
+    """A gate then goes as far as input and state together take it. Signs at random would take one
+    there in half as many rows."""
+    normalizer = statistics(v2.spec.observation_dim)
+    maker = maker_of(v2, normalizer)
+    weights = {name: weight.double() for name, weight in v2.state_dict().items()}
+    lstm = "lstm.layers.0"
+    bias = weights[f"{lstm}.bias_ih_l0"] + weights[f"{lstm}.bias_hh_l0"]
+    reach = weights[f"{lstm}.weight_hh_l0"].abs().sum(-1)
+    furthest = []
+    for moment in next_moments(maker, 20):
+        x = v2.features(normalizer(moment.observation), moment.blueprint_index)
+        x = v2.lstm.input_proj(x).detach().double()  # type: ignore[union-attr, operator]
+        given = x @ weights[f"{lstm}.weight_ih_l0"].T + bias
+        h = moment.begin_state[0][:, 0].double()
+        driven = sign * (given + h @ weights[f"{lstm}.weight_hh_l0"].T)
+        furthest.append((driven >= 0.999 * (given.abs() + reach)).any(-1))
+    assert torch.cat(furthest).double().mean() > 0.1
 
 
 def test_states_begin_at_zero_in_between_and_with_the_longest_memories(rows: Rows) -> None:

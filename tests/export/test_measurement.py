@@ -1,5 +1,7 @@
 """What a report measures: rows against the same rows in another batch, and every format's time."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -81,3 +83,26 @@ def test_every_step_and_the_policy_itself_are_timed_at_every_bucket(
     assert timed.keys() == {"eager", "packed"}
     for latencies in timed.values():
         assert tuple(latency.batch_size for latency in latencies) == BUCKETS
+
+
+def test_the_policy_itself_is_timed_from_raw_observations_as_every_step_is(
+    step: PolicyStep, judge: Judge
+) -> None:
+    assert judge.normalizer is not None
+    calls: dict[str, int] = {"normaliser": 0, "policy": 0}
+
+    def counted(name: str) -> Callable[..., None]:
+        def count(*_: object) -> None:
+            calls[name] += 1
+
+        return count
+
+    hooks = [
+        judge.normalizer.register_forward_pre_hook(counted("normaliser")),
+        judge.policy.lstm_ln.register_forward_pre_hook(counted("policy")),
+    ]
+    measure_latency(judge, {"packed": loaded(step, judge)}, MAX_BATCH_SIZE)
+    for hook in hooks:
+        hook.remove()
+    assert calls["policy"] > 10 * len(BUCKETS)
+    assert calls["normaliser"] >= calls["policy"]

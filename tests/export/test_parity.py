@@ -135,6 +135,10 @@ def style_nearly_certain(step: TensorStep, heads: HeadTable) -> TensorStep:
     return style_scored_where_it_does_not_matter(step, heads, by=-ATOL / 2)
 
 
+def style_more_than_certain(step: TensorStep, heads: HeadTable) -> TensorStep:
+    return style_scored_where_it_does_not_matter(step, heads, by=ATOL / 2)
+
+
 def masked_choice_taken(step: TensorStep, heads: HeadTable) -> TensorStep:
     size = heads.sizes[0]
 
@@ -202,6 +206,10 @@ def rows_reversed(step: TensorStep, heads: HeadTable) -> TensorStep:
         (
             style_nearly_certain,
             r"log_prob\[\d+, 2\] is -9\.9+\d*e-06, expected exactly 0: head 'style'",
+        ),
+        (
+            style_more_than_certain,
+            r"log_prob\[\d+, 2\] is 9\.9+\d*e-06, expected exactly 0: head 'style'",
         ),
         (masked_choice_taken, r"action of head 'slot'"),
         (state_not_carried, r"state_h_out\["),
@@ -417,7 +425,7 @@ def test_choice_worse_by_more_than_the_tolerance_is_stopped(
     heads = policy.heads
     index = heads.names.index(head)
     other_way = PolicyStep(nudged(even, head, NUDGE), None)
-    worse = nudged(even, head, -2 * ATOL)
+    worse = nudged(even, head, -1.1 * ATOL)
     right = PolicyStep(worse, None)
 
     def right_but_for_the_action(*inputs: Tensor) -> StepOutput:
@@ -446,6 +454,62 @@ def ties_turned(step: TensorStep, heads: HeadTable, head: str, share: float) -> 
     return turned
 
 
+def test_tie_turned_is_no_worse_decision(policy: FactoredRecurrentActorCritic) -> None:
+    """Bit for bit a tie: whichever way it is broken, nothing is lost."""
+    even = tied(policy, "tempo")
+    gate = gate_of(even, max_batch_size=MAX_BATCH_SIZE)
+    run = judged(gate, ties_turned(PolicyStep(even, None).eval(), even.heads, "tempo", 0.9))
+    assert run.greedy_agreement < 0.99
+    assert run.worse == 0
+
+
+def test_decisions_count_where_there_is_something_to_decide(step: PolicyStep, gate: Gate) -> None:
+    """Not in a head that does not matter, nor with a lone choice, nor where noise points at one."""
+    heads, counts = gate.judge.heads, {"free": 0, "greedy": 0}
+
+    def counted(*inputs: Tensor) -> StepOutput:
+        outputs: StepOutput = step(*inputs)
+        _, mask, noise, *_ = inputs
+        choices = [part.sum(-1) for part in torch.split(mask, heads.sizes, -1)]
+        matters = heads.relevance[outputs[ACTION][:, heads.op_index]]
+        free = matters & (torch.stack(choices, -1) > 1) & (noise < 1000).all(-1, keepdim=True)
+        counts["free"] += int(free.sum())
+        counts["greedy"] += int(free[(noise == 0).all(-1)].sum())
+        return outputs
+
+    run = judged(gate, counted)
+    assert (run.free, run.greedy_free) == (counts["free"], counts["greedy"])
+    assert 0 < run.greedy_free < run.free < run.rows * len(heads.names)
+
+
+def test_mean_error_is_that_of_all_rows(step: PolicyStep, gate: Gate) -> None:
+    errors: list[Tensor] = []
+    weight = TOLERANCES["fp32"].rtol / ATOL
+
+    def higher(*inputs: Tensor) -> StepOutput:
+        action, log_prob, value, h, c = step(*inputs)
+        errors.append(ATOL / 2 / (1 + weight * value.abs()))
+        return action, log_prob, value + ATOL / 2, h, c
+
+    run = judged(gate, higher)
+    expected = pytest.approx(float(torch.cat(errors).mean()), rel=0.05)
+    assert float(run.mean_error("value")) == expected
+    assert float(run.mean_distance("value")) == expected
+
+
+def test_every_row_of_a_batch_beyond_256_is_judged(policy: FactoredRecurrentActorCritic) -> None:
+    step, sizes = PolicyStep(policy, None).eval(), []
+
+    def counted(*inputs: Tensor) -> StepOutput:
+        sizes.append(len(inputs[0]))
+        outputs: StepOutput = step(*inputs)
+        return outputs
+
+    run = judged(gate_of(policy, max_batch_size=2 * ROWS + 1), counted)
+    assert max(sizes) == 2 * ROWS + 1
+    assert run.rows == sum(sizes)
+
+
 @needs_bf16
 @pytest.mark.parametrize(("share", "is_enough"), [(0.005, True), (0.9, False)])
 def test_in_bf16_enough_greedy_actions_must_be_the_policys_own(
@@ -460,6 +524,20 @@ def test_in_bf16_enough_greedy_actions_must_be_the_policys_own(
     else:
         with pytest.raises(ParityError, match=r"of the free greedy decisions are the policy's own"):
             judged(gate, step)
+
+
+@needs_bf16
+def test_in_bf16_few_choices_may_be_worse_than_the_policys_own(
+    policy: FactoredRecurrentActorCritic,
+) -> None:
+    """Each by less than the tolerance, and in fewer decisions than have to agree: but no order of
+    sums makes so many."""
+    worse = nudged(tied(policy, "tempo"), "tempo", -0.03)
+    gate = gate_of(worse, precision="bf16", max_batch_size=MAX_BATCH_SIZE)
+    step = PolicyStep(worse, None, "bf16").eval()
+    judged(gate, step)
+    with pytest.raises(ParityError, match=r"free decisions are worse than the policy's own, and"):
+        judged(gate, ties_turned(step, worse.heads, "tempo", 0.025))
 
 
 @needs_bf16

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from export.manifest import Manifest
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from service.runtime.auto import Measurement, best, choose_runtime, measure
-from service.runtime.load import load_runtime
+from service.runtime.load import load_runtime, runs_on
+from tests.running_server import running_server
 from tests.service.fakes import Arrays, SummingRuntime
 
 BATCH_SIZES = (1, 2, 4)
@@ -47,6 +49,23 @@ def test_one_whose_rows_are_alike_comes_before_a_faster_one() -> None:
     fast, alike = Measurement({1: 1e-5}, False), Measurement({1: 9e-5}, True)
     assert best({"a": fast, "b": alike}) == "b"
     assert best({"a": fast}) == "a"
+
+
+def test_no_batch_is_measured_that_the_artifact_was_not_checked_with(two_formats: Path) -> None:
+    with running_server(two_formats, "--runtime", "auto", "--max-batch-size", "64") as server:
+        measured = re.findall(r"auto: batch of (\d+)", server.log())
+    assert [int(size) for size in measured] == [1, 2, 4]
+
+
+def test_machine_code_runs_on_the_device_it_was_made_for_and_others_move(
+    two_formats: Path,
+) -> None:
+    manifest = Manifest.read(two_formats)
+    formats = manifest.formats | {"aoti": manifest.formats["torchscript"]}
+    manifest = manifest.model_copy(update={"formats": formats})
+    runs = {name: runs_on(name, manifest, "cuda") for name in ("aoti", "torchscript")}
+    assert runs == {"aoti": False, "torchscript": True}
+    assert runs_on("aoti", manifest, "cpu")
 
 
 class DependsOnItsBatch(SummingRuntime):
