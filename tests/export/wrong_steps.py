@@ -169,11 +169,6 @@ EQUIVALENT = (
     Equivalent("sigmoid 1 of at most 4", "v2 fresh in bf16", WITHIN_TOLERANCE),
     Equivalent("layer_norm [23] with epsilon 1e-06", "v2 fresh in bf16", CANCELLED),
     Equivalent(
-        "noise x 0.9",
-        "v2 fresh in bf16",
-        "its logits hardly differ: noise decides alone, whatever its scale",
-    ),
-    Equivalent(
         r"sigmoid [01] of at most [68]|(sigmoid 2|tanh 0) of at most [468]",
         "v2 fresh in bf16",
         OUT_OF_REACH,
