@@ -348,7 +348,7 @@ def test_states_drive_further_what_the_observation_drives_already(
     furthest = []
     for moment in next_moments(maker, 20):
         x = v2.features(normalizer(moment.observation), moment.blueprint_index)
-        x = v2.lstm.input_proj(x).detach().double()  # type: ignore[union-attr, operator]
+        x = v2.lstm.input_proj(x).detach().double()  # type: ignore[operator]
         given = x @ weights[f"{lstm}.weight_ih_l0"].T + bias
         h = moment.begin_state[0][:, 0].double()
         driven = sign * (given + h @ weights[f"{lstm}.weight_hh_l0"].T)
