@@ -205,14 +205,13 @@ def test_onnx_is_measured_and_runs_where_torch_is_not_even_imported(all_formats:
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from export.manifest import Manifest\n"
+        "from export.artifact import open_artifact\n"
         "from service.runtime.auto import choose_runtime\n"
         "from service.runtime.load import load_runtime\n"
-        "directory = Path(sys.argv[1])\n"
-        "manifest = Manifest.read(directory)\n"
+        "artifact = open_artifact(Path(sys.argv[1]))\n"
         "options = {'device': 'cpu', 'num_threads': 1}\n"
-        "choose_runtime(directory, manifest, **options, max_batch_size=8)\n"
-        "load_runtime(directory, manifest, name='onnx', **options)\n"
+        "choose_runtime(artifact, **options, max_batch_size=8)\n"
+        "load_runtime(artifact.directory, artifact.manifest, name='onnx', **options)\n"
         "sys.exit('torch' in sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code, str(all_formats)], check=True, timeout=60)
@@ -238,8 +237,7 @@ def test_torchscript_runs_where_nothing_can_be_written(all_formats: Path) -> Non
         "from service.runtime.protocol import StepInputs, StepOutputs\n"
         "def no_directory(): raise FileNotFoundError('no temporary directory')\n"
         "tempfile._get_default_tempdir = no_directory\n"
-        "directory = Path(sys.argv[1])\n"
-        "manifest = Manifest.read(directory)\n"
+        "artifact = open_artifact(Path(sys.argv[1]))\n"
         "options = {'name': 'torchscript', 'device': 'cpu', 'num_threads': 1}\n"
         "runtime = load_runtime(directory, manifest, **options)\n"
         "arrays = [of.allocate(manifest.spec, 2).by_name() for of in (StepInputs, StepOutputs)]\n"
