@@ -535,12 +535,12 @@ def test_in_bf16_few_choices_may_be_worse_than_the_policys_own(
     policy: FactoredRecurrentActorCritic,
 ) -> None:
     """Each by less than the tolerance, and in fewer decisions than have to agree: but no order of
-    sums makes so many."""
+    sums makes so many, nor their log-probs so far off."""
     worse = nudged(tied(policy, "tempo"), "tempo", -0.03)
     gate = gate_of(worse, precision="bf16", max_batch_size=MAX_BATCH_SIZE)
     step = PolicyStep(worse, None, "bf16").eval()
     judged(gate, step)
-    with pytest.raises(ParityError, match=r"decisions are worse than the policy's own, and"):
+    with pytest.raises(ParityError, match=r"decisions are worse|off in the mean"):
         judged(gate, ties_turned(step, worse.heads, "tempo", 0.015))
 
 
