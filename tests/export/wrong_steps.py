@@ -70,7 +70,7 @@ EQUIVALENT = (
     Equivalent(r"layer_norm [3-7] with epsilon 1e-06", "v2, normaliser, extras", WITHIN_TOLERANCE),
     Equivalent(
         r"layer_norm [2-6] with epsilon 1e-06",
-        "v2 with floors, normaliser, extras",
+        "v2 with floors, normaliser, extras.*",
         WITHIN_TOLERANCE,
     ),
     Equivalent(
@@ -80,14 +80,14 @@ EQUIVALENT = (
     ),
     Equivalent(
         r"relu 1[25] (by a leaky one|dropped)|relu 17 by a leaky one",
-        "v2 with floors, normaliser, extras",
+        "v2 with floors, normaliser, extras.*",
         ALWAYS_ON,
     ),
-    Equivalent("linear 10 in TF32", "v2 with floors, normaliser, extras", WITHIN_TOLERANCE),
+    Equivalent("linear 10 in TF32", "v2 with floors, normaliser, extras.*", WITHIN_TOLERANCE),
     Equivalent(
         r"where [16] with -50 for -10000|lt [12] by at most|clamp [2356] with min \S+ for 1e-08"
         r"|where (5|10) always the first|__rdiv__ 1 with \S+ for 0\.99",
-        "v2 with floors, normaliser, extras",
+        "v2 with floors, normaliser, extras.*",
         ONE_WAY,
     ),
     Equivalent(r"argmax \d+ by the last of equal ones", ".*", "a tie may be broken either way"),
@@ -137,7 +137,7 @@ EQUIVALENT = (
     ),
     Equivalent(
         "mask of tempo ignored where one choice is forbidden and logits are close",
-        "v2 with floors, normaliser, extras",
+        "v2 with floors, normaliser, extras.*",
         NEVER_ALIKE,
     ),
     Equivalent(
@@ -156,8 +156,24 @@ EQUIVALENT = (
         OUT_OF_REACH,
     ),
     Equivalent(
+        r"sigmoid [012] of at most 8|tanh 0 of at most 4",
+        "v2 with floors, normaliser, extras in bf16",
+        OUT_OF_REACH,
+    ),
+    Equivalent(
+        r"sigmoid 0 of at most 6|sigmoid [12] of at most 4"
+        r"|layer_norm 2 with epsilon 0\.001|layer_norm 3 with epsilon 1e-06",
+        "v2 recorded in bf16",
+        "it is off by less than bf16's rounding",
+    ),
+    Equivalent(
+        r"with a normaliser's epsilon of 1\.1e-4",
+        "v2 recorded in bf16",
+        "no feature's variance is so small that it counts beside it",
+    ),
+    Equivalent(
         r"with a normaliser's epsilon of \S+",
-        "v2 recorded.*",
+        "v2 recorded",
         "no feature's variance is so small that it counts beside it",
     ),
     Equivalent("layer_norm 2 with epsilon 1e-06", "v2 recorded.*", WITHIN_TOLERANCE),
