@@ -127,7 +127,7 @@ EQUIVALENT = (
     ),
     Equivalent(
         r"mask of blueprint ignored where one choice is forbidden and logits are close",
-        "v1(, normaliser| in bf16)|v2.*extras",
+        "v1(, normaliser| in bf16)|v2.*extras.*",
         NEVER_ALIKE,
     ),
     Equivalent(
