@@ -37,8 +37,8 @@ class ParityRun:
     """What the comparison of one side with a judge adds up to.
 
     Errors are weighed: `|got - expected| / (1 + rtol / atol * |expected|)`, of which `atol` is the
-    limit. Decisions count where they are free: a head that matters, with a choice, and no noise
-    that points at one.
+    limit. Decisions count where they are free: a head that matters, with a choice, and noise as in
+    serving, which neither points at one nor is alike for all.
     """
 
     def __init__(self, judge: Judge, tolerance: Tolerance) -> None:

@@ -45,7 +45,7 @@ class Moment:
     """One step of all rows: what goes in, where episodes begin, and in which batches it is run.
 
     `begins` are the rows whose episode starts here, and `begin_state` what they start from;
-    `is_free` those whose noise points at no choice, `is_greedy` those without noise. `row` is each
+    `is_free` those whose noise is as in serving, or none, `is_greedy` those without. `row` is each
     one's own number and `batch_size` the size of its batch; `batches` are the rows of each batch.
     """
 
@@ -64,7 +64,7 @@ class Moment:
     is_greedy: Tensor
 
     def to(self, device: torch.device) -> "Moment":
-        """On `device`; itself where it is there."""
+        """All of it on `device`."""
         return self._changed(lambda array: array.to(device))
 
     def inputs(self, state: State) -> dict[str, Tensor]:

@@ -103,7 +103,7 @@ class FormatParity(Description):
 
     The agreements are the shares of free decisions equal to eager's, of all and of the greedy ones
     (those without noise); the others are within the tolerance of eager's best. Free is a head that
-    matters, has a choice, and no noise that points at one. `max_error` is by output, and weighed:
+    matters, with a choice, and noise as in serving. `max_error` is by output, and weighed:
     `|got - expected| / (1 + rtol / atol * |expected|)`, of which `atol` is the limit.
     """
 

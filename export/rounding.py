@@ -89,7 +89,7 @@ class Rounding:
         self._check(run, 1.0)
 
     def check_early(self, run: ParityRun) -> None:
-        """The same once, with a wider margin, while there are few rows."""
+        """The columns alone, with a wider margin, while there are few rows."""
         if EARLY_ROWS <= run.rows < 2 * EARLY_ROWS:
             self._check(run, EARLY_MARGIN)
 

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from export.manifest import ArtifactError
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
+from model.policy_weights import uncompiled
 from model.spec import PolicySpec
 
 WEIGHTS_FILE = "weights.safetensors"
 NORMALIZER_PREFIX = "observation_normalizer."
-COMPILED = "_orig_mod"
-"""What torch.compile puts into the names of what it wraps."""
 
 
 class RebuiltPolicy(NamedTuple):
@@ -35,12 +34,12 @@ def pack_weights(policy: nn.Module, normalizer: ObservationNormalizer | None) ->
     """The content of `weights.safetensors`: float32 copies, the spec beside them.
 
     `policy` may be compiled, whole or in parts, be on any device and have any floating dtype.
-    Raises ValueError where two weights have one name, one is not finite, or
-    the normaliser is not one of the policy's.
+    Raises ValueError where two weights have one name, one is not finite, or the normaliser is not
+    one for the policy's features.
     """
     tensors: dict[str, Tensor] = {}
     for compiled_name, tensor in policy.state_dict().items():
-        name = ".".join(part for part in compiled_name.split(".") if part != COMPILED)
+        name = uncompiled(compiled_name)
         if name in tensors:
             raise ValueError(
                 f"the policy has two weights called {name!r}, one as {compiled_name!r}"

@@ -78,7 +78,7 @@ def _state_dicts(content: Mapping[Any, Any]) -> Iterator[_Place]:
 
 
 def _is_first_weight(name: object, value: object) -> bool:
-    is_named_so = isinstance(name, str) and f".{_uncompiled(name)}".endswith(f".{FIRST_WEIGHT}")
+    is_named_so = isinstance(name, str) and f".{uncompiled(name)}".endswith(f".{FIRST_WEIGHT}")
     return is_named_so and isinstance(value, Tensor | np.ndarray)
 
 
@@ -93,22 +93,23 @@ def _without_prefix(path: Path, state_dict: Mapping[Any, Any]) -> dict[str, Any]
     first, *others = [name for name, value in state_dict.items() if _is_first_weight(name, value)]
     if others:
         raise _two_of_one(path, first, others[0])
-    prefix = _uncompiled(first).removesuffix(FIRST_WEIGHT)
+    prefix = uncompiled(first).removesuffix(FIRST_WEIGHT)
     given: dict[str, str] = {}
     for name in state_dict:
-        if not isinstance(name, str) or not _uncompiled(name).startswith(prefix):
+        if not isinstance(name, str) or not uncompiled(name).startswith(prefix):
             raise CheckpointError(
                 f"{path}: its weights are not all of one module: {short(first)} has the prefix "
                 f"{short(prefix)} and {short(name)} has not"
             )
-        plain = _uncompiled(name).removeprefix(prefix)
+        plain = uncompiled(name).removeprefix(prefix)
         if plain in given:
             raise _two_of_one(path, given[plain], name)
         given[plain] = name
     return {plain: state_dict[name] for plain, name in given.items()}
 
 
-def _uncompiled(name: str) -> str:
+def uncompiled(name: str) -> str:
+    """A weight's own name, without what torch.compile put into it."""
     return ".".join(part for part in name.split(".") if part != COMPILED)
 
 
