@@ -19,6 +19,7 @@ from model.heads import HeadTable
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
+from tests.export.gate_cases import case_of
 from tests.gate import gate_of, judged
 from tests.loaded_step import TensorStep
 from tests.machine import needs_bf16
@@ -552,3 +553,22 @@ def test_what_bf16_may_be_off_by_is_too_much_in_fp32(
     judged(gate_of(policy, precision="bf16", max_batch_size=MAX_BATCH_SIZE), rounded)
     with pytest.raises(ParityError):
         judged(gate_of(policy, max_batch_size=MAX_BATCH_SIZE), rounded)
+
+
+def with_leaking_gates(step: TensorStep, leak: float) -> TensorStep:
+    """A step whose closed forget gates let through that much of what a cell held."""
+
+    def leaking(*inputs: Tensor) -> StepOutput:
+        action, log_prob, value, h, c = step(*inputs)
+        return action, log_prob, value, h, torch.where(c.abs() < 1, c + leak * inputs[4].abs(), c)
+
+    return leaking
+
+
+def test_a_closed_gate_may_be_off_as_a_runtimes_is_and_no_further() -> None:
+    """onnxruntime's sigmoid near 0 is up to 1.4e-7 off."""
+    case = case_of("v1, normaliser")
+    gate = gate_of(case.policy, case.normalizer, max_batch_size=64)
+    judged(gate, with_leaking_gates(case.step(), 1.4e-7))
+    with pytest.raises(ParityError, match=r"state_c_out\["):
+        judged(gate, with_leaking_gates(case.step(), 2e-6))

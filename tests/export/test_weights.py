@@ -134,6 +134,26 @@ def test_weights_that_are_not_finite_are_refused_by_name(
         pack_weights(policy, None)
 
 
+def test_a_normaliser_of_other_features_is_refused_before_anything_is_written(
+    policy: FactoredRecurrentActorCritic, tmp_path: Path
+) -> None:
+    others = statistics(policy.spec.observation_dim + 1)
+    with pytest.raises(
+        ValueError, match=r"the normaliser is for \d+ features, and the policy reads"
+    ):
+        export_policy(policy, others, tmp_path / "it", name="it")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_normaliser_that_is_not_finite_is_refused_by_feature(
+    policy: FactoredRecurrentActorCritic,
+) -> None:
+    spoilt = statistics(policy.spec.observation_dim)
+    spoilt.var[3] = torch.nan
+    with pytest.raises(ValueError, match="statistics of feature 3 are"):
+        pack_weights(policy, spoilt)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_policy_of_another_dtype_is_packed_in_float32(
     policy: FactoredRecurrentActorCritic, dtype: torch.dtype
