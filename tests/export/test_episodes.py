@@ -165,22 +165,21 @@ def test_moment_is_forgotten_when_the_next_is_made(v2: FactoredRecurrentActorCri
     assert forgotten() is None
 
 
-def live_bytes() -> int:
-    """Of every tensor there is, memory that several share counted once."""
-    storages = {
-        storage.data_ptr(): storage.nbytes()
-        for thing in gc.get_objects()
-        if type(thing) is Tensor
-        for storage in [thing.untyped_storage()]
-    }
-    return sum(storages.values())
+def live_storages() -> dict[int, int]:
+    """Of every tensor that has memory, its bytes by where it lies; what several share is one."""
+    storages = [x.untyped_storage() for x in gc.get_objects() if type(x) is Tensor]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr()}
 
 
 def test_memory_does_not_grow_with_the_steps(v2: FactoredRecurrentActorCritic) -> None:
     gc.collect()
-    taken = [live_bytes() for _ in moments_of(maker_of(v2))]
+    others = live_storages().keys()
+    taken = [
+        sum(size for at, size in live_storages().items() if at not in others)
+        for _ in moments_of(maker_of(v2))
+    ]
     assert len(taken) >= 50
-    assert max(taken[5:]) <= max(taken[:5])
+    assert max(taken[5:]) <= 1.1 * max(taken[:5])
 
 
 def normalised(rows: Rows) -> Floats:
