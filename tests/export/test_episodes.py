@@ -166,8 +166,9 @@ def test_moment_is_forgotten_when_the_next_is_made(v2: FactoredRecurrentActorCri
 
 
 def live_storages() -> dict[int, int]:
-    """Of every tensor that has memory, its bytes by where it lies; what several share is one."""
-    storages = [x.untyped_storage() for x in gc.get_objects() if type(x) is Tensor]
+    """Of every strided tensor with memory, its bytes by where it lies; what is shared is one."""
+    tensors = [x for x in gc.get_objects() if type(x) is Tensor and x.layout is torch.strided]
+    storages = [tensor.untyped_storage() for tensor in tensors]
     return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr()}
 
 

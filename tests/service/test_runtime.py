@@ -232,14 +232,15 @@ def test_torchscript_runs_where_nothing_can_be_written(all_formats: Path) -> Non
     code = (
         "import sys, tempfile\n"
         "from pathlib import Path\n"
-        "from export.manifest import Manifest\n"
+        "from export.artifact import open_artifact\n"
         "from service.runtime.load import load_runtime\n"
         "from service.runtime.protocol import StepInputs, StepOutputs\n"
         "def no_directory(): raise FileNotFoundError('no temporary directory')\n"
         "tempfile._get_default_tempdir = no_directory\n"
         "artifact = open_artifact(Path(sys.argv[1]))\n"
         "options = {'name': 'torchscript', 'device': 'cpu', 'num_threads': 1}\n"
-        "runtime = load_runtime(directory, manifest, **options)\n"
+        "manifest = artifact.manifest\n"
+        "runtime = load_runtime(artifact.directory, manifest, **options)\n"
         "arrays = [of.allocate(manifest.spec, 2).by_name() for of in (StepInputs, StepOutputs)]\n"
         "runtime.bind(*arrays)()\n"
     )
