@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
-from service.sessions import SessionTable
+from service.engine.sessions import SessionTable
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 

@@ -8,13 +8,13 @@ from contextlib import suppress
 
 from export.loaders.protocol import LoadedStep
 from export.manifest import Manifest, bucket_sizes
-from service.act import ActCodec
-from service.batcher import Batcher
-from service.engine import Engine, StepAnswer, StepRequest, derived_seed
+from service.engine.batcher import Batcher
+from service.engine.engine import Engine, StepAnswer, StepRequest, derived_seed
+from service.engine.sessions import SessionTable
 from service.errors import Malformed, NotReady, ServiceError
-from service.exchange import Exchange
+from service.http.act import ActCodec
+from service.http.exchange import Exchange
 from service.metrics import Metrics
-from service.sessions import SessionTable
 from service.settings import Settings
 
 

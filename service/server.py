@@ -17,10 +17,10 @@ from pydantic_settings import CliApp
 from export.artifact import Artifact, open_artifact
 from export.loaders.protocol import LoadedStep
 from export.manifest import ArtifactError, Manifest
-from service.app import create_app
 from service.artifact import find_artifact
-from service.connections import Connections
-from service.descriptors import raise_descriptor_limit
+from service.http.app import create_app
+from service.http.connections import Connections
+from service.http.descriptors import raise_descriptor_limit
 from service.policy_service import PolicyService
 from service.runtime.auto import choose_runtime
 from service.runtime.device import choose_device

@@ -12,8 +12,8 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from model.spec import PolicySpec
+from service.engine.sessions import SessionTable
 from service.metrics import Metrics
-from service.sessions import SessionTable
 from service.settings import Settings
 from tests.running_server import ROOT
 from tests.service.fakes import FakeClock

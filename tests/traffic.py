@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.spec import PolicySpec
-from service.noise import gumbel_noise
+from service.engine.noise import gumbel_noise
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL, NaivePolicy
 from tests.random_inputs import random_masks, random_observations
 from tests.running_server import RunningServer

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from export.manifest import ArtifactError, Manifest
 from model.spec import PolicySpec
-from service.batch_sizes import batch_sizes, ranges
+from service.bench.batch_sizes import batch_sizes, ranges
 from service.bench.load import Load, LoadGenerator, Pool, new_sessions
 from service.bench.replay import Differences, replay
 from service.runtime.load import load_runtime

@@ -13,7 +13,7 @@ from pydantic_core import from_json
 from export.loaders.protocol import LoadedStep
 from model.spec import PolicySpec
 from service.bench.load import Pool, Session
-from service.noise import gumbel_noise
+from service.engine.noise import gumbel_noise
 from service.runtime.protocol import StepInputs, StepOutputs
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from service.batch_sizes import ranges
+from service.bench.batch_sizes import ranges
 from service.demo.client import Tally, run_environments
 
 BAR_WIDTH = 30

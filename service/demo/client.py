@@ -12,7 +12,7 @@ import numpy as np
 
 from model.lifecycle import OP_NAMES
 from model.spec import PolicySpec
-from service.batch_sizes import batch_sizes
+from service.bench.batch_sizes import batch_sizes
 from service.demo.environment import GrowingNetwork, game_of
 
 ATTEMPTS = 3

@@ -23,7 +23,7 @@ from export.loaders.load import FORMAT_OF
 from export.loaders.protocol import LoadedStep
 from export.manifest import Device, Manifest, bucket_sizes
 from model.spec import PolicySpec
-from service.noise import gumbel_noise
+from service.engine.noise import gumbel_noise
 from service.runtime.load import load_runtime, runs_on
 from service.runtime.protocol import StepInputs, StepOutputs
 

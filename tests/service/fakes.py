@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.spec import PolicySpec
-from service.app import create_app
-from service.batcher import Batcher
-from service.engine import Engine, StepAnswer, StepRequest, derived_seed
+from service.engine.batcher import Batcher
+from service.engine.engine import Engine, StepAnswer, StepRequest, derived_seed
+from service.engine.sessions import SessionTable
 from service.errors import ServiceError
+from service.http.app import create_app
 from service.policy_service import PolicyService
-from service.sessions import SessionTable
 
 Arrays = Mapping[str, NDArray[Any]]
 Item = TypeVar("Item")

@@ -16,10 +16,10 @@ from export.loaders.protocol import LoadedStep
 from export.manifest import Manifest
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
-from service.batch_sizes import ranges
+from service.bench.batch_sizes import ranges
 from service.bench.load import POOL_SIZE, Pool, Session
 from service.bench.replay import replay
-from service.noise import gumbel_noise
+from service.engine.noise import gumbel_noise
 from service.runtime.load import load_runtime
 from service.runtime.protocol import StepInputs, StepOutputs
 from tests.random_inputs import random_policy

@@ -24,8 +24,8 @@ from model.lifecycle import (
     WAIT,
 )
 from model.spec import PolicySpec
-from service.act import ActCodec
 from service.demo.environment import GrowingNetwork
+from service.http.act import ActCodec
 from tests.random_inputs import random_policy
 from tests.running_server import running_server
 

@@ -9,7 +9,7 @@ import pytest
 from model.spec import PolicySpec
 from tests.service.conftest import MakeClient
 from tests.service.fakes import POISON, AppClient, SummingRuntime
-from tests.service.test_act import body
+from tests.service.http.test_act import body
 
 REFUSED: dict[str, dict[str, Any]] = {
     "a conflict": {"step": 7},

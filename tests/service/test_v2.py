@@ -15,7 +15,7 @@ from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from service.bench.load import Pool, Session
 from service.bench.replay import replay
-from service.noise import gumbel_noise
+from service.engine.noise import gumbel_noise
 from service.policy_service import PolicyService
 from service.runtime.load import load_runtime
 from service.settings import Settings

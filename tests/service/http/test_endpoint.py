@@ -8,7 +8,7 @@ import pytest
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from model.spec import PolicySpec
-from service.endpoint import ActEndpoint
+from service.http.endpoint import ActEndpoint
 from tests.service.conftest import MakeClient
 from tests.service.fakes import AppClient, SummingRuntime
 

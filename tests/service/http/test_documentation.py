@@ -12,12 +12,12 @@ import pytest
 from export.manifest import Manifest
 from model.spec import HeadSpec, PolicySpec
 from service.errors import Disconnected, ServiceError
+from service.http.schemas import BEYOND_FLOAT32, act_request, act_response
 from service.policy_service import PolicyService
-from service.schemas import BEYOND_FLOAT32, act_request, act_response
 from service.settings import Settings
 from tests.service.conftest import MakeClient
 from tests.service.fakes import AppClient, SummingRuntime
-from tests.service.test_act import body
+from tests.service.http.test_act import body
 
 Json = dict[str, Any]
 JSON = "application/json"

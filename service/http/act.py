@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from pydantic_core import to_json
 
 from model.spec import PolicySpec
-from service.engine import HiddenState, StepAnswer, StepRequest
+from service.engine.engine import HiddenState, StepAnswer, StepRequest
 from service.errors import Invalid, Malformed
-from service.schemas import ActRequest, HiddenStateBody, act_request
+from service.http.schemas import ActRequest, HiddenStateBody, act_request
 
 CONTENT_TYPE = "application/json"
 LONGEST_NAME = 80

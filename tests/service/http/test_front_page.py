@@ -5,7 +5,7 @@ import re
 import httpx
 import pytest
 
-from service.front_page import as_html, front_page
+from service.http.front_page import as_html, front_page
 from tests.service.fakes import AppClient
 
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"

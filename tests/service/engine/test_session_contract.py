@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from model.spec import PolicySpec
-from service.engine import StepAnswer
+from service.engine.engine import StepAnswer
 from service.errors import Invalid, ServiceError, SessionLost, StepConflict, UnknownSession
 from tests.service.fakes import Bench
 

@@ -11,13 +11,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from export.manifest import Manifest, bucket_sizes
 from model.spec import PolicySpec
-from service.app import create_app
-from service.connections import Connections
+from service.http.app import create_app
+from service.http.connections import Connections
 from service.policy_service import PolicyService
 from service.settings import Settings
 from tests.service.conftest import MakeClient
 from tests.service.fakes import AppClient, SummingRuntime, submitted
-from tests.service.test_act import body, error_of
+from tests.service.http.test_act import body, error_of
 
 
 def samples(client: AppClient) -> dict[str, float]:

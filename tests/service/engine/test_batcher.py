@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.batcher import LONG_BATCH_S, TURNS_BEHIND, Batcher
+from service.engine.batcher import LONG_BATCH_S, TURNS_BEHIND, Batcher
 from service.errors import (
     DeadlineExceeded,
     Disconnected,

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from model.spec import PolicySpec
-from service.engine import StepAnswer, StepRequest, derived_seed
+from service.engine.engine import StepAnswer, StepRequest, derived_seed
+from service.engine.noise import gumbel_noise
 from service.errors import (
     Invalid,
     Overloaded,
@@ -17,7 +18,6 @@ from service.errors import (
     StepConflict,
     UnknownSession,
 )
-from service.noise import gumbel_noise
 from tests.service.fakes import Arrays, Bench, step_request
 
 FULL_BATCH = 8

@@ -1,7 +1,7 @@
 """`POST /act` as bare ASGI, ahead of FastAPI's routing: for any server and any test client.
 
-The route of the same name in `service.app` is its documentation; `service.schemas` is what both
-validate and show. `python -m service` has a shorter way: `service.connection`.
+The route of the same name in `service.http.app` is its documentation; `service.http.schemas` is
+what both validate and show. `python -m service` has a shorter way: `service.http.connection`.
 """
 
 import asyncio
@@ -9,7 +9,6 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from service.act import CONTENT_TYPE
 from service.errors import (
     Disconnected,
     Malformed,
@@ -17,7 +16,8 @@ from service.errors import (
     TooLarge,
     UnsupportedContentType,
 )
-from service.exchange import Exchange, Headers
+from service.http.act import CONTENT_TYPE
+from service.http.exchange import Exchange, Headers
 from service.policy_service import PolicyService
 
 PATH = "/act"

@@ -10,7 +10,8 @@ from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from service.documentation import (
+from service.errors import ServiceError
+from service.http.documentation import (
     ANYWHERE,
     REPLAYED,
     act_answer,
@@ -21,12 +22,9 @@ from service.documentation import (
     text_content,
     with_whole_bounds,
 )
-from service.endpoint import PATH, ActEndpoint
-from service.errors import ServiceError
-from service.front_page import as_html, front_page, respond
-from service.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
-from service.policy_service import PolicyService
-from service.schemas import (
+from service.http.endpoint import PATH, ActEndpoint
+from service.http.front_page import as_html, front_page, respond
+from service.http.schemas import (
     Alive,
     FrontPage,
     Identifier,
@@ -36,6 +34,8 @@ from service.schemas import (
     act_request,
     act_response,
 )
+from service.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
+from service.policy_service import PolicyService
 
 DESCRIPTION = """
 Actions of a recurrent, factored, action-masked policy, one step at a time.

@@ -4,9 +4,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.noise import gumbel_noise
-from service.noise_ahead import STEPS_AHEAD, NoiseAhead
-from service.sessions import START, Turn
+from service.engine.noise import gumbel_noise
+from service.engine.noise_ahead import STEPS_AHEAD, NoiseAhead
+from service.engine.sessions import START, Turn
 
 COLUMNS = 5
 STEPS = st.one_of(st.integers(0, 3 * STEPS_AHEAD), st.integers(2**64 - 2 * STEPS_AHEAD, 2**64 - 1))

@@ -17,10 +17,10 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from model.spec import PolicySpec
-from service.connection import LARGEST_HEAD
-from service.connections import Connections
 from service.errors import Overloaded
-from service.incoming import AsgiRequest, DirectRequest
+from service.http.connection import LARGEST_HEAD
+from service.http.connections import Connections
+from service.http.incoming import AsgiRequest, DirectRequest
 from tests.service.conftest import MakeClient
 from tests.service.fakes import AppClient, SummingRuntime, submitted
 
@@ -711,7 +711,7 @@ def test_a_connection_lingers_for_a_while_and_for_some_megabytes(
     """Its client has its last answer, and neither closes nor (the first one) sends."""
     limits = {"LINGER_S": 1000.0, "LINGER_BYTES": 10**9} | {limit: 0}
     for name, value in limits.items():
-        monkeypatch.setattr(f"service.connection.{name}", value)
+        monkeypatch.setattr(f"service.http.connection.{name}", value)
 
     async def play(server: Server) -> None:
         async with server.connect() as connection:

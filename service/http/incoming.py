@@ -13,10 +13,10 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 
 from service.errors import Disconnected, ServiceError, TooLarge
-from service.exchange import Exchange, Headers
+from service.http.exchange import Exchange, Headers
 
 if TYPE_CHECKING:
-    from service.connection import Connection
+    from service.http.connection import Connection
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from html import escape
 
 from fastapi import Request, Response
 
-from service.schemas import FrontPage
+from service.http.schemas import FrontPage
 
 LINKS = {
     "documentation": "/docs",

@@ -18,7 +18,6 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.server import ServerState
 
-from service.act import CONTENT_TYPE
 from service.errors import (
     Draining,
     HeadersTooLarge,
@@ -26,11 +25,12 @@ from service.errors import (
     RequestTimeout,
     ServiceError,
 )
-from service.exchange import Headers
-from service.incoming import AsgiRequest, DirectRequest
+from service.http.act import CONTENT_TYPE
+from service.http.exchange import Headers
+from service.http.incoming import AsgiRequest, DirectRequest
 
 if TYPE_CHECKING:
-    from service.connections import Connections
+    from service.http.connections import Connections
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """Each session's noise a few steps ahead, because eight steps' noise costs little more than one's.
 
-What a step's noise is, `service.noise` alone says: it depends on (seed, step), not on when it is
-made. This only decides when.
+What a step's noise is, `service.engine.noise` alone says: it depends on (seed, step), not on when
+it is made. This only decides when.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from service.noise import gumbel_noise
-from service.sessions import START, Turn
+from service.engine.noise import gumbel_noise
+from service.engine.sessions import START, Turn
 
 STEPS_AHEAD = 8
 

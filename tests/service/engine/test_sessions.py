@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from model.spec import PolicySpec
+from service.engine.sessions import START, Session, SessionTable, Turn
 from service.errors import Overloaded, SessionLost, StepConflict, UnknownSession
 from service.runtime.protocol import StepOutputs
-from service.sessions import START, Session, SessionTable, Turn
 from tests.service.fakes import FakeClock
 
 IDLE_S = 60.0

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from export.loaders.protocol import LoadedStep
 from model.spec import PolicySpec
+from service.engine.noise_ahead import NoiseAhead
+from service.engine.sessions import START, Session, SessionTable, Turn
 from service.errors import Invalid, ServiceError
-from service.noise_ahead import NoiseAhead
 from service.runtime.protocol import StepInputs, StepOutputs
-from service.sessions import START, Session, SessionTable, Turn
 
 HiddenState = tuple[NDArray[np.float32], NDArray[np.float32]]
 """`(h, c)` of one environment, each `[layers, hidden]`."""

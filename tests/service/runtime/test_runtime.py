@@ -20,11 +20,11 @@ from export.loaders.torch_formats import load_eager, load_torchscript
 from export.manifest import ArtifactError, Device, File, Manifest
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
-from service.engine import Engine, StepAnswer, StepRequest
-from service.noise import gumbel_noise
+from service.engine.engine import Engine, StepAnswer, StepRequest
+from service.engine.noise import gumbel_noise
+from service.engine.sessions import SessionTable
 from service.runtime.load import load_runtime
 from service.runtime.protocol import StepInputs, StepOutputs
-from service.sessions import SessionTable
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL, NaivePolicy
 from tests.random_inputs import packed, random_masks, random_observations, weights_of
 from tests.running_server import ROOT, clean_environment

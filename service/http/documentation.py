@@ -7,7 +7,7 @@ from typing import Any
 
 from model.spec import PolicySpec
 from service.errors import Disconnected, ServiceError
-from service.schemas import ErrorResponse
+from service.http.schemas import ErrorResponse
 
 Json = dict[str, Any]
 Responses = dict[int | str, Json]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from service.noise import gumbel_noise, philox4x32
+from service.engine.noise import gumbel_noise, philox4x32
 
 WORDS = st.integers(min_value=0, max_value=2**64 - 1)
 EULER_GAMMA = 0.57721566490153286

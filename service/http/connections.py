@@ -8,8 +8,8 @@ from typing import Any
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from service.connection import Connection
-from service.endpoint import PATH, ActEndpoint
+from service.http.connection import Connection
+from service.http.endpoint import PATH, ActEndpoint
 
 logger = logging.getLogger(__name__)
 

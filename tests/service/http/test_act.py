@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 from export.manifest import Manifest
 from model.spec import PolicySpec
+from service.engine.noise import gumbel_noise
 from service.errors import Invalid, Malformed
-from service.noise import gumbel_noise
 from service.policy_service import PolicyService
 from service.settings import Settings
 from tests.service.conftest import MakeClient
