@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterator
 from math import inf
+from typing import Protocol
 
 from prometheus_client import (
     CollectorRegistry,
@@ -16,17 +17,23 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
-from service.engine.sessions import SessionTable
-
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+
+class Sessions(Protocol):
+    """What is told of live sessions, and of what became of the others."""
+
+    num_rows: int
+    events: dict[str, int]
+
+    def expire_idle(self) -> None: ...
 
 
 class Metrics:
     """Prometheus metrics of one server, in a registry of their own."""
 
-    def __init__(self, sessions: SessionTable, num_waiting: Callable[[], int]) -> None:
+    def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_SessionCollector(sessions))
         self._by_result: dict[str, Counter] = {}
         self.requests = Counter(
             "tamiyo_act_requests_total",
@@ -36,7 +43,7 @@ class Metrics:
         )
         self.batch_size = Histogram(
             "tamiyo_batch_size",
-            "Requests in one step of the policy.",
+            "Environments in one step of the policy.",
             buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
             registry=self._registry,
         )
@@ -46,10 +53,9 @@ class Metrics:
             buckets=(1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2, 0.1, 1.0),
             registry=self._registry,
         )
-        waiting = Gauge(
-            "tamiyo_waiting", "Requests that wait for the policy.", registry=self._registry
+        self._waiting = Gauge(
+            "tamiyo_waiting", "Environments that wait for the policy.", registry=self._registry
         )
-        waiting.set_function(num_waiting)
         tasks = Gauge("tamiyo_tasks", "Tasks on the event loop.", registry=self._registry)
         tasks.set_function(lambda: len(asyncio.all_tasks()))
         self._connections = Gauge(
@@ -80,6 +86,16 @@ class Metrics:
             counter = self._by_result[result] = self.requests.labels(result)
         counter.inc()
 
+    def observe_batch(self, num_rows: int, seconds: float) -> None:
+        """The policy has taken one more step."""
+        self.batch_size.observe(num_rows)
+        self.step_seconds.observe(seconds)
+
+    def watch_engine(self, sessions: Sessions, num_waiting: Callable[[], int]) -> None:
+        """Says what is kept, and how many rows wait."""
+        self._registry.register(_SessionCollector(sessions))
+        self._waiting.set_function(num_waiting)
+
     def count_unread(self, error_type: str) -> None:
         """One more request of which it is not known what it was."""
         self._unread.labels(error_type).inc()
@@ -94,14 +110,15 @@ class Metrics:
 
 
 class _SessionCollector(Collector):
-    """The live sessions, and what became of the others: live = started - all the rest."""
+    """What is kept, and what became of the rest: live sessions = started - all the rest."""
 
-    def __init__(self, sessions: SessionTable) -> None:
+    def __init__(self, sessions: Sessions) -> None:
         self._sessions = sessions
 
     def collect(self) -> Iterator[Metric]:
         self._sessions.expire_idle()
-        yield GaugeMetricFamily("tamiyo_sessions", "Live sessions.", value=len(self._sessions))
+        help_text = "Environments whose state is kept: the rows of all live sessions."
+        yield GaugeMetricFamily("tamiyo_sessions", help_text, value=self._sessions.num_rows)
         events = CounterMetricFamily(
             "tamiyo_session_events",
             "Sessions started; ended by a client; expired for want of requests; evicted for room.",

@@ -18,10 +18,11 @@ from export.artifact import Artifact, open_artifact
 from export.loaders.protocol import LoadedStep
 from export.manifest import ArtifactError, Manifest
 from service.artifact import find_artifact
+from service.engine.engine import Engine
 from service.http.app import create_app
 from service.http.connections import Connections
 from service.http.descriptors import raise_descriptor_limit
-from service.policy_service import PolicyService
+from service.metrics import Metrics
 from service.runtime.auto import choose_runtime
 from service.runtime.device import choose_device
 from service.runtime.load import load_runtime
@@ -37,9 +38,10 @@ hold a whole batch: with one descriptor, the last of 256 new clients would wait 
 class _Server(uvicorn.Server):
     """Uvicorn, and one line with a working request once `/act` is open."""
 
-    def __init__(self, config: uvicorn.Config, service: PolicyService) -> None:
+    def __init__(self, config: uvicorn.Config, engine: Engine, observation_dim: int) -> None:
         super().__init__(config)
-        self.service = service
+        self._engine = engine
+        self._observation_dim = observation_dim
         self.has_failed = False
 
     def stop(self, *_: object) -> None:
@@ -54,15 +56,15 @@ class _Server(uvicorn.Server):
             self._announcing = asyncio.create_task(self._announce(reached_at, port))
 
     async def _announce(self, host: str, port: int) -> None:
-        assert self.service.warming is not None
+        assert self._engine.warm_up.done is not None
         try:
-            await asyncio.shield(self.service.warming)
+            await asyncio.shield(self._engine.warm_up.done)
         except Exception:
             logger.exception("the policy failed while warming up")
             self.has_failed = self.should_exit = True
             return
         _settle_garbage()
-        repeats = self.service.manifest.spec.observation_dim - 1
+        repeats = self._observation_dim - 1
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         sys.stdout.write(
             f"ready: curl -s http://{address}/act -H 'Content-Type: application/json' "
@@ -108,17 +110,18 @@ def serve(
     settings: Settings, manifest: Manifest, runtime: LoadedStep, asked_to_stop: Sequence[int] = ()
 ) -> int:
     """What `main` does once there is a runtime."""
-    service = PolicyService(manifest, runtime, settings)
+    metrics = Metrics()
+    engine = Engine(manifest, runtime, settings, metrics.observe_batch)
     logger.info(
         "%s %s, %s on %s, batches up to %d",
         manifest.name,
         manifest.policy_version[:19],
         runtime.name,
         runtime.device,
-        service.max_batch_size,
+        engine.max_batch_size,
     )
-    app = create_app(service)
-    connections = Connections(app.act_endpoint, limit=raise_descriptor_limit())
+    app = create_app(engine, manifest, settings, metrics)
+    connections = Connections(app.act, metrics, settings, limit=raise_descriptor_limit())
     config = uvicorn.Config(
         app,
         http=connections.accept,  # type: ignore[arg-type]  # it is called, and no more is asked
@@ -131,7 +134,7 @@ def serve(
         server_header=False,
         timeout_graceful_shutdown=settings.drain_s,
     )
-    server = _Server(config, service)
+    server = _Server(config, engine, manifest.spec.observation_dim)
     for number in (signal.SIGTERM, signal.SIGINT):
         # Uvicorn has handlers of its own while it runs, and raises a signal again once it has
         # drained. Before that, these tell it to end as soon as it has begun; afterwards, nothing.
@@ -143,7 +146,7 @@ def serve(
     except SystemExit:
         _fail(f"cannot listen on {settings.host}:{settings.port}")
     exit_code = 1 if server.has_failed else 0
-    if service.is_warming():
+    if engine.warm_up.is_running():
         # In the middle of a step, which nothing can stop, and which the interpreter's end would
         # wait for, or crash.
         logging.shutdown()

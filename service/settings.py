@@ -73,16 +73,30 @@ class Settings(BaseSettings):
         Field(
             ge=1,
             le=4096,
-            description="Most requests in one step; larger: throughput, latency. Never more than "
-            "the artifact was checked with.",
+            description="Most rows in one step; larger: throughput, latency. Never more than the "
+            "artifact was checked with.",
         ),
     ] = 64
+    max_rows: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=65536,
+            description="Most environments in one request; one of more than fit in a step takes "
+            "several.",
+        ),
+    ] = 1024
     max_waiting: Annotated[
-        int, Field(ge=1, description="Requests that may wait; beyond, they get 429 at once.")
+        int,
+        Field(ge=1, description="Environments that may wait for a step; beyond, 429 at once."),
     ] = 4096
     max_sessions: Annotated[
         int,
-        Field(ge=1, description="Live sessions; beyond, the least recently used one is given up."),
+        Field(
+            ge=1,
+            description="Environments whose state is kept; beyond, the least recently used "
+            "session is given up.",
+        ),
     ] = 16384
     session_idle_s: Annotated[
         float, Field(gt=0, description="A session without a request for so long ends (410 after).")

@@ -1,27 +1,29 @@
-"""Concurrent submissions -> batches -> one call back for each.
+"""Blocks that wait -> batches of rows -> one call back for each block.
 
-The next batch is whatever waits when the model is free: a lone item never waits, and while a batch
+The next batch is whatever waits when the model is free: a lone block never waits, and while a batch
 runs the next one gathers by itself. There is no timer. Knows nothing of HTTP or of arrays.
 
-A batch holds the event loop, and what arrives meanwhile is read only afterwards. So in the turns of
-the loop that follow a batch, an item counts as having waited since that batch began; and if it was
-a long one, the item's own batch forms one turn later than it could: by then the loop has read, too,
-whether its client hung up.
+A batch may hold the event loop, and what arrives meanwhile is read only afterwards. So in the turns
+of the loop that follow a batch, a block counts as having waited since that batch began; and if it
+was a long one, the block's own batch forms one turn later than it could: by then the loop has read,
+too, whether its client hung up.
 """
 
 import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from itertools import chain
 from math import inf
-from typing import Generic, NamedTuple, TypeVar
+from typing import Protocol
 
+from service.engine.block import Answer, Block
+from service.engine.sessions import Turn
+from service.engine.stepper import Part
 from service.errors import DeadlineExceeded, Disconnected, Draining, Overloaded, ServiceError
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -36,43 +38,70 @@ LONG_BATCH_S = 0.005
 the answers with 32 clients."""
 
 
-class _Waiting(NamedTuple, Generic[Item, Result]):
-    item: Item
-    key: Hashable
+class Steps(Protocol):
+    """What takes the turns of blocks, a batch at a time; `service.engine.stepper` says how."""
+
+    def admit(self, block: Block) -> Turn | Answer: ...
+
+    def launch(self, parts: Sequence[Part]) -> None: ...
+
+    def is_done(self) -> bool: ...
+
+    def collect(self) -> Sequence[Answer | ServiceError | None]: ...
+
+    def abandon(self, turn: Turn) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    block: Block
+    settle: Callable[[Answer | ServiceError], None]
+    is_wanted: Callable[[], bool]
+    number: int
     deadline_s: float
     read_in_turn: int
-    is_wanted: Callable[[], bool]
-    settle: Callable[[Result | ServiceError], None]
+    turn: Turn | None = None
+    num_run: int = 0
+
+    def __lt__(self, other: "_Waiting") -> bool:
+        return self.number < other.number
 
 
-class Batcher(Generic[Item, Result]):
-    """Runs `run_batch` on the event loop, with at most `max_batch_size` items at a time.
+class Batcher:
+    """Has `steps` run on the event loop, with at most `max_batch_size` rows at a time.
 
-    `run_batch` returns a result or an error for each item, in order. Two items with the same key
-    (None is no key) never share a batch and run in the order they came.
+    Blocks run in the order they came, two of one session never in one batch. One that is larger
+    than a batch runs in several, which may have room for others.
     """
 
     def __init__(
         self,
-        run_batch: Callable[[list[Item]], Sequence[Result | ServiceError]],
+        steps: Steps,
         *,
         max_batch_size: int,
         max_waiting: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._run_batch = run_batch
+        self._steps = steps
         self._clock = clock
         self._max_batch_size = max_batch_size
         self._max_waiting = max_waiting
-        self._waiting: deque[_Waiting[Item, Result]] = deque()  # of each key, only the first
-        self._behind: dict[Hashable, deque[_Waiting[Item, Result]]] = {}  # the others, by key
-        self._num_waiting = 0
+        # Of each session only the first block is among those that may run: in order of arrival, or,
+        # once those before it were through, in the heap.
+        self._waiting: deque[_Waiting] = deque()
+        self._late: list[_Waiting] = []
+        self._behind: dict[str, deque[_Waiting]] = {}
+        self._partial: _Waiting | None = None  # its rows so far have run, or run now
+        self._batch: list[_Waiting] = []  # runs now
+        self._batch_rows = 0
+        self._num_rows = 0  # that wait
+        self._num_submitted = 0
         self._first_deadline_s = inf  # of all that wait, or earlier
         self._turn = 0
         self._turns_behind = 0
         self._looks_again = False
         self._batch_began_s = 0.0
-        self._seconds_per_item = 0.0  # of late, while there was always more to do
+        self._seconds_per_row = 0.0  # of late, while there was always more to do
         self._busy_since_s: float | None = None
         self._is_scheduled = False
         self._is_closed = False
@@ -81,54 +110,55 @@ class Batcher(Generic[Item, Result]):
 
     def submit(
         self,
-        item: Item,
-        settle: Callable[[Result | ServiceError], None],
+        block: Block,
+        settle: Callable[[Answer | ServiceError], None],
         *,
         is_wanted: Callable[[], bool],
-        key: Hashable = None,
         timeout_s: float = inf,
     ) -> None:
-        """Has `settle` called once, later, with the item's result or the error in its stead.
+        """Has `settle` called once, later, with the block's answer or the error in its stead.
 
-        That is DeadlineExceeded where `timeout_s` passes before the item's batch forms, and
-        Disconnected where `is_wanted` says no by then: such items do not run. Raises Overloaded
-        where `max_waiting` items wait already, with the time it takes to work them off, and
-        Draining after `drain`; then nothing is called.
+        That is DeadlineExceeded where `timeout_s` passes before the block's first batch forms, and
+        Disconnected where `is_wanted` says no by then: such blocks do not run. Raises Overloaded
+        where it makes more than `max_waiting` rows wait, with the time it takes to work them off,
+        and Draining after `drain`; then nothing is called.
         """
-        self.check_room()
+        self.check_room(block.num_rows)
         arrived_s = self._batch_began_s if self._turns_behind else self._clock()
         deadline_s = arrived_s + timeout_s
         if deadline_s < self._first_deadline_s:
             self._first_deadline_s = deadline_s
-        waiting: _Waiting[Item, Result] = _Waiting(
-            item, key, deadline_s, self._turn, is_wanted, settle
+        self._num_submitted += 1
+        waiting = _Waiting(
+            block, settle, is_wanted, self._num_submitted, deadline_s, self._turn
         )
-        if key is None or key not in self._behind:
+        session_id = block.session_id
+        if session_id is None or session_id not in self._behind:
             self._waiting.append(waiting)
-            if key is not None:
-                self._behind[key] = deque()
+            if session_id is not None:
+                self._behind[session_id] = deque()
         else:
-            self._behind[key].append(waiting)
-        self._num_waiting += 1
+            self._behind[session_id].append(waiting)
+        self._num_rows += block.num_rows
         self._drained.clear()
         self._schedule(asyncio.get_running_loop())
 
-    def check_room(self) -> None:
-        """Raises what `submit` would, before there is an item to submit."""
+    def check_room(self, num_rows: int = 1) -> None:
+        """Raises what `submit` would for so many rows, before there is a block to submit."""
         if self._is_closed:
             raise Draining("the server is shutting down")
-        if self._num_waiting >= self._max_waiting:
+        if self._num_rows and self._num_rows + num_rows > self._max_waiting:
             raise Overloaded(
-                f"{self._num_waiting} requests wait already; back off and retry",
-                retry_after_s=self._num_waiting * self._seconds_per_item,
+                f"{self._num_rows} rows wait already; back off and retry",
+                retry_after_s=self._num_rows * self._seconds_per_row,
             )
 
     def __len__(self) -> int:
-        """How many items wait."""
-        return self._num_waiting
+        """How many rows wait."""
+        return self._num_rows
 
     async def drain(self) -> None:
-        """Takes no new items and returns once every waiting one has its result."""
+        """Takes no new blocks and returns once every waiting one has its answer."""
         self._is_closed = True
         await self._drained.wait()
 
@@ -144,90 +174,152 @@ class Batcher(Generic[Item, Result]):
         now_s = self._clock()
         if now_s >= self._first_deadline_s:
             self._expire(now_s)
-        batch = self._take()
-        if batch:
-            self._batch_began_s = now_s
+        if self._batch and self._steps.is_done():
+            self._collect()
+        if not self._batch and self._launch(now_s):
+            if self._batch and self._steps.is_done():
+                self._collect()
             self._turns_behind = TURNS_BEHIND
-            results = self._results(batch)
-            for waiting in reversed(batch):
-                self._release(waiting.key)
-            for waiting, result in zip(batch, results, strict=True):
-                _settle(waiting, result)
-            self._measure(len(batch))
             self._looks_again = self._clock() - now_s >= LONG_BATCH_S
         elif self._turns_behind:
             self._turns_behind -= 1
             self._looks_again = self._looks_again and self._turns_behind > 0
-        if not self._waiting:
-            self._drained.set()
-        if self._waiting or self._turns_behind:
+        if self._num_rows or self._batch or self._turns_behind:
             self._schedule(loop)
+        if not (self._num_rows or self._batch):
+            self._drained.set()
 
-    def _measure(self, num_items: int) -> None:
+    def _launch(self, now_s: float) -> bool:
+        """Forms the next batch of what waits, if anything does, and begins it."""
+        self._batch = []
+        parts: list[Part] = []
+        room = self._max_batch_size
+        waiting = self._partial or self._next(room)
+        while waiting is not None:
+            assert waiting.turn is not None
+            stop = min(waiting.block.num_rows, waiting.num_run + room)
+            parts.append(Part(waiting.turn, waiting.num_run, stop))
+            self._batch.append(waiting)
+            room -= stop - waiting.num_run
+            self._num_rows -= stop - waiting.num_run
+            waiting.num_run = stop
+            self._partial = waiting if stop < waiting.block.num_rows else None
+            waiting = self._next(room)
+        if not parts:
+            return False
+        self._batch_rows = self._max_batch_size - room
+        self._batch_began_s = now_s
+        try:
+            self._steps.launch(parts)
+        except Exception:
+            self._fail()
+        return True
+
+    def _next(self, room: int) -> _Waiting | None:
+        """The next block to ride along, admitted; what needs no model is settled on the way.
+
+        One that a batch of its own has room for waits for that one.
+        """
+        while room and (self._waiting or self._late):
+            is_late = not self._waiting or (self._late and self._late[0] < self._waiting[0])
+            waiting = self._late[0] if is_late else self._waiting[0]
+            if room < waiting.block.num_rows <= self._max_batch_size:
+                return None
+            if self._looks_again and waiting.read_in_turn == self._turn - 1:
+                return None  # its client may have hung up since, which the loop reads in this turn
+            if is_late:
+                heappop(self._late)
+            else:
+                self._waiting.popleft()
+            result: Answer | ServiceError
+            try:
+                if not waiting.is_wanted():
+                    raise Disconnected("the client hung up")
+                admitted = self._steps.admit(waiting.block)
+            except ServiceError as error:
+                result = error
+            except Exception:
+                logger.exception("a block could not be admitted")
+                result = ServiceError("internal error")
+            else:
+                if isinstance(admitted, Turn):
+                    waiting.turn = admitted
+                    return waiting
+                result = admitted
+            self._num_rows -= waiting.block.num_rows
+            self._release(waiting)
+            _settle(waiting, result)
+        return None
+
+    def _collect(self) -> None:
+        try:
+            results = self._steps.collect()
+            batch = list(zip(self._batch, results, strict=True))
+        except Exception:
+            self._fail()
+            return
+        self._batch = []
+        for waiting, result in batch:
+            if result is not None:
+                self._release(waiting)
+                _settle(waiting, result)
+        self._measure(self._batch_rows)
+
+    def _fail(self) -> None:
+        """Nothing of the batch has moved: all its blocks are refused."""
+        logger.exception("a batch of %d failed", len(self._batch))
+        batch, self._batch = self._batch, []
+        for waiting in batch:
+            assert waiting.turn is not None
+            self._num_rows -= waiting.block.num_rows - waiting.num_run
+            self._steps.abandon(waiting.turn)
+            self._release(waiting)
+            _settle(waiting, ServiceError("internal error"))
+        self._partial = None
+
+    def _release(self, waiting: _Waiting) -> None:
+        """A session's first block is through: its next may run, in the place it came in."""
+        session_id = waiting.block.session_id
+        if session_id is None:
+            return
+        behind = self._behind[session_id]
+        if behind:
+            heappush(self._late, behind.popleft())
+        else:
+            del self._behind[session_id]
+
+    def _measure(self, num_rows: int) -> None:
         """Keeps the pace of full work: from one batch to the next, whatever else takes time."""
         now_s = self._clock()
         if self._busy_since_s is not None:
-            seconds = (now_s - self._busy_since_s) / num_items
-            known = self._seconds_per_item or seconds
-            self._seconds_per_item = known + PACE_WEIGHT * (seconds - known)
-        self._busy_since_s = now_s if self._waiting else None
+            seconds = (now_s - self._busy_since_s) / num_rows
+            known = self._seconds_per_row or seconds
+            self._seconds_per_row = known + PACE_WEIGHT * (seconds - known)
+        self._busy_since_s = now_s if self._num_rows else None
 
     def _expire(self, now_s: float) -> None:
         """Settles all whose time is up, wherever they wait: they are in nobody's way any more."""
-        everybody = [*self._waiting, *chain.from_iterable(self._behind.values())]
+        everybody = [*self._waiting, *self._late, *chain.from_iterable(self._behind.values())]
         expired = [waiting for waiting in everybody if waiting.deadline_s <= now_s]
         in_time = [waiting.deadline_s for waiting in everybody if waiting.deadline_s > now_s]
         self._first_deadline_s = min(in_time, default=inf)
         if not expired:
             return
-        first_of_key = [waiting for waiting in self._waiting if waiting.deadline_s <= now_s]
-        self._waiting = deque(waiting for waiting in self._waiting if waiting.deadline_s > now_s)
-        for key, behind in self._behind.items():
-            self._behind[key] = deque(waiting for waiting in behind if waiting.deadline_s > now_s)
-        for waiting in reversed(first_of_key):
-            self._release(waiting.key)
-        self._num_waiting -= len(expired)
+        of_first = [w for w in (*self._waiting, *self._late) if w.deadline_s <= now_s]
+        self._waiting = deque(w for w in self._waiting if w.deadline_s > now_s)
+        self._late = [w for w in self._late if w.deadline_s > now_s]
+        heapify(self._late)
+        for session_id, behind in self._behind.items():
+            self._behind[session_id] = deque(w for w in behind if w.deadline_s > now_s)
+        for waiting in of_first:
+            self._release(waiting)
         for waiting in expired:
+            self._num_rows -= waiting.block.num_rows
             error = DeadlineExceeded("the time allowed passed before the model was free")
             _settle(waiting, error)
 
-    def _take(self) -> list[_Waiting[Item, Result]]:
-        batch: list[_Waiting[Item, Result]] = []
-        while self._waiting and len(batch) < self._max_batch_size:
-            waiting = self._waiting[0]
-            if self._looks_again and waiting.read_in_turn == self._turn - 1:
-                break  # its client may have hung up since, which the loop reads in this turn
-            self._waiting.popleft()
-            self._num_waiting -= 1
-            if waiting.is_wanted():
-                batch.append(waiting)
-            else:
-                self._release(waiting.key)
-                _settle(waiting, Disconnected("the client hung up"))
-        return batch
 
-    def _release(self, key: Hashable) -> None:
-        """The key's first item is through: the next one takes its place at the front."""
-        if key is None:
-            return
-        behind = self._behind[key]
-        if behind:
-            self._waiting.appendleft(behind.popleft())
-        else:
-            del self._behind[key]
-
-    def _results(self, batch: list[_Waiting[Item, Result]]) -> Sequence[Result | ServiceError]:
-        try:
-            results = self._run_batch([waiting.item for waiting in batch])
-            if len(results) != len(batch):
-                raise RuntimeError(f"{len(results)} results for a batch of {len(batch)}")
-        except Exception:
-            logger.exception("a batch of %d failed", len(batch))
-            return [ServiceError("internal error") for _ in batch]
-        return results
-
-
-def _settle(waiting: _Waiting[Item, Result], result: Result | ServiceError) -> None:
+def _settle(waiting: _Waiting, result: Answer | ServiceError) -> None:
     try:
         waiting.settle(result)
     except Exception:  # a bug of ours in one answer is not to cost the others theirs

@@ -1,105 +1,132 @@
-"""One recurrent state per environment, and whose turn it is: the table of sessions.
+"""Whose turn it is: what a block means for its session, and where the session's rows are.
 
-Decides what a request means for its session (the next step, a retry, a conflict, a start) and
-keeps the state. Knows nothing of HTTP, of batches or of the model.
+Knows nothing of HTTP, of batches or of the model.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from hashlib import blake2b
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from model.spec import PolicySpec
-from service.errors import Overloaded, SessionLost, StepConflict, UnknownSession
-from service.runtime.protocol import StepInputs, StepOutputs, extra_shapes
-
-START = -1
-"""The row of an episode that starts from zeros."""
+from service.engine.block import Block
+from service.engine.noise import row_seed
+from service.engine.rows import RowTable
+from service.errors import Invalid, Overloaded, SessionLost, StepConflict, UnknownSession
+from service.runtime.protocol import Rows
 
 
 @dataclass(slots=True)
 class Session:
-    """A live session: its row in the table, and where its episode stands."""
+    """A live session: its rows, and where its run stands.
 
-    row: int
+    `episodes` counts, for each row of a vector, the episodes that started in this run before the
+    one it is in. `is_stepping`: a turn of it was admitted, and is not settled yet.
+    """
+
+    rows: Rows
+    is_vector: bool
     seed: int
-    episode: str | None
+    run: str | None
+    previous_run: str | None
     next_step: int
-    starts: int
+    num_starts: int
+    episodes: NDArray[np.uint64] | None
     last_request: bytes
+    policy_version: str
     last_used_s: float
+    is_stepping: bool = False
 
 
-class Turn(NamedTuple):
-    """What the model is to do for a request: step `step` from the state in `row`, or from zeros."""
+@dataclass(slots=True)
+class Turn:
+    """What the model is to do for a block: step it from the states in `read_rows`.
 
-    row: int
+    `session` is the one it belongs to, as it stood; with `begins` a run begins, and replaces it.
+    `episodes` are the session's once the turn is taken. `fault` is the first row whose output was
+    not finite.
+    """
+
+    block: Block
+    session: Session | None
+    begins: bool
     step: int
     seed: int
+    read_rows: Rows
+    write_rows: Rows
+    has_starts: bool
+    episodes: NDArray[np.uint64] | None = None
+    num_starts: int = 0
+    num_reserved: int = 0
+    fault: int | None = None
+
+
+class _Past(NamedTuple):
+    """What is remembered of a session that is no more: how often it started, and why it ended."""
+
+    num_starts: int
+    is_lost: bool
 
 
 class SessionTable:
-    """At most `capacity` sessions with their `(h, c)` and last answer in preallocated arrays.
+    """Sessions of at most `capacity` rows in all.
 
-    `admit` decides and changes nothing; `commit` moves the session once the model has run, so that
-    a step that fails leaves everything as it was. A full table gives up its least recently used
-    session, never one with a request waiting; one idle for `idle_timeout_s` ends. Both are told
-    apart from sessions that never were: their ids are remembered, the last `capacity` of them.
+    `admit` decides, and reserves the rows that the step writes to; `commit` has the session go on
+    from them, `abandon` leaves it where it was. A full table gives up its least recently used
+    sessions, never one with a request waiting; one idle for `idle_timeout_s` ends. Both are told
+    apart from sessions that never were: the last `capacity` that are no more are remembered.
     """
 
     def __init__(
         self,
-        spec: PolicySpec,
+        rows: RowTable,
         *,
         capacity: int,
         idle_timeout_s: float,
-        default_seed: Callable[[str, str | None, int], int],
+        seed: int,
         clock: Callable[[], float],
     ) -> None:
-        shape = (capacity, spec.num_layers, spec.hidden_dim)
-        self.h = np.zeros(shape, dtype=np.float32)
-        self.c = np.zeros(shape, dtype=np.float32)
-        self.action = np.zeros((capacity, len(spec.heads)), dtype=np.int64)
-        self.log_prob = np.zeros((capacity, len(spec.heads)), dtype=np.float32)
-        self.value = np.zeros(capacity, dtype=np.float32)
-        self.extra = {
-            name: np.zeros(shape, dtype=np.float32)
-            for name, shape in extra_shapes(spec, capacity).items()
-        }
+        self.capacity = capacity
+        self.num_rows = 0
+        self.events = dict.fromkeys(("started", "ended", "expired", "evicted"), 0)
+        self._rows = rows
         self._live: OrderedDict[str, Session] = OrderedDict()  # least recently used first
         self._num_waiting: dict[str, int] = {}
-        self._lost: OrderedDict[str, None] = OrderedDict()
-        self._free_rows = list(range(capacity - 1, -1, -1))
-        self.capacity = capacity
+        self._past: OrderedDict[str, _Past] = OrderedDict()
+        self._forgotten_starts = 0  # the most of any session that is not remembered any more
+        self._num_reserved = 0  # rows that runs will have that are about to begin
         self._idle_timeout_s = idle_timeout_s
-        self._default_seed = default_seed
+        self._seed = seed
         self._clock = clock
-        self.events = dict.fromkeys(("started", "ended", "expired", "evicted"), 0)
 
     def __len__(self) -> int:
         return len(self._live)
 
-    def find(self, session_id: str) -> Session | None:
-        """The live session of that id."""
+    def __contains__(self, session_id: str) -> bool:
         self.expire_idle()
-        return self._live.get(session_id)
+        return session_id in self._live
 
     def expire_idle(self) -> None:
-        """Gives up the sessions that were idle for too long; every look at a session does."""
-        oldest = self._clock() - self._idle_timeout_s
-        while self._live:
-            session_id, session = next(iter(self._live.items()))
-            if session.last_used_s > oldest or session_id in self._num_waiting:
+        """Gives up the sessions that were idle for too long and have no request waiting."""
+        oldest_s = self._clock() - self._idle_timeout_s
+        idle = []
+        for session_id, session in self._live.items():
+            if session.last_used_s > oldest_s:
                 break
-            self._lose(session_id, "expired")
+            if session_id not in self._num_waiting:
+                idle.append(session_id)
+        for session_id in idle:
+            self._remove(session_id, "expired")
 
     def hold(self, session_id: str) -> None:
-        """Keeps a session from eviction until `release`: a request of it waits.
+        """A request of the session waits, until `release`: it is neither expired nor evicted.
 
-        The session may be one that is about to start.
+        One that has been idle for too long by now is expired first.
         """
+        self.expire_idle()
         self._num_waiting[session_id] = self._num_waiting.get(session_id, 0) + 1
 
     def release(self, session_id: str) -> None:
@@ -110,113 +137,200 @@ class SessionTable:
         else:
             del self._num_waiting[session_id]
 
-    def admit(
-        self,
-        session_id: str,
-        *,
-        start: bool,
-        episode: str | None,
-        step: int | None,
-        seed: int | None,
-        fingerprint: bytes,
-    ) -> Turn | Session:
-        """The turn the model is to take, or the session itself where its last answer is the answer.
+    def admit(self, block: Block) -> Turn | Session:
+        """The turn the model is to take, or the session whose last answer is the answer.
 
-        `fingerprint` stands for the request's content: a retry has its step's fingerprint. Raises
-        UnknownSession, SessionLost, or StepConflict naming the expected step.
+        Raises UnknownSession, SessionLost, StepConflict naming the expected step, Invalid where
+        the run has another number of rows, and Overloaded where there is no room for a run.
         """
-        session = self.find(session_id)
-        if start and not _is_running(session, episode, step):
-            starts = session.starts if session else 0
-            if seed is None:
-                seed = self._default_seed(session_id, episode, starts)
-            return Turn(START, 0, seed)
-        if session is None:
-            raise self._absent(session_id, step)
-        if start:
-            step = 0
-        if episode is not None and episode != session.episode:
-            running = "an unnamed one" if session.episode is None else repr(session.episode)
-            raise StepConflict(
-                f"session {session_id!r} is in episode {running}, not {episode!r}; "
-                f"its next step is {session.next_step}"
-            )
-        if seed is not None and seed != session.seed:
-            raise StepConflict(
-                f"session {session_id!r} was started with another seed; leave `seed` out, or "
-                f"start anew; its next step is {session.next_step}"
-            )
-        if step is None or step == session.next_step:
-            return Turn(session.row, session.next_step, session.seed)
-        if step == session.next_step - 1 and fingerprint == session.last_request:
-            return session
-        other = " with another content" if step == session.next_step - 1 else ""
-        if start:
-            raise StepConflict(
-                f"session {session_id!r} has already started{other}; its next step is "
-                f"{session.next_step}; to start anew, name another `episode` or leave `step` out"
-            )
-        raise StepConflict(
-            f"session {session_id!r} has already taken step {step}{other}; "
-            f"its next step is {session.next_step}"
-            if step < session.next_step
-            else f"session {session_id!r} cannot take step {step} yet; "
-            f"its next step is {session.next_step}"
-        )
-
-    def commit(
-        self, session_id: str, turn: Turn, *, episode: str | None, fingerprint: bytes
-    ) -> Session:
-        """Moves the session past `turn`; a start makes its row. `store` then fills it.
-
-        Raises Overloaded where a start needs a row and every session has a request waiting.
-        """
+        session_id = block.session_id
+        assert session_id is not None
         session = self._live.get(session_id)
+        if session is not None and session.is_vector != block.is_vector:
+            kinds = ("a single environment", "a vector of environments")
+            raise StepConflict(
+                f"session {session_id!r} is {kinds[session.is_vector]}, not "
+                f"{kinds[block.is_vector]}: end it first, or name another"
+            )
+        if block.starts is True and not block.step and not _is_running(session, block):
+            return self._begin(session_id, session, block)
         if session is None:
-            row = self._take_row()
-            session = Session(row, turn.seed, episode, 0, 0, fingerprint, 0.0)
-            self._live[session_id] = session
-            self.events["started"] += 1
-            self._lost.pop(session_id, None)
-        if turn.row == START:
-            session.seed, session.episode = turn.seed, episode
-            session.starts += 1
-        session.next_step = turn.step + 1
-        session.last_request = fingerprint
+            raise self._absent(session_id, block.step)
+        if block.num_rows != len(session.rows):
+            raise Invalid(
+                f"session {session_id!r} has {len(session.rows)} rows in this run, not "
+                f"{block.num_rows}; to change that, begin another run"
+            )
+        step = 0 if block.starts is True and not block.is_vector else block.step
+        self._check_run(session_id, session, block)
+        if step is None or step == session.next_step:
+            return self._go_on(session, block)
+        if step == session.next_step - 1 and block.fingerprint == session.last_request:
+            return session
+        raise _conflict(session_id, session, block, step)
+
+    def commit(self, turn: Turn, policy_version: str) -> None:
+        """The session goes on from the rows that were written; those it had are free."""
+        block, session = turn.block, turn.session
+        session_id = block.session_id
+        assert session_id is not None
+        is_ended = self._settle(session_id, turn)
+        if turn.begins:
+            if session is not None:
+                self._free(session)
+            self._live[session_id] = self._begun(session_id, turn, policy_version)
+        elif session is None or is_ended:
+            self._rows.give_back(turn.write_rows)
+            return
+        else:
+            self._rows.give_back(session.rows)
+            session.rows = turn.write_rows
+            session.next_step = turn.step + 1
+            session.last_request = block.fingerprint
+            session.policy_version = policy_version
+            session.episodes = turn.episodes
         self.touch(session_id)
-        return session
+
+    def abandon(self, turn: Turn) -> None:
+        """The turn was not taken: everything is as it was before `admit`."""
+        assert turn.block.session_id is not None
+        self._settle(turn.block.session_id, turn)
+        self._rows.give_back(turn.write_rows)
 
     def touch(self, session_id: str) -> None:
         """A live session was used: of all, it is given up last."""
         self._live[session_id].last_used_s = self._clock()
         self._live.move_to_end(session_id)
 
-    def load(self, rows: Sequence[int], batch: StepInputs) -> None:
-        """Copies the states in `rows` into the batch's first rows; for START, any state."""
-        if len(rows) == 1:
-            batch.h[0], batch.c[0] = self.h[rows[0]], self.c[rows[0]]
-        else:
-            self.h.take(rows, axis=0, out=batch.h[: len(rows)], mode="wrap")
-            self.c.take(rows, axis=0, out=batch.c[: len(rows)], mode="wrap")
-
-    def store(self, rows: Sequence[int], decided: StepOutputs, at: Sequence[int]) -> None:
-        """Keeps the batch's rows `at` as the states and last answers of the sessions in `rows`."""
-        to, of = _index(rows), _index(at)
-        self.h[to], self.c[to] = decided.h[of], decided.c[of]
-        self.action[to], self.log_prob[to] = decided.action[of], decided.log_prob[of]
-        self.value[to] = decided.value[of]
-        for name, array in decided.extra.items():
-            self.extra[name][to] = array[of]
-
     def end(self, session_id: str) -> None:
-        """Forgets a session for good. Raises UnknownSession or SessionLost where there is none."""
-        if self.find(session_id) is None:
+        """Ends a session for good. Raises UnknownSession or SessionLost where there is none.
+
+        A turn of it that is under way is still answered.
+        """
+        self.expire_idle()
+        if session_id not in self._live:
             raise self._absent(session_id, None)
-        self._free_rows.append(self._live.pop(session_id).row)
-        self.events["ended"] += 1
+        self._remove(session_id, "ended")
+
+    def _begin(self, session_id: str, session: Session | None, block: Block) -> Turn:
+        """The first turn of a run."""
+        if session is not None and block.run is not None and block.run == session.previous_run:
+            raise StepConflict(
+                f"session {session_id!r} is in {_named(session)}, which came after {block.run!r}; "
+                f"its next step is {session.next_step}"
+            )
+        num_starts = self._num_starts(session_id, session)
+        seed = block.seed
+        if seed is None:
+            seed = derived_seed(self._seed, session_id, block.run, num_starts)
+        num_rows = block.num_rows
+        num_more = num_rows - (len(session.rows) if session is not None else 0)
+        if num_more > 0:
+            self._make_room(num_more, besides=session_id)
+            self._num_reserved += num_more
+        if session is not None:
+            session.is_stepping = True
+        write_rows = self._rows.reserve(num_rows)
+        self._rows.seed[write_rows] = first_seeds(block, seed)
+        return Turn(
+            block,
+            session,
+            begins=True,
+            step=0,
+            seed=seed,
+            read_rows=self._rows.zeros(num_rows),
+            write_rows=write_rows,
+            has_starts=True,
+            episodes=np.zeros(num_rows, dtype=np.uint64) if block.is_vector else None,
+            num_starts=num_starts + 1,
+            num_reserved=max(0, num_more),
+        )
+
+    def _begun(self, session_id: str, turn: Turn, policy_version: str) -> Session:
+        """The session as it is after the first turn of its run."""
+        block, before = turn.block, turn.session
+        if before is None:
+            self.events["started"] += 1
+            self._past.pop(session_id, None)
+        self.num_rows += block.num_rows
+        return Session(
+            rows=turn.write_rows,
+            is_vector=block.is_vector,
+            seed=turn.seed,
+            run=block.run,
+            previous_run=None if before is None else before.run,
+            next_step=1,
+            num_starts=turn.num_starts,
+            episodes=turn.episodes,
+            last_request=block.fingerprint,
+            policy_version=policy_version,
+            last_used_s=0.0,
+        )
+
+    def _go_on(self, session: Session, block: Block) -> Turn:
+        """The run's next turn, in which rows of a vector may start episodes."""
+        num_rows = len(session.rows)
+        read_rows, episodes, starts = session.rows, session.episodes, block.starts
+        write_rows = self._rows.reserve(num_rows)
+        has_starts = starts is not False
+        if episodes is not None and has_starts:
+            which = np.flatnonzero(np.broadcast_to(starts, num_rows))
+            read_rows, episodes = read_rows.copy(), episodes.copy()
+            read_rows[which] = self._rows.zero_row
+            episodes[which] += np.uint64(1)
+            self._rows.seed[write_rows[which]] = (
+                row_seed(session.seed, which, episodes[which])
+                if block.seeds is None
+                else block.seeds[which]
+            )
+        session.is_stepping = True
+        return Turn(
+            block,
+            session,
+            begins=False,
+            step=session.next_step,
+            seed=session.seed,
+            read_rows=read_rows,
+            write_rows=write_rows,
+            has_starts=has_starts,
+            episodes=episodes,
+        )
+
+    @staticmethod
+    def _check_run(session_id: str, session: Session, block: Block) -> None:
+        """Raises StepConflict where the block is of another run, or of one with another seed."""
+        if block.run is not None and block.run != session.run:
+            raise StepConflict(
+                f"session {session_id!r} is in {_named(session)}, not {block.run!r}; its next "
+                f"step is {session.next_step}"
+            )
+        if block.seed is not None and block.seed != session.seed:
+            raise StepConflict(
+                f"session {session_id!r} was started with another seed; leave `seed` out, or "
+                f"start anew; its next step is {session.next_step}"
+            )
+
+    def _settle(self, session_id: str, turn: Turn) -> bool:
+        """The turn is not under way any more; whether its session was ended meanwhile."""
+        self._num_reserved -= turn.num_reserved
+        session = turn.session
+        if session is None:
+            return False
+        session.is_stepping = False
+        is_ended = self._live.get(session_id) is not session
+        if is_ended and not turn.begins:
+            self._free(session)
+        return is_ended
+
+    def _num_starts(self, session_id: str, session: Session | None) -> int:
+        if session is not None:
+            return session.num_starts
+        past = self._past.get(session_id)
+        return self._forgotten_starts if past is None else past.num_starts
 
     def _absent(self, session_id: str, step: int | None) -> UnknownSession | SessionLost:
-        if session_id in self._lost or (step is not None and step > 0):
+        past = self._past.get(session_id)
+        if (past is not None and past.is_lost) or (step is not None and step > 0):
             return SessionLost(
                 f"session {session_id!r} has no state here any more (idle, evicted, or the server "
                 "restarted); start a new episode with `episode_start`: true"
@@ -226,37 +340,88 @@ class SessionTable:
             "`episode_start`: true"
         )
 
-    def _take_row(self) -> int:
-        if not self._free_rows:
-            for session_id in self._live:
-                if session_id not in self._num_waiting:
-                    self._lose(session_id, "evicted")
-                    break
-            else:
-                raise Overloaded(f"all {self.capacity} sessions have a request waiting; retry")
-        return self._free_rows.pop()
+    def _make_room(self, num_rows: int, *, besides: str) -> None:
+        """Evicts for so many rows more. Raises Overloaded, and evicts none, where that can't be."""
+        missing = self.num_rows + self._num_reserved + num_rows - self.capacity
+        victims = []
+        for session_id, session in self._live.items():
+            if missing <= 0:
+                break
+            if not (session_id == besides or session_id in self._num_waiting or session.is_stepping):
+                victims.append(session_id)
+                missing -= len(session.rows)
+        if missing > 0:
+            raise Overloaded(f"all {self.capacity} rows are of sessions with a request waiting")
+        for session_id in victims:
+            self._remove(session_id, "evicted")
 
-    def _lose(self, session_id: str, event: str) -> None:
+    def _remove(self, session_id: str, event: str) -> None:
+        session = self._live.pop(session_id)
         self.events[event] += 1
-        self._free_rows.append(self._live.pop(session_id).row)
-        self._lost[session_id] = None
-        if len(self._lost) > self.capacity:
-            self._lost.popitem(last=False)
+        if not session.is_stepping:
+            self._free(session)
+        self._past[session_id] = _Past(session.num_starts, is_lost=event != "ended")
+        if len(self._past) > self.capacity:
+            _, forgotten = self._past.popitem(last=False)
+            self._forgotten_starts = max(self._forgotten_starts, forgotten.num_starts)
+
+    def _free(self, session: Session) -> None:
+        self._rows.give_back(session.rows)
+        self.num_rows -= len(session.rows)
 
 
-def _index(rows: Sequence[int]) -> Any:
-    """For NumPy: a lone row by its number, which is several times faster than as an array."""
-    return rows[0] if len(rows) == 1 else np.array(rows, dtype=np.intp)
+def first_seeds(block: Block, seed: int) -> int | NDArray[np.uint64]:
+    """The seeds of a block's first episodes, where the block's own or a default is `seed`."""
+    if block.seeds is not None:
+        return block.seeds
+    return row_seed(seed, np.arange(block.num_rows), 0) if block.is_vector else seed
 
 
-def _is_running(session: Session | None, episode: str | None, step: int | None) -> bool:
-    """Whether a start names what already runs: then it is a retry or a late duplicate.
+def derived_seed(server_seed: int, session_id: str, run: str | None, num_starts: int) -> int:
+    """The seed of a run that brings none: from the server's seed and the run's identity.
 
-    With a name, that is the episode of that name. Without, only an explicit step 0 that was the
-    last step taken can be a retry; everything else restarts.
+    An unnamed one counts by how often its session has started, so that the episodes of one
+    environment differ; a run without seeds repeats when its requests do.
+    """
+    which = f"#{num_starts}" if run is None else f"={run}"
+    identity = f"{server_seed}/{session_id}/{which}".encode()
+    return int.from_bytes(blake2b(identity, digest_size=8).digest(), "little")
+
+
+def _is_running(session: Session | None, block: Block) -> bool:
+    """Whether a start of all rows is within the run there is, and begins no other.
+
+    With a name, that is the run of that name. Without, a first step can be the retry of the last
+    one, and else begins a run; a vector's rows that start together go on in theirs.
     """
     if session is None:
         return False
-    if episode is not None:
-        return session.episode == episode
-    return step == 0 and session.next_step == 1
+    if block.run is not None:
+        return block.run == session.run
+    if block.step is not None:
+        return session.next_step == 1
+    return block.is_vector
+
+
+def _conflict(session_id: str, session: Session, block: Block, step: int) -> StepConflict:
+    next_step = session.next_step
+    other = " with another content" if step == next_step - 1 else ""
+    if block.starts is True and step == 0:
+        name = "run" if block.is_vector else "episode"
+        return StepConflict(
+            f"session {session_id!r} has already started{other}; its next step is {next_step}; to "
+            f"start anew, name another `{name}` or leave `step` out"
+        )
+    if step < next_step:
+        return StepConflict(
+            f"session {session_id!r} has already taken step {step}{other}; its next step is "
+            f"{next_step}"
+        )
+    return StepConflict(
+        f"session {session_id!r} cannot take step {step} yet; its next step is {next_step}"
+    )
+
+
+def _named(session: Session) -> str:
+    kind = "run" if session.is_vector else "episode"
+    return f"{kind} {'an unnamed one' if session.run is None else repr(session.run)}"

@@ -1,226 +1,142 @@
-"""`POST /act`: bytes -> a validated request -> its turn -> bytes.
+"""`POST /act`, whatever carries its bytes: opened by its headers, read, run, answered."""
 
-Everything that can be the client's fault is found here or in the session table, before the model
-runs: a batch that fails is the server's fault.
-"""
+from collections.abc import Mapping
 
-from itertools import chain
-from math import isfinite
-from struct import pack
-from typing import Any
+from export.manifest import Manifest
+from service.engine.block import Answer
+from service.engine.engine import Engine
+from service.errors import Malformed, ServiceError, TooLarge, UnsupportedContentType, short
+from service.http.accept import quality
+from service.http.codec import Codec
+from service.http.exchange import Exchange, Headers
+from service.http.json_codec import JsonCodec
+from service.http.safetensors_codec import SafetensorsCodec
+from service.settings import Settings
 
-import numpy as np
-from numpy.typing import NDArray
-from pydantic import ValidationError
-from pydantic_core import to_json
-
-from model.spec import PolicySpec
-from service.engine.engine import HiddenState, StepAnswer, StepRequest
-from service.errors import Invalid, Malformed
-from service.http.schemas import ActRequest, HiddenStateBody, act_request
-
-CONTENT_TYPE = "application/json"
-LONGEST_NAME = 80
-WRONG_LENGTH = ("too_short", "too_long")
+LONGEST_LENGTH = 18  # digits; as many as an int may have is a way to hold the loop
 
 
-class ActCodec:
-    """Reads and writes the bodies of `POST /act` for one policy."""
+class Act:
+    """The one way from a request's headers and body to the engine and back, for one policy."""
 
-    def __init__(self, spec: PolicySpec, policy_version: str) -> None:
-        self._spec = spec
-        self._policy_version = policy_version
-        self._columns: dict[str, slice] = {}
-        start = 0
-        for head in spec.heads:
-            self._columns[head.name] = slice(start, start + head.size)
-            start += head.size
-        self._observation_shape = (spec.observation_dim,)
-        self._state_shape = (spec.num_layers, spec.hidden_dim)
-        self._request = act_request(spec)
-        self._has_more_inputs = spec.has_slot_by_op or spec.blueprint_embedding_dim is not None
-        ops = spec.heads[spec.op_index]
-        slot = next((head for head in spec.heads if head.name == "slot"), None)
-        self._ops_that_need_a_slot = np.ones(ops.size, dtype=np.bool_)
-        if slot is not None and slot.relevant_ops is not None:
-            self._ops_that_need_a_slot = np.isin(np.arange(ops.size), slot.relevant_ops)
-        self._everything = np.ones(spec.num_choices, dtype=np.bool_)
-        self._everything.flags.writeable = False
-
-    def parse(self, body: bytes | bytearray) -> tuple[StepRequest, float | None]:
-        """The request and its `timeout_ms`, complete and consistent with the policy.
-
-        Raises Malformed where the body is not of the documented form, and Invalid where it is but
-        a length, a value or a mask is not the policy's.
-        """
-        try:
-            act = self._request.model_validate_json(body)
-        except ValidationError as error:
-            raise _refusal(error) from error
-        self._check_combination(act)
-        action_mask = self._action_mask(act.action_mask)
-        blueprint_index = slot_by_op_mask = None
-        if self._has_more_inputs:
-            blueprint_index, slot_by_op_mask = self._more_inputs(act, action_mask)
-        request = StepRequest(
-            observation=_finite("observation", act.observation, self._observation_shape),
-            action_mask=action_mask,
-            deterministic=act.deterministic,
-            session_id=act.session_id,
-            episode=act.episode,
-            step=act.step,
-            episode_start=act.episode_start,
-            seed=act.seed,
-            state=None if act.state is None else self._state(act.state),
-            blueprint_index=blueprint_index,
-            slot_by_op_mask=slot_by_op_mask,
+    def __init__(self, engine: Engine, manifest: Manifest, settings: Settings) -> None:
+        self._engine = engine
+        self._timeout_ms = settings.timeout_ms
+        spec = manifest.spec
+        codecs = (
+            JsonCodec(spec, max_rows=settings.max_rows, max_body_bytes=settings.max_body_bytes),
+            SafetensorsCodec(spec, max_rows=settings.max_rows),
         )
-        return request, act.timeout_ms
-
-    def write(self, request: StepRequest, answer: StepAnswer) -> bytes:
-        """The answer's bytes; the same answer always gives the same bytes."""
-        names = self._columns
-        body: dict[str, Any] = {}
-        if request.session_id is not None:
-            body["session_id"] = request.session_id
-        body |= {
-            "step": answer.step,
-            "action": dict(zip(names, answer.action, strict=True)),
-            "log_prob": dict(zip(names, answer.log_prob, strict=True)),
-            "value": answer.value,
-            "policy_version": self._policy_version,
+        self._json = codecs[0]
+        self._codecs: Mapping[bytes, Codec] = {
+            codec.content_type.encode(): codec for codec in codecs
         }
-        if answer.extra:
-            body |= answer.extra
-        if answer.state is not None:
-            body["state"] = {"h": answer.state[0].tolist(), "c": answer.state[1].tolist()}
-        return to_json(body)
 
-    @staticmethod
-    def _check_combination(act: ActRequest) -> None:
-        if act.model_extra:
-            raise _unknown_field("", act.model_extra)
-        if not act.observation:
-            raise Malformed("`observation` is required")
-        if act.session_id is not None and act.state is not None:
-            raise Invalid("`state` is for stateless requests; the server keeps a session's state")
-        if act.session_id is None:
-            for name, is_given in (
-                ("episode", act.episode is not None),
-                ("episode_start", act.episode_start),
-            ):
-                if is_given:
-                    raise Invalid(f"`{name}` needs a `session_id`")
-        if act.episode_start and act.step:
-            raise Invalid(f"an episode starts at step 0, not {act.step}")
-
-    def _action_mask(self, by_head: dict[str, list[bool]] | None) -> NDArray[np.bool_]:
-        if not by_head:
-            return self._everything
-        mask = self._everything.copy()
-        for name, allowed in by_head.items():
-            columns = self._columns.get(name)
-            if columns is None:
-                raise Invalid(
-                    f"`action_mask` names an unknown head '{_short(name)}'; the heads are "
-                    f"{', '.join(self._columns)}"
-                )
-            if not any(allowed):
-                raise Invalid(f"`action_mask.{name}` allows nothing")
-            mask[columns] = allowed
-        return mask
-
-    def _more_inputs(
-        self, act: Any, action_mask: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.int64] | None, NDArray[np.bool_] | None]:
-        """What only some policies read, of a request with a field for each."""
-        blueprint_index = slot_by_op_mask = None
-        if self._spec.blueprint_embedding_dim is not None:
-            blueprint_index = self._blueprint_index(act.blueprint_index)
-        if self._spec.has_slot_by_op:
-            slot_by_op_mask = self._slot_by_op_mask(act.slot_by_op_mask, action_mask)
-        return blueprint_index, slot_by_op_mask
-
-    def _blueprint_index(self, values: list[int] | None) -> NDArray[np.int64]:
-        num_blueprints = self._spec.num_blueprints
-        if values is None:
-            return np.full(self._spec.num_slots, -1, dtype=np.int64)
-        for slot, value in enumerate(values):
-            if not -1 <= value < num_blueprints:
-                raise Invalid(
-                    f"`blueprint_index[{slot}]` is not -1 (none) or one of the {num_blueprints} "
-                    "blueprints"
-                )
-        return np.array(values, dtype=np.int64)
-
-    def _slot_by_op_mask(
-        self, rows: list[list[bool]] | None, action_mask: NDArray[np.bool_]
-    ) -> NDArray[np.bool_]:
-        if rows is None:  # one mask for every op
-            return np.tile(action_mask[self._columns["slot"]], (self._spec.num_ops, 1))
-        mask = np.array(rows, dtype=np.bool_)
-        allowed_ops = action_mask[self._columns[self._spec.op_head]]
-        empty = allowed_ops & self._ops_that_need_a_slot & ~mask.any(axis=1)
-        if empty.any():
-            op = int(empty.argmax())
-            raise Invalid(f"`slot_by_op_mask[{op}]` allows no slot, and op {op} is allowed")
-        return mask
-
-    def _state(self, body: HiddenStateBody) -> HiddenState:
-        if body.model_extra:
-            raise _unknown_field("state.", body.model_extra)
-        for name, rows in (("h", body.h), ("c", body.c)):
-            if not rows:
-                raise Malformed(f"`state.{name}` is required")
-        shape = self._state_shape
-        return (
-            _finite("state.h", list(chain.from_iterable(body.h)), shape),
-            _finite("state.c", list(chain.from_iterable(body.c)), shape),
-        )
-
-
-def _finite(name: str, values: list[float], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    # The sum is finite where all values are; a single one beyond float32 overflows the packing.
-    if isfinite(sum(values)):
-        try:
-            packed = pack(f"={len(values)}f", *values)  # "=": without it, infinity is packed
-        except OverflowError:
-            pass
+    def open(self, exchange: Exchange, headers: Headers) -> None:
+        """Raises why a request with these headers, names in lower case, need not be read."""
+        content_type = content_length = accept = None
+        for name, value in headers:
+            if name == b"content-type":
+                content_type = value
+            elif name == b"content-length":
+                content_length = value
+            elif name == b"accept":
+                accept = value if accept is None else b"%b,%b" % (accept, value)
+            elif name == b"x-session-id":
+                if exchange.session_header not in (None, value):
+                    raise Malformed("`X-Session-Id` is given twice, with two names")
+                exchange.session_header = value
+            elif name in (b"content-encoding", b"transfer-encoding"):
+                _check_encoding(name, value)
+            elif name == b"expect":
+                exchange.expects_continue = value.lower() == b"100-continue"
+        if content_type == b"application/json":
+            exchange.reads = self._json
         else:
-            return np.frombuffer(packed, dtype=np.float32).reshape(shape)
-    with np.errstate(over="ignore"):
-        flat = np.array(values).astype(np.float32)
-    index = np.unravel_index(int(np.isfinite(flat).argmin()), shape)
-    where = "".join(f"[{i}]" for i in index)
-    raise Invalid(f"`{name}{where}` is not a finite float32")
+            exchange.reads = self._codec(content_type)
+        exchange.writes = exchange.reads
+        if accept is not None and accept != b"*/*":
+            exchange.writes = self._preferred(accept.decode("latin-1"), exchange.reads)
+        if content_length is not None:
+            check_announced(exchange, content_length)
+        self._engine.check_open()
+
+    def run(self, body: bytes | bytearray, exchange: Exchange) -> None:
+        """Has `exchange`, which was let in, answered or refused: now, or when its batch has run."""
+        try:
+            block, timeout_ms = exchange.reads.parse(body)
+            if exchange.session_header is not None:
+                _check_session(exchange.session_header, block.session_id)
+
+            def settle(answer: Answer | ServiceError) -> None:
+                if isinstance(answer, ServiceError):
+                    exchange.refuse(answer)
+                    return
+                try:
+                    content = exchange.writes.write(block, answer)
+                except Exception:
+                    exchange.fail()
+                else:
+                    exchange.answer(content, is_replay=answer.is_replay)
+
+            self._engine.submit(
+                block,
+                settle,
+                is_wanted=exchange.is_wanted,
+                timeout_s=(timeout_ms or self._timeout_ms) / 1000,
+            )
+        except ServiceError as error:
+            exchange.refuse(error)
+        except Exception:
+            exchange.fail()
+
+    def _codec(self, given: bytes | None) -> Codec:
+        forms = " or ".join(codec.content_type for codec in self._codecs.values())
+        if given is None:
+            raise UnsupportedContentType(f"there is no Content-Type; send {forms}")
+        content_type = given.decode("latin-1").partition(";")[0].strip().lower()
+        codec = self._codecs.get(content_type.encode())
+        if codec is None:
+            raise UnsupportedContentType(
+                f"the content type is {short(content_type)!r}; send {forms}"
+            )
+        return codec
+
+    def _preferred(self, accept: str, reads: Codec) -> Codec:
+        """The form the client would rather have; where it does not say, that of its request."""
+        codecs = sorted(self._codecs.values(), key=lambda codec: codec is not reads)
+        return max(codecs, key=lambda codec: quality(accept, codec.content_type))
 
 
-def _refusal(error: ValidationError) -> Malformed | Invalid:
-    """Of another form than the documented one; or of that form, with a length not the policy's."""
-    errors = error.errors(include_url=False, include_input=False)
-    first = next((found for found in errors if found["type"] not in WRONG_LENGTH), errors[0])
-    where = _path(first["loc"])
-    if first["type"] in WRONG_LENGTH:
-        of = first["ctx"]
-        length = of.get("min_length", of.get("max_length"))
-        return Invalid(f"`{where}` has {of['actual_length']} values, the policy reads {length}")
-    if first["type"] == "json_invalid":
-        return Malformed(f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
-    return Malformed(f"`{where}`: {first['msg']}" if where else f"the body: {first['msg']}")
+def check_length(exchange: Exchange, num_bytes: int) -> None:
+    """Raises TooLarge for a body, or the part of one, that is more than anybody needs."""
+    limit = exchange.reads.max_body_bytes
+    if num_bytes > limit:
+        raise TooLarge(f"the body is larger than {limit} bytes")
 
 
-def _unknown_field(parent: str, given: dict[str, Any]) -> Malformed:
-    return Malformed(f"`{parent}{_short(next(iter(given)))}` is not a field of the request")
+def check_announced(exchange: Exchange, length: bytes) -> None:
+    """The same of a Content-Length."""
+    if not length.isdigit():
+        raise Malformed("the Content-Length is not a number")
+    check_length(exchange, int(length[: LONGEST_LENGTH + 1]))
 
 
-def _path(location: tuple[int | str, ...]) -> str:
-    """As JavaScript and Python write it: `state.h[0]`."""
-    return "".join(
-        f"[{name}]" if isinstance(name, int) else f".{name}" for name in location
-    ).removeprefix(".")
+def _check_encoding(header: bytes, given: bytes) -> None:
+    plain = "chunked" if header == b"transfer-encoding" else "identity"
+    encodings = [token.strip().lower() for token in given.decode("latin-1").split(",")]
+    for encoding in encodings:
+        if encoding not in ("", plain):
+            name = "-".join(word.capitalize() for word in header.decode().split("-"))
+            raise UnsupportedContentType(f"the {name} is {encoding[:80]!r}; send the body as it is")
 
 
-def _short(name: str) -> str:
-    """A client's own name, as far as a sentence needs it, and on one line."""
-    shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in shown)
+def _check_session(header: bytes, session_id: str | None) -> None:
+    """Raises Malformed where a balancer that went by the header may have come to the wrong server.
+
+    What is not ASCII comes as UTF-8 or as Latin-1, as clients have it.
+    """
+    if session_id is None or (
+        header != session_id.encode() and header.decode("latin-1") != session_id
+    ):
+        raise Malformed("`X-Session-Id` is not the `session_id` of the request")

@@ -10,7 +10,10 @@ from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from export.manifest import Manifest
+from service.engine.engine import Engine
 from service.errors import ServiceError
+from service.http.act import Act
 from service.http.documentation import (
     ANYWHERE,
     REPLAYED,
@@ -33,9 +36,12 @@ from service.http.schemas import (
     Ready,
     act_request,
     act_response,
+    vector_act_request,
+    vector_act_response,
 )
 from service.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
-from service.policy_service import PolicyService
+from service.metrics import Metrics
+from service.settings import Settings
 
 DESCRIPTION = """
 Actions of a recurrent, factored, action-masked policy, one step at a time.
@@ -71,6 +77,7 @@ register_url_convertor("any", _AnyConvertor())
 class App(FastAPI):
     """FastAPI, but for `POST /act`, which is answered before any middleware or routing."""
 
+    act: Act
     act_endpoint: ActEndpoint
     prefix: str
 
@@ -93,14 +100,14 @@ class App(FastAPI):
         return self.openapi_schema
 
 
-def create_app(service: PolicyService) -> App:
-    """The HTTP face of `service`; warm-up runs while the socket already answers `/healthz`."""
+def create_app(engine: Engine, manifest: Manifest, settings: Settings, metrics: Metrics) -> App:
+    """The HTTP face of `engine`; warm-up runs while the socket already answers `/healthz`."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.start()
+        engine.start()
         yield
-        await service.stop()
+        await engine.stop()
 
     app = App(
         title="tamiyo-serve",
@@ -113,17 +120,19 @@ def create_app(service: PolicyService) -> App:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unknown_error)
 
-    app.act_endpoint = ActEndpoint(service)
-    app.prefix = service.settings.root_path
+    metrics.watch_engine(engine.sessions, lambda: len(engine.batcher))
+    app.act = Act(engine, manifest, settings)
+    app.act_endpoint = ActEndpoint(app.act, metrics)
+    app.prefix = settings.root_path
 
-    manifest, settings = service.manifest, service.settings
     spec = manifest.spec
-    act_body: Any = act_request(spec)
+    act_body: Any = act_request(spec) | vector_act_request(spec)
+    act_answers: Any = act_response(spec) | vector_act_response(spec)
     answer = act_answer(spec, manifest.policy_version)
 
     @app.post(
         PATH,
-        response_model=act_response(spec),
+        response_model=act_answers,
         responses={200: {"content": json_content(answer), "headers": REPLAYED}, **every_error()},
     )
     async def act(
@@ -133,7 +142,7 @@ def create_app(service: PolicyService) -> App:
             Header(description="For load balancers; equal to `session_id` of the body."),
         ] = None,
     ) -> Response:
-        """Takes one step of one environment."""
+        """Takes one step of one environment, or of a vector of them that step together."""
         raise AssertionError("ActEndpoint has answered already; this is its documentation")
 
     @app.delete(
@@ -144,7 +153,7 @@ def create_app(service: PolicyService) -> App:
     )
     async def end_session(request: Request) -> None:
         """Ends a session and frees its state."""
-        service.sessions.end(request.path_params["session_id"])
+        engine.sessions.end(request.path_params["session_id"])
 
     @app.get("/healthz", responses={200: {"content": json_content({"alive": True})}})
     async def healthz() -> Alive:
@@ -157,7 +166,7 @@ def create_app(service: PolicyService) -> App:
     )
     async def readyz() -> Ready:
         """Every batch size has run once: `/act` answers at full speed."""
-        service.check_ready()
+        engine.warm_up.check()
         return Ready()
 
     def policy_response() -> PolicyResponse:
@@ -165,10 +174,11 @@ def create_app(service: PolicyService) -> App:
             name=manifest.name,
             policy_version=manifest.policy_version,
             spec=spec,
-            runtime=service.runtime.name,
-            device=service.runtime.device,
+            runtime=engine.runtime.name,
+            device=engine.runtime.device,
             limits=Limits(
-                max_batch_size=service.max_batch_size,
+                max_batch_size=engine.max_batch_size,
+                max_rows=engine.max_rows,
                 max_waiting=settings.max_waiting,
                 max_sessions=settings.max_sessions,
                 session_idle_s=settings.session_idle_s,
@@ -189,9 +199,9 @@ def create_app(service: PolicyService) -> App:
         response_class=Response,
         responses={200: {"content": text_content("text/plain", "tamiyo_sessions 1.0\n")}},
     )
-    async def metrics() -> Response:
+    async def render_metrics() -> Response:
         """Prometheus metrics."""
-        return Response(service.metrics.render(), media_type=METRICS_CONTENT_TYPE)
+        return Response(metrics.render(), media_type=METRICS_CONTENT_TYPE)
 
     def page(prefix: str) -> FrontPage:
         return front_page(manifest.name, manifest.policy_version, prefix)

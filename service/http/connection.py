@@ -25,7 +25,7 @@ from service.errors import (
     RequestTimeout,
     ServiceError,
 )
-from service.http.act import CONTENT_TYPE
+from service.http.codec import JSON, SAFETENSORS
 from service.http.exchange import Headers
 from service.http.incoming import AsgiRequest, DirectRequest
 
@@ -45,7 +45,9 @@ NEVER = float("inf")
 STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
 }
-CONTENT_HEADERS = f"content-type: {CONTENT_TYPE}\r\ncontent-length: %d\r\n".encode()
+CONTENT_HEADERS = {
+    name: f"content-type: {name}\r\ncontent-length: %d\r\n".encode() for name in (JSON, SAFETENSORS)
+}
 OF_UPGRADES = (b"upgrade", b"http2-settings")
 
 
@@ -301,19 +303,27 @@ class Connection(asyncio.Protocol):
 
     # Answers of its own
 
-    def write(self, status: int, headers: Headers, content: bytes) -> None:
+    def write(
+        self, status: int, headers: Headers, content: bytes, content_type: str = JSON
+    ) -> None:
         """One whole response."""
         lines = [b"%b: %b\r\n" % header for header in headers + self.server.default_headers]
         self.transport.write(
             b"".join(
-                (STATUS_LINES[status], CONTENT_HEADERS % len(content), *lines, b"\r\n", content)
+                (
+                    STATUS_LINES[status],
+                    CONTENT_HEADERS[content_type] % len(content),
+                    *lines,
+                    b"\r\n",
+                    content,
+                )
             )
         )
 
     def write_refusal(self, error: ServiceError) -> None:
         """The answer where there is no request to answer it, and the last one."""
         self._last_words = error
-        self.shared.service.metrics.count_unread(error.error_type)
+        self.shared.metrics.count_unread(error.error_type)
         self.write(error.status_code, [(b"connection", b"close")], to_json(error.body()))
         self.end()
 

@@ -9,7 +9,10 @@ from uvicorn.config import Config
 from uvicorn.server import ServerState
 
 from service.http.connection import Connection
-from service.http.endpoint import PATH, ActEndpoint
+from service.http.act import Act
+from service.http.endpoint import PATH
+from service.metrics import Metrics
+from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -21,10 +24,11 @@ WARNS_EVERY_S = 60.0
 class Connections:
     """`accept` is what uvicorn takes for `http`. Beyond `limit` connections are closed unread."""
 
-    def __init__(self, endpoint: ActEndpoint, *, limit: int | None = None) -> None:
-        settings = endpoint.service.settings
-        self.endpoint = endpoint
-        self.service = endpoint.service
+    def __init__(
+        self, act: Act, metrics: Metrics, settings: Settings, *, limit: int | None = None
+    ) -> None:
+        self.act = act
+        self.metrics = metrics
         self.keep_alive_s = settings.keep_alive_s
         self.read_timeout_s = settings.read_timeout_s
         self.max_body_bytes = settings.max_body_bytes
@@ -36,7 +40,7 @@ class Connections:
         self._is_ticking = False
         self._is_draining = False
         self._warned_at_s = float("-inf")
-        self.service.metrics.watch_connections(self.__len__, limit)
+        self.metrics.watch_connections(self.__len__, limit)
 
     def __len__(self) -> int:
         return len(self._open)
@@ -89,7 +93,7 @@ class Connections:
             self._loop.call_later(self._tick_s, self._tick)
 
     def _warn(self) -> None:
-        self.service.metrics.connections_refused.inc()
+        self.metrics.connections_refused.inc()
         now_s = self._loop.time()
         if now_s - self._warned_at_s >= WARNS_EVERY_S:
             self._warned_at_s = now_s

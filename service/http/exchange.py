@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from pydantic_core import to_json
 
 from service.errors import ServiceError
+from service.http.codec import JSON, Codec
 from service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -18,7 +19,11 @@ REPLAYED = (b"replayed", b"true")
 class Exchange(ABC):
     """Somebody waits for an answer; exactly one of the methods that give one is called, once."""
 
-    __slots__ = ("_metrics", "expects_continue", "session_header")
+    __slots__ = ("_metrics", "expects_continue", "reads", "session_header", "writes")
+
+    reads: Codec
+    """What its body is in; `writes`: what its answer will be in. Known once it was let in."""
+    writes: Codec
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -31,13 +36,15 @@ class Exchange(ABC):
         """Whether the client still waits."""
 
     @abstractmethod
-    def respond(self, status: int, headers: Headers, content: bytes) -> None:
+    def respond(
+        self, status: int, headers: Headers, content: bytes, content_type: str = JSON
+    ) -> None:
         """Sends the response, of which `headers` are what is particular to it."""
 
     def answer(self, content: bytes, *, is_replay: bool) -> None:
         """The policy's answer."""
         self._metrics.count("replayed" if is_replay else "ok")
-        self.respond(200, [REPLAYED] if is_replay else [], content)
+        self.respond(200, [REPLAYED] if is_replay else [], content, self.writes.content_type)
 
     def refuse(self, error: ServiceError) -> None:
         """The reason why there is none."""

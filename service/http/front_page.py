@@ -4,6 +4,7 @@ from html import escape
 
 from fastapi import Request, Response
 
+from service.http.accept import quality
 from service.http.schemas import FrontPage
 
 LINKS = {
@@ -33,7 +34,7 @@ def front_page(name: str, policy_version: str, prefix: str = "") -> FrontPage:
     """The page of one policy, with links below a proxy's path `prefix`."""
     return FrontPage(
         service="tamiyo-serve",
-        summary=f"POST {prefix}/act takes one step of one environment.",
+        summary=f"POST {prefix}/act takes one step of one environment, or of many.",
         policy=name,
         policy_version=policy_version,
         links={link: prefix + path for link, path in LINKS.items()},
@@ -44,7 +45,7 @@ def respond(page: FrontPage, request: Request) -> Response:
     """HTML where the client would rather have it, as browsers say they would, else JSON."""
     accept = ",".join(request.headers.getlist("accept")) or "*/*"
     headers = {"Vary": "Accept"}
-    if _quality(accept, "text/html") > _quality(accept, "application/json"):
+    if quality(accept, "text/html") > quality(accept, "application/json"):
         return Response(as_html(page), media_type="text/html", headers=headers)
     content = page.model_dump_json(indent=2) + "\n"
     return Response(content, media_type="application/json", headers=headers)
@@ -58,24 +59,3 @@ def as_html(page: FrontPage) -> str:
     )
     texts = {name: escape(getattr(page, name)) for name in ("summary", "policy", "policy_version")}
     return HTML.format(links=links, **texts)
-
-
-def _quality(accept: str, media_type: str) -> float:
-    """How welcome `media_type` is, from 0 to 1: what the most specific range says (RFC 9110)."""
-    ranges = ("*/*", media_type.partition("/")[0] + "/*", media_type)
-    specificity, quality = -1, 0.0
-    for given in accept.lower().split(","):
-        name, *parameters = (part.strip() for part in given.split(";"))
-        if name in ranges and ranges.index(name) > specificity:
-            specificity, quality = ranges.index(name), _q(parameters)
-    return quality
-
-
-def _q(parameters: list[str]) -> float:
-    for parameter in parameters:
-        if parameter.startswith("q="):
-            try:
-                return float(parameter.removeprefix("q="))
-            except ValueError:
-                return 0.0
-    return 1.0

@@ -13,6 +13,8 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 
 from service.errors import Disconnected, ServiceError, TooLarge
+from service.http.act import check_length
+from service.http.codec import JSON
 from service.http.exchange import Exchange, Headers
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ class DirectRequest(Exchange):
     def __init__(
         self, connection: "Connection", headers: Headers, *, keep_alive: bool, version: str
     ) -> None:
-        super().__init__(connection.shared.service.metrics)
+        super().__init__(connection.shared.metrics)
         self._connection = connection
         self._headers = headers
         self._is_submitted = False
@@ -51,8 +53,8 @@ class DirectRequest(Exchange):
     def start(self) -> None:
         connection = self._connection
         try:
-            connection.shared.endpoint.open(self, self._headers)
-            connection.shared.endpoint.check_length(len(self.body))
+            connection.shared.act.open(self, self._headers)
+            check_length(self, len(self.body))
         except ServiceError as error:
             self.refuse(error)
             return
@@ -65,7 +67,7 @@ class DirectRequest(Exchange):
         self.body += body
         if self._connection.current is self:
             try:
-                self._connection.shared.endpoint.check_length(len(self.body))
+                check_length(self, len(self.body))
             except TooLarge as error:
                 self.refuse(error)
 
@@ -75,7 +77,7 @@ class DirectRequest(Exchange):
 
     def _submit(self) -> None:
         self._is_submitted = True
-        self._connection.shared.service.act(self.body, self)
+        self._connection.shared.act.run(self.body, self)
 
     def hang_up(self) -> None:
         if not self._is_submitted:  # or the batcher finds it is not wanted, and says so
@@ -84,7 +86,9 @@ class DirectRequest(Exchange):
     def is_wanted(self) -> bool:
         return not self._connection.transport.is_closing()
 
-    def respond(self, status: int, headers: Headers, content: bytes) -> None:
+    def respond(
+        self, status: int, headers: Headers, content: bytes, content_type: str = JSON
+    ) -> None:
         self.response_complete = True
         if status == Disconnected.status_code or self._connection.transport.is_closing():
             return
@@ -93,7 +97,7 @@ class DirectRequest(Exchange):
             self.keep_alive = False
         if not self.keep_alive:
             headers.append((b"connection", b"close"))
-        self._connection.write(status, headers, content)
+        self._connection.write(status, headers, content, content_type)
         self._connection.on_response_complete()
 
 

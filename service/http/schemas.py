@@ -30,20 +30,33 @@ Floats = Annotated[list[Float], FAIL_FAST]
 class _OneError:
     """A union that is refused in one sentence instead of one for each of its members."""
 
+    def __init__(self, message: str) -> None:
+        self._message = message
+
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
         schema = {
             **handler(source),
-            "custom_error_type": "allowed_type",
-            "custom_error_message": "Input should be true, false, 1 or 0",
+            "custom_error_type": "one_of",
+            "custom_error_message": self._message,
         }
         return cast(CoreSchema, schema)
 
 
-Allowed = Annotated[bool | Annotated[int, Field(ge=0, le=1)], _OneError()]
+Allowed = Annotated[
+    bool | Annotated[int, Field(ge=0, le=1)], _OneError("Input should be true, false, 1 or 0")
+]
 """Whether a choice is; gymnasium's masks are of integers."""
-
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+Starts = Annotated[
+    bool | Annotated[list[bool], FAIL_FAST],
+    _OneError("Input should be true, false, or a list of them, one a row"),
+]
+Seeds = Annotated[
+    Seed | Annotated[list[Seed], FAIL_FAST],
+    _OneError("Input should be an integer from 0 to 2**64 - 1, or a list of them, one a row"),
+]
 
 def _config(**schema: Any) -> ConfigDict:
     # No unknown name is accepted: the codec refuses the first, where `forbid` would list them all.
@@ -60,7 +73,28 @@ class HiddenStateBody(BaseModel):
     c: Annotated[list[Floats], FAIL_FAST, ABSENT]
 
 
-class ActRequest(BaseModel):
+class _AnyActRequest(BaseModel):
+    """What requests of one environment and of many have alike."""
+
+    session_id: Annotated[
+        Identifier | None,
+        Field(description="Whose state the server keeps. Without it the request is stateless."),
+    ] = None
+    deterministic: Annotated[
+        bool, Field(description="Take the most likely action instead of sampling.")
+    ] = False
+    timeout_ms: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            allow_inf_nan=False,
+            description="Give up (504) if the model was not free by then; without it, after "
+            "`limits.timeout_ms` of `GET /policy`.",
+        ),
+    ] = None
+
+
+class ActRequest(_AnyActRequest):
     """One step of one environment. Only `observation` is required.
 
     With a `session_id` the server keeps the recurrent state: `episode_start` starts an episode, at
@@ -109,10 +143,6 @@ class ActRequest(BaseModel):
             "one that is here allows at least one choice."
         ),
     ] = None
-    session_id: Annotated[
-        Identifier | None,
-        Field(description="The environment. Without it the request is stateless."),
-    ] = None
     episode: Annotated[
         Identifier | None,
         Field(
@@ -132,23 +162,9 @@ class ActRequest(BaseModel):
         ),
     ] = False
     seed: Annotated[
-        int | None,
+        Seed | None,
         Field(
-            ge=0,
-            lt=2**64,
-            description="Of the episode's noise; read at its start, and the same or absent later.",
-        ),
-    ] = None
-    deterministic: Annotated[
-        bool, Field(description="Take the most likely action instead of sampling.")
-    ] = False
-    timeout_ms: Annotated[
-        float | None,
-        Field(
-            gt=0,
-            allow_inf_nan=False,
-            description="Give up (504) if the model was not free by then; without it, after "
-            "`limits.timeout_ms` of `GET /policy`.",
+            description="Of the episode's noise; read at its start, and the same or absent later."
         ),
     ] = None
     state: Annotated[
@@ -157,12 +173,81 @@ class ActRequest(BaseModel):
     ] = None
 
 
+class VectorActRequest(_AnyActRequest):
+    """One step of `n` environments that step together. Only `observation` is required.
+
+    Everything has a row for each, in their order. A session's first request (`step` 0) starts every
+    row; later, rows start where their environments do. Without a `session_id` the request is
+    stateless, and starts from zeros or from `state`.
+    """
+
+    model_config = _config(
+        required=["observation"],
+        oneOf=[
+            {
+                "title": "A step of a session",
+                "required": ["session_id"],
+                "properties": {"session_id": {"type": "string"}, "state": {"type": "null"}},
+            },
+            {
+                "title": "A stateless step",
+                "properties": {
+                    "session_id": {"type": "null"},
+                    "run": {"type": "null"},
+                    "episode_start": {"enum": [False, []]},
+                },
+            },
+        ],
+    )
+
+    observation: Annotated[
+        list[Floats], ABSENT, Field(description="Raw, one row for each environment.")
+    ]
+    action_mask: Annotated[
+        Any, Field(description="Per head, one row for each environment, as for a single one.")
+    ] = None
+    run: Annotated[
+        Identifier | None,
+        Field(
+            description="The client's name for all that follows from one first request; makes that "
+            "one safe to retry. Needs a `session_id`."
+        ),
+    ] = None
+    step: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            lt=2**64,
+            description="Number of the request in its run, whatever episodes the rows are in; "
+            "makes it safe to retry.",
+        ),
+    ] = None
+    episode_start: Annotated[
+        Starts,
+        Field(
+            description="Which rows start an episode, from zero state; or one for all. Needs a "
+            "`session_id`."
+        ),
+    ] = False
+    seed: Annotated[
+        Seeds | None,
+        Field(
+            description="Of the run: each row's episodes draw with seeds made from it. Or one a "
+            "row, read for the rows that start."
+        ),
+    ] = None
+    state: Annotated[
+        HiddenStateBody | None,
+        Field(description="Stateless only: `state` of the last answer, `[n][layers][hidden]`."),
+    ] = None
+
+
 def act_request(spec: PolicySpec) -> type[ActRequest]:
     """`ActRequest` with this policy's lengths and heads, and a field for each input of its own."""
     narrower: dict[str, Any] = {
         "observation": _exactly(spec.observation_dim, Float),
         "action_mask": _action_mask(spec) | None,
-        "state": _hidden_state(spec) | None,
+        "state": _single_state(spec) | None,
     }
     fields: dict[str, Any] = {
         name: Annotated[values, ActRequest.model_fields[name]] for name, values in narrower.items()
@@ -172,6 +257,36 @@ def act_request(spec: PolicySpec) -> type[ActRequest]:
     if spec.has_slot_by_op:
         fields["slot_by_op_mask"] = (_slot_by_op_mask(spec), None)
     return create_model("ActRequest", __base__=ActRequest, __doc__=ActRequest.__doc__, **fields)
+
+
+def vector_act_request(spec: PolicySpec) -> type[VectorActRequest]:
+    """`VectorActRequest` with this policy's lengths and heads, and its own inputs."""
+    masks = {head.name: _rows(_exactly(head.size, Allowed)) for head in spec.heads}
+    states: Any = _rows(_exactly(spec.num_layers, _exactly(spec.hidden_dim, Float)))
+    narrower: dict[str, Any] = {
+        "observation": _rows(_exactly(spec.observation_dim, Float)),
+        "action_mask": _by_head(
+            "VectorActionMask", "What each head may choose, in each row.", masks, total=False
+        )
+        | None,
+        "state": _hidden_state("VectorHiddenStateBody", states) | None,
+    }
+    fields: dict[str, Any] = {
+        name: Annotated[values, VectorActRequest.model_fields[name]]
+        for name, values in narrower.items()
+    }
+    if spec.blueprint_embedding_dim is not None:
+        rows = _rows(_exactly(spec.num_slots, _blueprint(spec)))
+        fields["blueprint_index"] = (rows | None, None)
+    if spec.has_slot_by_op:
+        rows = _rows(_exactly(spec.num_ops, _exactly(spec.num_slots, Allowed)))
+        fields["slot_by_op_mask"] = (rows | None, None)
+    doc = VectorActRequest.__doc__
+    return create_model("VectorActRequest", __base__=VectorActRequest, __doc__=doc, **fields)
+
+
+def _rows(of: Any) -> Any:
+    return Annotated[list[of], Field(min_length=1), FAIL_FAST]
 
 
 def _exactly(length: int, of: Any) -> Any:
@@ -193,17 +308,24 @@ def _action_mask(spec: PolicySpec) -> Any:
     return _by_head("ActionMask", "What each head may choose.", fields, total=False)
 
 
-def _hidden_state(spec: PolicySpec) -> Any:
-    rows = _exactly(spec.num_layers, _exactly(spec.hidden_dim, Float))
+def _hidden_state(name: str, rows: Any) -> Any:
     fields: Any = dict.fromkeys(("h", "c"), Annotated[rows, ABSENT])
-    doc = HiddenStateBody.__doc__
-    return create_model("HiddenStateBody", __base__=HiddenStateBody, __doc__=doc, **fields)
+    return create_model(name, __base__=HiddenStateBody, __doc__=HiddenStateBody.__doc__, **fields)
+
+
+def _single_state(spec: PolicySpec) -> Any:
+    rows = _exactly(spec.num_layers, _exactly(spec.hidden_dim, Float))
+    return _hidden_state("HiddenStateBody", rows)
+
+
+def _blueprint(spec: PolicySpec) -> Any:
+    bounds = Field(json_schema_extra={"minimum": -1, "maximum": spec.num_blueprints - 1})
+    return Annotated[int, bounds]
 
 
 def _blueprint_index(spec: PolicySpec) -> Any:
-    bounds = Field(json_schema_extra={"minimum": -1, "maximum": spec.num_blueprints - 1})
     return Annotated[
-        _exactly(spec.num_slots, Annotated[int, bounds]) | None,
+        _exactly(spec.num_slots, _blueprint(spec)) | None,
         Field(description="Which blueprint each slot holds, -1 = none; without it, none in any."),
     ]
 
@@ -243,7 +365,7 @@ def act_response(spec: PolicySpec) -> type[ActResponse]:
             _by_head("LogProb", "Of each choice; 0 where it was forced.", log_probs, total=True),
             ...,
         ),
-        "state": (_hidden_state(spec) | None, None),
+        "state": (_single_state(spec) | None, None),
     }
     extra: dict[str, Any] = {
         "q_value": Annotated[float, Field(description="Q(s, op) in returns, of the op taken.")],
@@ -253,6 +375,28 @@ def act_response(spec: PolicySpec) -> type[ActResponse]:
     }
     fields |= {name: (extra[name], ...) for name in spec.extra_outputs}
     return create_model("ActResponse", __base__=ActResponse, __doc__=ActResponse.__doc__, **fields)
+
+
+def vector_act_response(spec: PolicySpec) -> type[BaseModel]:
+    """The same for a vector: a row for each environment in every list."""
+    choices: dict[str, Any] = {
+        head.name: list[Annotated[int, Field(ge=0, lt=head.size)]] for head in spec.heads
+    }
+    log_probs: dict[str, Any] = {head.name: list[float] for head in spec.heads}
+    states: Any = _rows(_exactly(spec.num_layers, _exactly(spec.hidden_dim, Float)))
+    extra: dict[str, Any] = {"q_value": list[float], "contribution": list[list[float]]}
+    fields: dict[str, Any] = {
+        "session_id": (str | None, None),
+        "step": (int, ...),
+        "action": (_by_head("VectorAction", "Each head's choices.", choices, total=True), ...),
+        "log_prob": (_by_head("VectorLogProb", "Of each.", log_probs, total=True), ...),
+        "value": (list[float], ...),
+        "policy_version": (str, ...),
+        "state": (_hidden_state("VectorHiddenStateBody", states) | None, None),
+        **{name: (extra[name], ...) for name in spec.extra_outputs},
+    }
+    doc = "The decisions for a vector, a row for each environment."
+    return create_model("VectorActResponse", __doc__=doc, **fields)
 
 
 class ErrorResponse(BaseModel):
@@ -266,6 +410,7 @@ class Limits(BaseModel):
     """What the server holds and waits for at most."""
 
     max_batch_size: int
+    max_rows: int
     max_waiting: int
     max_sessions: int
     session_idle_s: float

@@ -1,10 +1,13 @@
 """Which runtime serves an artifact on this machine; `export.loaders` loads it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from export.loaders.load import FORMAT_OF, has_torch, load_step
 from export.loaders.protocol import LoadedStep
 from export.manifest import ArtifactError, Device, Manifest
+from service.runtime.host import HostRuntime, HostStates
+from service.runtime.protocol import Runtime
 
 
 def runs_on(name: str, manifest: Manifest, device: Device) -> bool:
@@ -47,3 +50,11 @@ def load_runtime(
         )
     except ArtifactError as error:
         raise ArtifactError(f"{directory}: {error}") from error
+
+
+def with_states(
+    loaded: LoadedStep, manifest: Manifest, *, num_rows: int, batch_sizes: Sequence[int]
+) -> Runtime:
+    """The loaded step, and `num_rows` rows of states where it runs best."""
+    states = HostStates(manifest.spec, num_rows)
+    return HostRuntime(loaded, manifest, states, batch_sizes=batch_sizes)

@@ -1,0 +1,67 @@
+"""The rows that states lie in: which are free, and what stands beside each state.
+
+A row is where one environment is after a step: its state (in the runtime), the seed of its noise,
+its episode's next step, and what was decided. A step reads rows and writes others, so that nothing
+it read is lost before all of it is known to be right.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.manifest import Array
+from service.engine.block import Batch
+from service.runtime.arrays import Arrays, allocate
+from service.runtime.protocol import STATE_OUTPUTS, Rows
+
+
+class RowTable:
+    """`num_rows` rows, and after them the one that every episode starts from.
+
+    `seed` and `step` are what a row's next step draws its noise with; `outputs` what its last gave.
+    Only rows once used take memory. No block has more than `largest` rows.
+    """
+
+    def __init__(self, num_rows: int, outputs: Sequence[Array], *, largest: int) -> None:
+        self.zero_row = num_rows
+        self._zeros: Rows = np.full(largest, num_rows, dtype=np.intp)
+        self.seed = np.zeros(num_rows + 1, dtype=np.uint64)
+        self.step = np.zeros(num_rows + 1, dtype=np.uint64)
+        kept = [array for array in outputs if array.name not in STATE_OUTPUTS]
+        self.outputs: Arrays = allocate(kept, num_rows)
+        self._free: Rows = np.arange(num_rows - 1, -1, -1, dtype=np.intp)
+        self._num_free = num_rows
+
+    def reserve(self, number: int) -> Rows:
+        """Free rows, the last used first; there are always enough, as sessions are bounded."""
+        assert number <= self._num_free
+        self._num_free -= number
+        return self._free[self._num_free : self._num_free + number].copy()
+
+    def zeros(self, number: int) -> Rows:
+        """The row that episodes start from, so many times."""
+        return self._zeros[:number]
+
+    def give_back(self, rows: Rows) -> None:
+        """Reserved rows are free again."""
+        self._free[self._num_free : self._num_free + len(rows)] = rows
+        self._num_free += len(rows)
+
+    def keep(
+        self,
+        rows: Rows,
+        seeds: NDArray[np.uint64],
+        steps: NDArray[np.uint64],
+        decided: Arrays,
+    ) -> None:
+        """Writes down what a step at `steps` decided for these rows."""
+        at = rows[0] if len(rows) == 1 else rows  # several times faster than an array of one
+        self.seed[at] = seeds
+        self.step[at] = steps + np.uint64(1)
+        for name, array in self.outputs.items():
+            array[at] = decided[name]
+
+    def last(self, rows: Rows) -> Batch:
+        """What the last step decided for these rows."""
+        return Batch({name: array[rows] for name, array in self.outputs.items()})

@@ -1,0 +1,232 @@
+"""Parts of blocks -> a batch -> what became of each block: the recurrent half of the service.
+
+Fills the batch, makes the noise, names the rows where states are and will be, and has the runtime
+step it. Knows nothing of HTTP or of how batches form.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.spec import PolicySpec
+from service.engine.block import Answer, Batch, Block
+from service.engine.noise import gumbel_noise
+from service.engine.rows import RowTable
+from service.engine.sessions import Session, SessionTable, Turn, derived_seed, first_seeds
+from service.errors import Invalid, ServiceError
+from service.runtime.protocol import Rows, Runtime, State
+
+
+class Part(NamedTuple):
+    """Rows `start` to `stop` of a turn's block, that ride in one batch."""
+
+    turn: Turn
+    start: int
+    stop: int
+
+
+class Stepper:
+    """Steps one batch at a time; blocks are admitted before and settled after.
+
+    `observe` is told the rows and seconds of each batch that ran.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        rows: RowTable,
+        sessions: SessionTable,
+        spec: PolicySpec,
+        *,
+        policy_version: str,
+        seed: int,
+        observe: Callable[[int, float], None],
+    ) -> None:
+        self._runtime = runtime
+        self._rows = rows
+        self._sessions = sessions
+        self._num_choices = spec.num_choices
+        self._policy_version = policy_version
+        self._seed = seed
+        self._observe = observe
+        self._num_stateless = 0
+        self._noise = runtime.inputs["noise"]
+        self._given = [array for name, array in runtime.inputs.items() if name != "noise"]
+        self._parts: Sequence[Part] = ()
+        self._seeds: NDArray[np.uint64]
+        self._steps: NDArray[np.uint64]
+        self._write_rows: Rows
+        self._began_s = 0.0
+
+    def admit(self, block: Block) -> Turn | Answer:
+        """The turn to take, with rows reserved for it, or the answer there is without one.
+
+        Raises what the session table does.
+        """
+        if block.session_id is None:
+            return self._stateless(block)
+        admitted = self._sessions.admit(block)
+        if isinstance(admitted, Turn):
+            return admitted
+        self._sessions.touch(block.session_id)
+        return self._replay(admitted)
+
+    def launch(self, parts: Sequence[Part]) -> None:
+        """Begins to step the parts, one of a block at most, side by side in this order."""
+        self._began_s = time.perf_counter()
+        self._parts = parts
+        num = sum(stop - start for _, start, stop in parts)
+        if len(parts) == 1:
+            turn, start, stop = parts[0]
+            for array, of_block in zip(self._given, turn.block.given, strict=True):
+                array[:num] = of_block[start:stop]
+            read_rows, write_rows = turn.read_rows[start:stop], turn.write_rows[start:stop]
+        else:
+            given = zip(*map(_given, parts), strict=True)
+            for array, of_blocks in zip(self._given, given, strict=True):
+                np.concatenate(of_blocks, out=array[:num])
+            read_rows = np.concatenate([turn.read_rows[a:b] for turn, a, b in parts])
+            write_rows = np.concatenate([turn.write_rows[a:b] for turn, a, b in parts])
+        self._seeds = self._rows.seed[read_rows]
+        self._steps = self._rows.step[read_rows]
+        if any(part.turn.has_starts for part in parts):
+            starts = read_rows == self._rows.zero_row
+            self._seeds[starts] = self._rows.seed[write_rows[starts]]
+        self._write_rows = write_rows
+        self._make_noise(num)
+        self._runtime.launch(read_rows, write_rows)
+
+    def is_done(self) -> bool:
+        """Whether `collect` would return at once."""
+        return self._runtime.is_done()
+
+    def collect(self) -> list[Answer | ServiceError | None]:
+        """For each launched part its block's answer, the error in its stead, or None: more to run.
+
+        A block is answered, and its session moved, with its last part.
+        """
+        decided, is_finite = self._runtime.collect()
+        self._rows.keep(self._write_rows, self._seeds, self._steps, decided)
+        states = [self._state(part) for part in self._parts]  # before anything moves: it may fail
+        batch, first = Batch(decided), 0
+        settled: list[Answer | ServiceError | None] = []
+        for (turn, start, stop), state in zip(self._parts, states, strict=True):
+            num = stop - start
+            if is_finite is not None and turn.fault is None:
+                faults = np.flatnonzero(~is_finite[first : first + num])
+                turn.fault = start + int(faults[0]) if len(faults) else None
+            if stop < turn.block.num_rows:
+                settled.append(None)
+            elif turn.fault is not None:
+                self.abandon(turn)
+                settled.append(_not_finite(turn))
+            elif start == 0:
+                settled.append(self._commit(turn, batch, first, state))
+            else:
+                settled.append(self._commit(turn, self._rows.last(turn.write_rows), 0, state))
+            first += num
+        self._observe(first, time.perf_counter() - self._began_s)
+        return settled
+
+    def abandon(self, turn: Turn) -> None:
+        """The turn will not be taken, or not to its end: nothing has moved."""
+        if turn.block.session_id is None:
+            self._give_back(turn)
+        else:
+            self._sessions.abandon(turn)
+
+    def _commit(self, turn: Turn, batch: Batch, first: int, state: State | None) -> Answer:
+        block, version = turn.block, self._policy_version
+        if block.session_id is None:
+            self._give_back(turn)
+        else:
+            self._sessions.commit(turn, version)
+        return Answer(batch, first, block.num_rows, turn.step, version, state)
+
+    def _state(self, part: Part) -> State | None:
+        """What a stateless block goes on from, with its last part."""
+        turn, _, stop = part
+        if turn.block.session_id is not None or stop < turn.block.num_rows:
+            return None
+        return self._runtime.read(turn.write_rows)
+
+    def _replay(self, session: Session) -> Answer:
+        return Answer(
+            self._rows.last(session.rows),
+            0,
+            len(session.rows),
+            session.next_step - 1,
+            session.policy_version,
+            is_replay=True,
+        )
+
+    def _stateless(self, block: Block) -> Turn:
+        """A turn of rows that live as long as it does."""
+        seed = block.seed
+        if seed is None:
+            self._num_stateless += 1
+            seed = derived_seed(self._seed, "", None, self._num_stateless)
+        step, num_rows = block.step or 0, block.num_rows
+        seeds = first_seeds(block, seed)
+        write_rows = self._rows.reserve(num_rows)
+        self._rows.seed[write_rows] = seeds
+        read_rows = self._rows.zeros(num_rows)
+        if block.state is not None or step:
+            read_rows = self._rows.reserve(num_rows)
+            self._rows.seed[read_rows] = seeds
+            self._rows.step[read_rows] = step
+        turn = Turn(
+            block,
+            session=None,
+            begins=False,
+            step=step,
+            seed=seed,
+            read_rows=read_rows,
+            write_rows=write_rows,
+            has_starts=True,
+        )
+        if read_rows[0] != self._rows.zero_row:
+            try:
+                zeros = self._runtime.read(self._rows.zeros(num_rows))
+                self._runtime.write(read_rows, block.state or zeros)
+            except BaseException:
+                self._give_back(turn)
+                raise
+        return turn
+
+    def _give_back(self, turn: Turn) -> None:
+        """The rows of a stateless turn."""
+        self._rows.give_back(turn.write_rows)
+        if turn.read_rows[0] != self._rows.zero_row:
+            self._rows.give_back(turn.read_rows)
+
+    def _make_noise(self, num: int) -> None:
+        if not any(part.turn.block.deterministic for part in self._parts):
+            self._noise[:num] = gumbel_noise(self._seeds, self._steps, self._num_choices)
+            return
+        self._noise[:num] = 0.0
+        is_sampled = np.repeat(
+            [not turn.block.deterministic for turn, _, _ in self._parts],
+            [stop - start for _, start, stop in self._parts],
+        )
+        if is_sampled.any():
+            seeds, steps = self._seeds[is_sampled], self._steps[is_sampled]
+            self._noise[:num][is_sampled] = gumbel_noise(seeds, steps, self._num_choices)
+
+
+def _given(part: Part) -> Sequence[NDArray[np.generic]]:
+    turn, start, stop = part
+    given = turn.block.given
+    if stop - start == turn.block.num_rows:
+        return given
+    return [array[start:stop] for array in given]
+
+
+def _not_finite(turn: Turn) -> Invalid:
+    row = f" of row {turn.fault}" if turn.block.is_vector else ""
+    return Invalid(
+        f"the policy's output for this observation{row} is not finite; the session has not moved"
+    )

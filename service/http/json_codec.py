@@ -1,0 +1,236 @@
+"""`POST /act` in JSON: of one environment, or of a vector of them."""
+
+from itertools import chain
+from struct import pack
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from pydantic_core import to_json
+
+from model.spec import PolicySpec
+from service.engine.block import Answer, Block
+from service.errors import Invalid, Malformed, short
+from service.http.codec import JSON, Request, check_rows, check_session, vector_starts
+from service.http.inputs import InputReader, finite_state
+from service.http.schemas import (
+    ActRequest,
+    VectorActRequest,
+    act_request,
+    vector_act_request,
+)
+from service.runtime.protocol import State
+
+WRONG_LENGTH = ("too_short", "too_long")
+
+
+class JsonCodec:
+    """Reads and writes JSON bodies for one policy."""
+
+    content_type = JSON
+
+    def __init__(self, spec: PolicySpec, *, max_rows: int, max_body_bytes: int) -> None:
+        self.max_body_bytes = max_body_bytes
+        self._spec = spec
+        self._max_rows = max_rows
+        self._reader = InputReader(spec)
+        self._request = act_request(spec)
+        self._vector_request = vector_act_request(spec)
+        self._allowed = {head.name: [True] * head.size for head in spec.heads}
+        self._state_shape = (-1, spec.num_layers, spec.hidden_dim)
+
+    def parse(self, body: bytes | bytearray) -> Request:
+        try:
+            act = self._request.model_validate_json(body)
+        except ValidationError as error:
+            if _has_rows(error):
+                return self._parse_vector(body)
+            raise _refusal(error) from error
+        _check_combination(act, act.episode_start, {"episode": act.episode})
+        if act.episode_start and act.step:
+            raise Invalid(f"an episode starts at step 0, not {act.step}")
+        given = self._reader.read(
+            _packed(act.observation).reshape(1, -1),
+            self._mask(act.action_mask) if act.action_mask else None,
+            *self._more(act, 1),
+            is_vector=False,
+        )
+        block = Block(
+            given,
+            deterministic=act.deterministic,
+            session_id=act.session_id,
+            run=act.episode,
+            step=act.step,
+            starts=act.episode_start,
+            seed=act.seed,
+            state=None if act.state is None else self._state(act.state, is_vector=False),
+        )
+        return Request(block, act.timeout_ms)
+
+    def write(self, block: Block, answer: Answer) -> bytes:
+        names = self._allowed
+        body: dict[str, Any] = {}
+        if block.session_id is not None:
+            body["session_id"] = block.session_id
+        body["step"] = answer.step
+        if block.is_vector:
+            outputs = {name: answer.array(name) for name in answer.batch.arrays}
+            action, log_prob = (
+                dict(zip(names, outputs.pop(name).T.tolist(), strict=True))
+                for name in ("action", "log_prob")
+            )
+            rest = {name: array.tolist() for name, array in outputs.items()}
+        else:
+            rest = {name: rows[answer.first] for name, rows in answer.batch.lists.items()}
+            action, log_prob = (
+                dict(zip(names, rest.pop(name), strict=True)) for name in ("action", "log_prob")
+            )
+        body["action"], body["log_prob"], body["value"] = action, log_prob, rest.pop("value")
+        body["policy_version"] = answer.policy_version
+        body |= rest
+        if answer.state is not None:
+            h, c = answer.state if block.is_vector else (part[0] for part in answer.state)
+            body["state"] = {"h": h.tolist(), "c": c.tolist()}
+        return to_json(body)
+
+    def _parse_vector(self, body: bytes | bytearray) -> Request:
+        try:
+            act = self._vector_request.model_validate_json(body)
+        except ValidationError as error:
+            raise _refusal(error) from error
+        starts = act.episode_start
+        if isinstance(starts, list):
+            starts = vector_starts(np.array(starts, dtype=np.bool_), act.step)
+        _check_combination(act, starts is not False, {"run": act.run})
+        seeds = act.seed if isinstance(act.seed, list) else None
+        masks = act.action_mask or {}
+        num_rows = len(act.observation)
+        rows = {f"action_mask.{name}": len(values) for name, values in masks.items()}
+        for name, values in (
+            ("episode_start", act.episode_start if isinstance(act.episode_start, list) else None),
+            ("seed", seeds),
+            ("blueprint_index", getattr(act, "blueprint_index", None)),
+            ("slot_by_op_mask", getattr(act, "slot_by_op_mask", None)),
+            ("state.h", act.state and act.state.h),
+            ("state.c", act.state and act.state.c),
+        ):
+            if values is not None:
+                rows[name] = len(values)
+        check_rows(num_rows, self._max_rows, rows)
+        given = self._reader.read(
+            _array(act.observation),
+            self._vector_mask(masks, num_rows) if masks else None,
+            *self._more(act, num_rows),
+            is_vector=True,
+        )
+        block = Block(
+            given,
+            is_vector=True,
+            deterministic=act.deterministic,
+            session_id=act.session_id,
+            run=act.run,
+            step=act.step,
+            starts=starts,
+            seed=None if isinstance(act.seed, list) else act.seed,
+            seeds=None if seeds is None else np.array(seeds, dtype=np.uint64),
+            state=None if act.state is None else self._state(act.state, is_vector=True),
+        )
+        return Request(block, act.timeout_ms)
+
+    def _mask(self, by_head: dict[str, list[bool]]) -> NDArray[np.bool_]:
+        every_head = {**self._allowed, **by_head}
+        self._check_heads(every_head)
+        flat = bytes(chain.from_iterable(every_head.values()))
+        return np.frombuffer(flat, dtype=np.bool_).reshape(1, -1)
+
+    def _vector_mask(self, by_head: dict[str, Any], num_rows: int) -> NDArray[np.bool_]:
+        self._check_heads({**self._allowed, **by_head})
+        mask = np.ones((num_rows, self._spec.num_choices), dtype=np.bool_)
+        for name, rows in by_head.items():
+            mask[:, self._reader.columns[name]] = rows
+        return mask
+
+    def _check_heads(self, by_head: dict[str, Any]) -> None:
+        if len(by_head) > len(self._allowed):
+            unknown = next(name for name in by_head if name not in self._allowed)
+            raise Invalid(
+                f"`action_mask` names an unknown head '{short(unknown)}'; the heads are "
+                f"{', '.join(self._allowed)}"
+            )
+
+    def _more(self, act: Any, num_rows: int) -> list[NDArray[Any] | None]:
+        """What only some policies read, of a request with a field for each."""
+        spec = self._spec
+        arrays: list[NDArray[Any] | None] = []
+        for name, dtype, shape in (
+            ("blueprint_index", np.int64, (num_rows, -1)),
+            ("slot_by_op_mask", np.bool_, (num_rows, -1, spec.num_slots)),
+        ):
+            values = getattr(act, name, None)
+            arrays.append(None if values is None else _array(values, dtype).reshape(shape))
+        return arrays
+
+    def _state(self, state: Any, *, is_vector: bool) -> State:
+        if state.model_extra:
+            raise _unknown_field("state.", state.model_extra)
+        for name, rows in (("h", state.h), ("c", state.c)):
+            if not rows:
+                raise Malformed(f"`state.{name}` is required")
+        h, c = (_array(rows).reshape(self._state_shape) for rows in (state.h, state.c))
+        return finite_state(("state.h", "state.c"), (h, c), is_vector)
+
+
+def _check_combination(
+    act: ActRequest | VectorActRequest, starts: bool, named: dict[str, str | None]
+) -> None:
+    if act.model_extra:
+        raise _unknown_field("", act.model_extra)
+    if not act.observation:
+        raise Malformed("`observation` is required")
+    check_session(act.session_id, act.state is not None, starts, named)
+
+
+def _packed(values: list[float]) -> NDArray[Any]:
+    """The values in float32, as far as they fit there."""
+    try:
+        return np.frombuffer(pack(f"={len(values)}f", *values), dtype=np.float32)
+    except OverflowError:  # of a finite one; without "=", infinity is packed
+        return np.array(values)
+
+
+def _array(values: Any, dtype: Any = np.float64) -> NDArray[Any]:
+    return np.array(values, dtype=dtype)
+
+
+def _has_rows(error: ValidationError) -> bool:
+    """Whether what should have been numbers are rows of them, as a vector's are."""
+    return any(
+        found["loc"] == ("observation", 0) and isinstance(found["input"], list)
+        for found in error.errors(include_url=False, include_context=False)
+    )
+
+
+def _refusal(error: ValidationError) -> Malformed | Invalid:
+    """Of another form than the documented one; or of that form, with a length not the policy's."""
+    errors = error.errors(include_url=False, include_input=False)
+    first = next((found for found in errors if found["type"] not in WRONG_LENGTH), errors[0])
+    where = _path(first["loc"])
+    if first["type"] in WRONG_LENGTH:
+        of = first["ctx"]
+        length = of.get("min_length", of.get("max_length"))
+        return Invalid(f"`{where}` has {of['actual_length']} values, the policy reads {length}")
+    if first["type"] == "json_invalid":
+        return Malformed(f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
+    return Malformed(f"`{where}`: {first['msg']}" if where else f"the body: {first['msg']}")
+
+
+def _unknown_field(parent: str, given: dict[str, Any]) -> Malformed:
+    return Malformed(f"`{parent}{short(next(iter(given)))}` is not a field of the request")
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """As JavaScript and Python write it: `state.h[0]`."""
+    return "".join(
+        f"[{name}]" if isinstance(name, int) else f".{name}" for name in location
+    ).removeprefix(".")
