@@ -16,11 +16,10 @@ from pydantic_core import to_json
 
 from model.spec import PolicySpec
 from service.engine.engine import HiddenState, StepAnswer, StepRequest
-from service.errors import Invalid, Malformed
+from service.errors import Invalid, Malformed, short
 from service.http.schemas import ActRequest, HiddenStateBody, act_request
 
 CONTENT_TYPE = "application/json"
-LONGEST_NAME = 80
 WRONG_LENGTH = ("too_short", "too_long")
 
 
@@ -122,7 +121,7 @@ class ActCodec:
             columns = self._columns.get(name)
             if columns is None:
                 raise Invalid(
-                    f"`action_mask` names an unknown head '{_short(name)}'; the heads are "
+                    f"`action_mask` names an unknown head '{short(name)}'; the heads are "
                     f"{', '.join(self._columns)}"
                 )
             if not any(allowed):
@@ -210,7 +209,7 @@ def _refusal(error: ValidationError) -> Malformed | Invalid:
 
 
 def _unknown_field(parent: str, given: dict[str, Any]) -> Malformed:
-    return Malformed(f"`{parent}{_short(next(iter(given)))}` is not a field of the request")
+    return Malformed(f"`{parent}{short(next(iter(given)))}` is not a field of the request")
 
 
 def _path(location: tuple[int | str, ...]) -> str:
@@ -218,9 +217,3 @@ def _path(location: tuple[int | str, ...]) -> str:
     return "".join(
         f"[{name}]" if isinstance(name, int) else f".{name}" for name in location
     ).removeprefix(".")
-
-
-def _short(name: str) -> str:
-    """A client's own name, as far as a sentence needs it, and on one line."""
-    shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in shown)
