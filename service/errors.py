@@ -22,6 +22,8 @@ ours: the client gets a fixed sentence, the log gets the rest.
 
 from math import ceil
 
+LONGEST_NAME = 80
+
 
 class ServiceError(Exception):
     """The server failed; the log says how."""
@@ -121,3 +123,9 @@ class Disconnected(ServiceError):
     """The client hung up before the model saw its request; its session has not moved."""
 
     status_code, error_type = 499, "disconnected"
+
+
+def short(name: str) -> str:
+    """A client's own name, as far as a sentence needs it, and on one line."""
+    shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in shown)
