@@ -19,7 +19,6 @@ from export.exporter import export_policy
 from export.manifest import Manifest
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
-from service.policy_service import PolicyService
 from service.runtime.load import load_runtime
 from service.settings import Settings
 from tests.random_inputs import random_masks, random_observations

@@ -129,9 +129,7 @@ class Batcher:
         if deadline_s < self._first_deadline_s:
             self._first_deadline_s = deadline_s
         self._num_submitted += 1
-        waiting = _Waiting(
-            block, settle, is_wanted, self._num_submitted, deadline_s, self._turn
-        )
+        waiting = _Waiting(block, settle, is_wanted, self._num_submitted, deadline_s, self._turn)
         session_id = block.session_id
         if session_id is None or session_id not in self._behind:
             self._waiting.append(waiting)

@@ -30,10 +30,11 @@ class Engine:
         observe: Callable[[int, float], None] = lambda num_rows, seconds: None,
     ) -> None:
         spec = manifest.spec
-        self.max_rows = settings.max_rows
+        self.max_rows = min(settings.max_rows, settings.max_sessions)
         self.max_batch_size = min(settings.max_batch_size, manifest.max_batch_size)
-        # What is under way, a block in parts and a batch with it, reads and writes rows of its own.
-        num_rows = settings.max_sessions + 2 * (self.max_rows + self.max_batch_size)
+        # What is under way, a block in parts and a batch with it, reads and writes rows of its own,
+        # and may be sessions' before others have given up theirs.
+        num_rows = settings.max_sessions + 3 * (self.max_rows + self.max_batch_size)
         self.runtime = with_states(
             loaded,
             manifest,

@@ -5,7 +5,8 @@ its episode's next step, and what was decided. A step reads rows and writes othe
 it read is lost before all of it is known to be right.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,14 +54,15 @@ class RowTable:
         rows: Rows,
         seeds: NDArray[np.uint64],
         steps: NDArray[np.uint64],
-        decided: Arrays,
+        decided: Mapping[str, NDArray[Any]],
     ) -> None:
         """Writes down what a step at `steps` decided for these rows."""
-        at = rows[0] if len(rows) == 1 else rows  # several times faster than an array of one
-        self.seed[at] = seeds
-        self.step[at] = steps + np.uint64(1)
+        # A lone row by its number: NumPy takes several times as long for an array of one.
+        at, of = (rows[0], 0) if len(rows) == 1 else (rows, slice(None))
+        self.seed[at] = seeds[of]
+        self.step[at] = steps[of] + np.uint64(1)
         for name, array in self.outputs.items():
-            array[at] = decided[name]
+            array[at] = decided[name][of]
 
     def last(self, rows: Rows) -> Batch:
         """What the last step decided for these rows."""

@@ -179,6 +179,7 @@ class SessionTable:
             if session is not None:
                 self._free(session)
             self._live[session_id] = self._begun(session_id, turn, policy_version)
+            self._evict()
         elif session is None or is_ended:
             self._rows.give_back(turn.write_rows)
             return
@@ -226,7 +227,7 @@ class SessionTable:
         num_rows = block.num_rows
         num_more = num_rows - (len(session.rows) if session is not None else 0)
         if num_more > 0:
-            self._make_room(num_more, besides=session_id)
+            self._check_room(num_more, besides=session_id)
             self._num_reserved += num_more
         if session is not None:
             session.is_stepping = True
@@ -340,20 +341,28 @@ class SessionTable:
             "`episode_start`: true"
         )
 
-    def _make_room(self, num_rows: int, *, besides: str) -> None:
-        """Evicts for so many rows more. Raises Overloaded, and evicts none, where that can't be."""
+    def _check_room(self, num_rows: int, *, besides: str) -> None:
+        """Raises Overloaded where so many rows more can't be had by evicting."""
         missing = self.num_rows + self._num_reserved + num_rows - self.capacity
-        victims = []
         for session_id, session in self._live.items():
             if missing <= 0:
-                break
-            if not (session_id == besides or session_id in self._num_waiting or session.is_stepping):
-                victims.append(session_id)
+                return
+            if session_id != besides and self._is_evictable(session_id, session):
                 missing -= len(session.rows)
         if missing > 0:
             raise Overloaded(f"all {self.capacity} rows are of sessions with a request waiting")
-        for session_id in victims:
+
+    def _evict(self) -> None:
+        """Makes the room that was found when the run was admitted."""
+        while self.num_rows > self.capacity:
+            evictable = (i for i, session in self._live.items() if self._is_evictable(i, session))
+            session_id = next(evictable, None)
+            if session_id is None:
+                return  # who used them meanwhile keeps them; the next run has to find more room
             self._remove(session_id, "evicted")
+
+    def _is_evictable(self, session_id: str, session: Session) -> bool:
+        return session_id not in self._num_waiting and not session.is_stepping
 
     def _remove(self, session_id: str, event: str) -> None:
         session = self._live.pop(session_id)
@@ -374,7 +383,8 @@ def first_seeds(block: Block, seed: int) -> int | NDArray[np.uint64]:
     """The seeds of a block's first episodes, where the block's own or a default is `seed`."""
     if block.seeds is not None:
         return block.seeds
-    return row_seed(seed, np.arange(block.num_rows), 0) if block.is_vector else seed
+    rows = np.arange(block.num_rows)
+    return row_seed(seed, rows, np.zeros_like(rows)) if block.is_vector else seed
 
 
 def derived_seed(server_seed: int, session_id: str, run: str | None, num_starts: int) -> int:

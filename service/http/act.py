@@ -24,8 +24,8 @@ class Act:
         self._timeout_ms = settings.timeout_ms
         spec = manifest.spec
         codecs = (
-            JsonCodec(spec, max_rows=settings.max_rows, max_body_bytes=settings.max_body_bytes),
-            SafetensorsCodec(spec, max_rows=settings.max_rows),
+            JsonCodec(spec, max_rows=engine.max_rows, max_body_bytes=settings.max_body_bytes),
+            SafetensorsCodec(spec, max_rows=engine.max_rows),
         )
         self._json = codecs[0]
         self._codecs: Mapping[bytes, Codec] = {

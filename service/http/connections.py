@@ -8,8 +8,8 @@ from typing import Any
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from service.http.connection import Connection
 from service.http.act import Act
+from service.http.connection import Connection
 from service.http.endpoint import PATH
 from service.metrics import Metrics
 from service.settings import Settings

@@ -24,7 +24,9 @@ class InputReader:
     def __init__(self, spec: PolicySpec) -> None:
         self._spec = spec
         ends = np.cumsum(spec.head_sizes)
-        self._first_columns = ends - spec.head_sizes
+        self._first_columns = [
+            int(end) - size for end, size in zip(ends, spec.head_sizes, strict=True)
+        ]
         self.columns = {
             name: slice(int(end) - size, int(end))
             for name, size, end in zip(spec.head_names, spec.head_sizes, ends, strict=True)
@@ -79,9 +81,8 @@ class InputReader:
         has_one = np.logical_or.reduceat(mask, self._first_columns, axis=1)
         if not has_one.all():
             row, head = np.argwhere(~has_one)[0]
-            raise Invalid(
-                f"`action_mask.{self._spec.head_names[head]}` allows nothing{_in_row(row, is_vector)}"
-            )
+            name, where = self._spec.head_names[head], f" in row {row}" if is_vector else ""
+            raise Invalid(f"`action_mask.{name}` allows nothing{where}")
 
     def _check_blueprints(self, blueprints: NDArray[np.int64], is_vector: bool) -> None:
         number = self._spec.num_blueprints
@@ -109,13 +110,12 @@ def finite(
     name: str, array: NDArray[np.float32] | NDArray[np.float64], is_vector: bool
 ) -> NDArray[np.float32]:
     """The array in float32. Raises Invalid where a value is no finite one, naming its place."""
-    if array.dtype != np.float32:
-        with np.errstate(over="ignore"):
-            array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        where = _place(np.argwhere(~np.isfinite(array))[0], is_vector)
+    with np.errstate(over="ignore"):
+        floats = array.astype(np.float32, copy=False)
+    if not np.isfinite(floats).all():
+        where = _place(np.argwhere(~np.isfinite(floats))[0], is_vector)
         raise Invalid(f"`{name}{where}` is not a finite float32")
-    return array
+    return floats
 
 
 def finite_state(names: Sequence[str], state: State, is_vector: bool) -> State:
@@ -127,7 +127,3 @@ def finite_state(names: Sequence[str], state: State, is_vector: bool) -> State:
 def _place(index: Sequence[int] | NDArray[np.intp], is_vector: bool) -> str:
     """As a client would index what it sent."""
     return "".join(f"[{at}]" for at in (index if is_vector else index[1:]))
-
-
-def _in_row(row: int, is_vector: bool) -> str:
-    return f" in row {row}" if is_vector else ""

@@ -99,25 +99,22 @@ class JsonCodec:
             act = self._vector_request.model_validate_json(body)
         except ValidationError as error:
             raise _refusal(error) from error
-        starts = act.episode_start
-        if isinstance(starts, list):
-            starts = vector_starts(np.array(starts, dtype=np.bool_), act.step)
+        starts = (
+            vector_starts(np.array(act.episode_start, dtype=np.bool_), act.step)
+            if isinstance(act.episode_start, list)
+            else act.episode_start
+        )
         _check_combination(act, starts is not False, {"run": act.run})
         seeds = act.seed if isinstance(act.seed, list) else None
         masks = act.action_mask or {}
         num_rows = len(act.observation)
-        rows = {f"action_mask.{name}": len(values) for name, values in masks.items()}
-        for name, values in (
-            ("episode_start", act.episode_start if isinstance(act.episode_start, list) else None),
-            ("seed", seeds),
-            ("blueprint_index", getattr(act, "blueprint_index", None)),
-            ("slot_by_op_mask", getattr(act, "slot_by_op_mask", None)),
-            ("state.h", act.state and act.state.h),
-            ("state.c", act.state and act.state.c),
-        ):
-            if values is not None:
-                rows[name] = len(values)
-        check_rows(num_rows, self._max_rows, rows)
+        by_row: dict[str, Any] = {f"action_mask.{name}": rows for name, rows in masks.items()}
+        for name in ("episode_start", "seed", "blueprint_index", "slot_by_op_mask"):
+            by_row[name] = getattr(act, name, None)
+        if act.state is not None:
+            by_row |= {"state.h": act.state.h, "state.c": act.state.c}
+        others = {name: len(rows) for name, rows in by_row.items() if isinstance(rows, list)}
+        check_rows(num_rows, self._max_rows, others)
         given = self._reader.read(
             _array(act.observation),
             self._vector_mask(masks, num_rows) if masks else None,

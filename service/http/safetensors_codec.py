@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from model.spec import PolicySpec
 from service.engine.block import Answer, Block
 from service.errors import Invalid, Malformed, short
-from service.http.codec import Request, SAFETENSORS, check_rows, check_session, vector_starts
+from service.http.codec import SAFETENSORS, Request, check_rows, check_session, vector_starts
 from service.http.inputs import InputReader, finite_state
 from service.http.safetensors_file import LARGEST_HEADER_BYTES, read_file, write_file
 from service.runtime.protocol import State
@@ -130,9 +130,7 @@ class SafetensorsCodec:
         check_rows(num_rows, self._max_rows, {name: len(t) for name, t in tensors.items()})
         return num_rows
 
-    def _mask(
-        self, tensors: Mapping[str, NDArray[Any]], num_rows: int
-    ) -> NDArray[np.bool_] | None:
+    def _mask(self, tensors: Mapping[str, NDArray[Any]], num_rows: int) -> NDArray[np.bool_] | None:
         by_head = [name for name in tensors if name in self._masks]
         whole = tensors.get("action_mask")
         if not by_head:

@@ -58,6 +58,7 @@ Seeds = Annotated[
     _OneError("Input should be an integer from 0 to 2**64 - 1, or a list of them, one a row"),
 ]
 
+
 def _config(**schema: Any) -> ConfigDict:
     # No unknown name is accepted: the codec refuses the first, where `forbid` would list them all.
     extra: Any = {"additionalProperties": False, **schema}

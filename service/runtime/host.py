@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.loaders.protocol import LoadedStep
-from export.manifest import Manifest
+from export.manifest import Array
 from model.spec import PolicySpec
 from service.runtime.arrays import Arrays, allocate, allocate_in_a_row, first
 from service.runtime.protocol import STATE_INPUTS, STATE_OUTPUTS, Outputs, Rows, State
@@ -58,16 +58,17 @@ class HostRuntime:
     def __init__(
         self,
         loaded: LoadedStep,
-        manifest: Manifest,
         states: HostStates,
         *,
+        inputs: Sequence[Array],
+        outputs: Sequence[Array],
         batch_sizes: Sequence[int],
     ) -> None:
         self.name = loaded.name
         self.device = loaded.device
         self.zero_row = states.zero_row
         self._states = states
-        batch = allocate(manifest.inputs, max(batch_sizes))
+        batch = allocate(inputs, max(batch_sizes))
         self._h, self._c = (batch[name] for name in STATE_INPUTS)
         self.inputs: Mapping[str, NDArray[Any]] = {
             name: array for name, array in batch.items() if name not in STATE_INPUTS
@@ -75,9 +76,9 @@ class HostRuntime:
         self._batch_sizes = []
         self._by_num_rows = [0]  # which of the batch sizes a batch of so many rows takes
         for at, size in enumerate(sorted(batch_sizes)):
-            outputs, floats = allocate_in_a_row(manifest.outputs, size)
-            step = loaded.bind(first(batch, size), outputs)
-            self._batch_sizes.append(_BatchSize(step, outputs, floats))
+            decided, floats = allocate_in_a_row(outputs, size)
+            step = loaded.bind(first(batch, size), decided)
+            self._batch_sizes.append(_BatchSize(step, decided, floats))
             self._by_num_rows += [at] * (size + 1 - len(self._by_num_rows))
         self._launched: tuple[_BatchSize, int] | None = None
 

@@ -57,4 +57,10 @@ def with_states(
 ) -> Runtime:
     """The loaded step, and `num_rows` rows of states where it runs best."""
     states = HostStates(manifest.spec, num_rows)
-    return HostRuntime(loaded, manifest, states, batch_sizes=batch_sizes)
+    return HostRuntime(
+        loaded,
+        states,
+        inputs=manifest.inputs,
+        outputs=manifest.outputs,
+        batch_sizes=batch_sizes,
+    )

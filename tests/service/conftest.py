@@ -12,9 +12,8 @@ from export.exporter import export_policy
 from export.manifest import Manifest, Source
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
-from service.policy_service import PolicyService
 from service.settings import Settings
-from tests.service.fakes import AppClient, Bench, SummingRuntime
+from tests.service.fakes import AppClient, Bench, Served, SummingRuntime
 
 MakeClient = Callable[..., AppClient]
 
@@ -53,8 +52,8 @@ def make_client(
     with ExitStack() as stack:
 
         def make(*, is_warm: bool = True, **settings: Any) -> AppClient:
-            service = PolicyService(manifest, runtime, Settings(artifact=artifact, **settings))
-            return stack.enter_context(AppClient(service, is_warm=is_warm))
+            served = Served.make(manifest, runtime, Settings(artifact=artifact, **settings))
+            return stack.enter_context(AppClient(served, is_warm=is_warm))
 
         yield make
 

@@ -9,22 +9,30 @@ import json
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
-from typing import Any, Self, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, Self, TypeVar
 
 import httpx
 import numpy as np
 from numpy.typing import NDArray
 
+from export.loaders.protocol import LoadedStep
+from export.manifest import Manifest, step_inputs, step_outputs
 from model.spec import PolicySpec
 from service.engine.batcher import Batcher
-from service.engine.engine import Engine, StepAnswer, StepRequest, derived_seed
+from service.engine.block import Answer, Block
+from service.engine.engine import Engine
+from service.engine.rows import RowTable
 from service.engine.sessions import SessionTable
+from service.engine.stepper import Stepper
 from service.errors import ServiceError
 from service.http.app import create_app
-from service.policy_service import PolicyService
+from service.metrics import Metrics
+from service.runtime.host import HostRuntime, HostStates
+from service.runtime.protocol import State
+from service.settings import Settings
 
 Arrays = Mapping[str, NDArray[Any]]
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 TIMEOUT_S = 20.0
@@ -39,16 +47,16 @@ def run(coroutine: Coroutine[Any, Any, Result]) -> Result:
 
 
 def submitted(
-    batcher: Batcher[Item, Result],
-    item: Item,
+    batcher: Batcher,
+    block: Block,
     *,
     is_wanted: Callable[[], bool] | None = None,
     **options: Any,
-) -> "asyncio.Future[Result]":
-    """A future of the item's result; cancelling it is not wanting it any more."""
-    future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+) -> "asyncio.Future[Answer]":
+    """A future of the block's answer; cancelling it is not wanting it any more."""
+    future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 
-    def settle(result: Result | ServiceError) -> None:
+    def settle(result: Answer | ServiceError) -> None:
         assert not future.done() or future.cancelled()
         if future.cancelled():
             return
@@ -57,7 +65,8 @@ def submitted(
         else:
             future.set_result(result)
 
-    batcher.submit(item, settle, is_wanted=is_wanted or (lambda: not future.cancelled()), **options)
+    wanted = is_wanted or (lambda: not future.cancelled())
+    batcher.submit(block, settle, is_wanted=wanted, **options)
     return future
 
 
@@ -114,27 +123,62 @@ class SummingRuntime:
         outputs["log_prob"][:] = np.stack([head.max(1) for head in heads], axis=1)
 
 
-def step_request(
+def single(
     spec: PolicySpec,
     x: float = 1.0,
     session_id: str | None = None,
     *,
     is_poison: bool = False,
     forbid: Sequence[int] = (),
+    more: Sequence[NDArray[Any]] = (),
     **fields: Any,
-) -> StepRequest:
-    """A request that adds `x` to the fake policy's sum; columns in `forbid` are not allowed."""
-    observation = np.zeros(spec.observation_dim, dtype=np.float32)
-    observation[0] = x
-    if is_poison:
-        observation[-1] = POISON
-    action_mask = np.ones(spec.num_choices, dtype=np.bool_)
-    action_mask[list(forbid)] = False
-    return StepRequest(observation, action_mask, session_id=session_id, **fields)
+) -> Block:
+    """One environment that adds `x` to the fake policy's sum; columns in `forbid` are not allowed.
+
+    `more` are the inputs that only some policies read.
+    """
+    block = vector(spec, [x], session_id, poison=[0] if is_poison else [], **fields)
+    block.given[1][0, list(forbid)] = False
+    return Block((*block.given, *more), session_id=session_id, **fields)
+
+
+def vector(
+    spec: PolicySpec,
+    xs: Sequence[float],
+    session_id: str | None = None,
+    *,
+    poison: Sequence[int] = (),
+    **fields: Any,
+) -> Block:
+    """As many environments as `xs`, of which each adds its own; rows in `poison` are spoilt."""
+    observation = np.zeros((len(xs), spec.observation_dim), dtype=np.float32)
+    observation[:, 0] = xs
+    observation[list(poison), -1] = POISON
+    action_mask = np.ones((len(xs), spec.num_choices), dtype=np.bool_)
+    fields.setdefault("is_vector", True)
+    return Block((observation, action_mask), session_id=session_id, **fields)
+
+
+class Stepped(NamedTuple):
+    """An answer, copied out of its batch."""
+
+    action: list[list[int]]
+    log_prob: list[list[float]]
+    value: list[float]
+    step: int
+    state: State | None
+    is_replay: bool
+
+    @classmethod
+    def copy(cls, answer: Answer) -> "Stepped":
+        action, log_prob, value = (
+            answer.array(name).tolist() for name in ("action", "log_prob", "value")
+        )
+        return cls(action, log_prob, value, answer.step, answer.state, answer.is_replay)
 
 
 class Bench:
-    """An engine and its sessions over the fake policy, without HTTP or batcher."""
+    """A stepper and its sessions over the fake policy, without HTTP or batcher."""
 
     def __init__(
         self,
@@ -146,40 +190,108 @@ class Bench:
     ) -> None:
         self.spec = spec
         self.clock = FakeClock()
-        self.runtime = SummingRuntime(spec)
+        self.observed: list[int] = []
+        self.loaded = SummingRuntime(spec)
+        num_rows = capacity + 64
+        self.states = HostStates(spec, num_rows)
+        self.runtime = HostRuntime(
+            self.loaded,
+            self.states,
+            inputs=step_inputs(spec),
+            outputs=step_outputs(spec),
+            batch_sizes=buckets,
+        )
+        self.rows = RowTable(num_rows, step_outputs(spec), largest=64)
         self.sessions = SessionTable(
-            spec,
+            self.rows,
             capacity=capacity,
             idle_timeout_s=idle_timeout_s,
-            default_seed=lambda *identity: derived_seed(SERVER_SEED, *identity),
+            seed=SERVER_SEED,
             clock=self.clock,
         )
-        self.engine = Engine(self.runtime, self.sessions, spec, buckets=buckets, seed=SERVER_SEED)
+        self.max_batch_size = max(buckets)
+        self.stepper = Stepper(
+            self.runtime,
+            self.rows,
+            self.sessions,
+            spec,
+            policy_version="sha256:0",
+            seed=SERVER_SEED,
+            observe=lambda num_rows, seconds: self.observed.append(num_rows),
+        )
 
-    def request(self, x: float = 1.0, session_id: str | None = "a", **fields: Any) -> StepRequest:
-        return step_request(self.spec, x, session_id, **fields)
+    def take(self, *blocks: Block) -> list[Stepped | ServiceError]:
+        """Submits the blocks at once; what each is answered, in order."""
 
-    def step(self, x: float = 1.0, session_id: str | None = "a", **fields: Any) -> StepAnswer:
-        """One request by itself; its error is raised."""
-        (answer,) = self.engine.step([self.request(x, session_id, **fields)])
+        async def take() -> list[Stepped | ServiceError]:
+            batcher = Batcher(
+                self.stepper, max_batch_size=self.max_batch_size, max_waiting=1000, clock=self.clock
+            )
+            loop = asyncio.get_running_loop()
+            futures: list[asyncio.Future[Stepped | ServiceError]] = [
+                loop.create_future() for _ in blocks
+            ]
+            for block, future in zip(blocks, futures, strict=True):
+                batcher.submit(block, partial(self._settle, block, future), is_wanted=lambda: True)
+                if block.session_id is not None:
+                    self.sessions.hold(block.session_id)
+            return [await future for future in futures]
+
+        return run(take())
+
+    def _settle(
+        self,
+        block: Block,
+        future: "asyncio.Future[Stepped | ServiceError]",
+        answer: Answer | ServiceError,
+    ) -> None:
+        if block.session_id is not None:
+            self.sessions.release(block.session_id)
+        future.set_result(Stepped.copy(answer) if isinstance(answer, Answer) else answer)
+
+    def step(self, x: float = 1.0, session_id: str | None = "a", **fields: Any) -> Stepped:
+        """One environment's request by itself; its error is raised."""
+        return self.only(single(self.spec, x, session_id, **fields))
+
+    def start(self, x: float = 1.0, session_id: str = "a", **fields: Any) -> Stepped:
+        return self.step(x, session_id, starts=True, **fields)
+
+    def only(self, block: Block) -> Stepped:
+        """One block by itself; its error is raised."""
+        (answer,) = self.take(block)
         if isinstance(answer, ServiceError):
             raise answer
         return answer
 
-    def start(self, x: float = 1.0, session_id: str = "a", **fields: Any) -> StepAnswer:
-        return self.step(x, session_id, episode_start=True, **fields)
+
+class Served(NamedTuple):
+    """An engine, and what its HTTP face is made with."""
+
+    engine: Engine
+    manifest: Manifest
+    settings: Settings
+    metrics: Metrics
+
+    @classmethod
+    def make(cls, manifest: Manifest, loaded: LoadedStep, settings: Settings) -> "Served":
+        """As `service.server` does."""
+        metrics = Metrics()
+        return cls(
+            Engine(manifest, loaded, settings, metrics.observe_batch), manifest, settings, metrics
+        )
 
 
 class AppClient:
     """A synchronous client of the application, with no socket between.
 
-    `with AppClient(service) as client:` runs the application's lifespan and waits for its warm-up;
+    `with AppClient(served) as client:` runs the application's lifespan and waits for its warm-up;
     `is_warm=False` leaves both out.
     """
 
-    def __init__(self, service: PolicyService, *, is_warm: bool = True) -> None:
-        self.service = service
-        self.app = create_app(service)
+    def __init__(self, served: Served, *, is_warm: bool = True) -> None:
+        self.served = served
+        self.engine = served.engine
+        self.app = create_app(*served)
         self._is_warm = is_warm
         self._runner = asyncio.Runner()
         self._stack = AsyncExitStack()
@@ -201,8 +313,8 @@ class AppClient:
         )
         if self._is_warm:
             await self._stack.enter_async_context(self.app.router.lifespan_context(self.app))
-            assert self.service.warming is not None
-            await self.service.warming
+            assert self.engine.warm_up.done is not None
+            await self.engine.warm_up.done
 
     def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
         return self._runner.run(asyncio.wait_for(coroutine, TIMEOUT_S))

@@ -16,7 +16,6 @@ from model.spec import PolicySpec
 from service.bench.load import Pool, Session
 from service.bench.replay import replay
 from service.engine.noise import gumbel_noise
-from service.policy_service import PolicyService
 from service.runtime.load import load_runtime
 from service.settings import Settings
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL

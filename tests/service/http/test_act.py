@@ -16,7 +16,6 @@ from export.manifest import Manifest
 from model.spec import PolicySpec
 from service.engine.noise import gumbel_noise
 from service.errors import Invalid, Malformed
-from service.policy_service import PolicyService
 from service.settings import Settings
 from tests.service.conftest import MakeClient
 from tests.service.fakes import POISON, AppClient, SummingRuntime

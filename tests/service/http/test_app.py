@@ -13,7 +13,6 @@ from export.manifest import Manifest, bucket_sizes
 from model.spec import PolicySpec
 from service.http.app import create_app
 from service.http.connections import Connections
-from service.policy_service import PolicyService
 from service.settings import Settings
 from tests.service.conftest import MakeClient
 from tests.service.fakes import AppClient, SummingRuntime, submitted

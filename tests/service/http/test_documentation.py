@@ -13,7 +13,6 @@ from export.manifest import Manifest
 from model.spec import HeadSpec, PolicySpec
 from service.errors import Disconnected, ServiceError
 from service.http.schemas import BEYOND_FLOAT32, act_request, act_response
-from service.policy_service import PolicyService
 from service.settings import Settings
 from tests.service.conftest import MakeClient
 from tests.service.fakes import AppClient, SummingRuntime
