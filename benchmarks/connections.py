@@ -32,7 +32,8 @@ from benchmarks.process import ServerProcess, server_process
 from benchmarks.serving import Server
 from export.manifest import Manifest
 from model.spec import PolicySpec
-from service.bench.load import Pool, new_sessions
+from service.bench.load import new_sessions
+from service.bench.pool import Pool
 
 Address = tuple[str, int]
 

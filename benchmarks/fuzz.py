@@ -31,7 +31,7 @@ from benchmarks.process import ServerProcess, server_process
 from export.manifest import Manifest
 from model.spec import PolicySpec
 from service.bench.connection import Connection
-from service.bench.load import Pool
+from service.bench.pool import Pool
 
 NUM_CONNECTIONS = 48
 PATIENCE_S = 0.5

@@ -11,7 +11,7 @@ from random import Random
 from typing import NamedTuple
 
 from model.spec import PolicySpec
-from service.bench.load import Pool
+from service.bench.pool import Pool
 
 NUM_NAMES = 64
 LAST = b"GET /healthz HTTP/1.1\r\nHost: fuzz\r\nConnection: close\r\n\r\n"

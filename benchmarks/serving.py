@@ -27,8 +27,10 @@ import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
 from export.manifest import Manifest
-from service.bench.load import Load, LoadGenerator, Pool, Session, new_sessions
+from service.bench.load import Load, LoadGenerator, Session, new_sessions
+from service.bench.pool import Pool
 from service.bench.replay import replay
+from service.bench.wire import wire_of
 from service.runtime.load import load_runtime
 
 CLIENTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -44,12 +46,10 @@ class Server:
     def __init__(self, url: str, manifest: Manifest) -> None:
         self.url = url
         self._spec = manifest.spec
-        self._pool = Pool.random(manifest.spec, SEED)
+        self._wire = wire_of("json", manifest.spec, Pool.random(manifest.spec, SEED), None)
 
     def clients(self, num_envs: int, patience_s: float = 60.0) -> LoadGenerator:
-        return LoadGenerator(
-            self.url, self._spec, self._pool, num_envs=num_envs, patience_s=patience_s
-        )
+        return LoadGenerator(self.url, self._wire, num_connections=num_envs, patience_s=patience_s)
 
     async def metrics(self) -> dict[str, float]:
         async with aiohttp.ClientSession() as http, http.get(f"{self.url}/metrics") as response:
@@ -214,7 +214,8 @@ def _checked(artifact: Path, sessions: list[Session]) -> dict[str, Any]:
     manifest = Manifest.read(artifact)
     runtime = load_runtime(artifact, manifest, name="onnx", device="cpu", num_threads=1)
     pool = Pool.random(manifest.spec, SEED)
-    return {"differences": replay(sessions, pool, runtime, manifest.spec)._asdict()}
+    wire = wire_of("json", manifest.spec, pool, None)
+    return {"differences": replay(sessions, pool, wire, runtime, manifest.spec)._asdict()}
 
 
 def _note(figures: dict[str, Any]) -> None:

@@ -22,8 +22,10 @@ from rich.table import Table
 from export.manifest import ArtifactError, Manifest
 from model.spec import PolicySpec
 from service.bench.batch_sizes import batch_sizes, ranges
-from service.bench.load import Load, LoadGenerator, Pool, new_sessions
+from service.bench.load import Load, LoadGenerator, new_sessions
+from service.bench.pool import Pool
 from service.bench.replay import Differences, replay
+from service.bench.wire import Wire, wire_of
 from service.runtime.load import load_runtime
 
 BAR_WIDTH = 40
@@ -32,6 +34,7 @@ PERCENTILES = (50, 90, 99, 99.9)
 EPILOG = """examples:
   python -m service.bench --envs 64 --seconds 10
   python -m service.bench --envs 256 --rate 2000 --artifact artifacts/tamiyo-v1
+  python -m service.bench --envs 128 --rows 64 --wire safetensors
 """
 
 
@@ -41,7 +44,7 @@ def main() -> int:
         load, sizes, served = uvloop.run(_drive(options))
         differences = None
         if options.artifact is not None:
-            differences = _replay(options.artifact, load, served, options.seed)
+            differences = _replay(options.artifact, load, served, options)
     except aiohttp.ClientError as error:
         sys.stderr.write(f"bench: {options.url} does not answer ({error}); is `make serve` up?\n")
         return 2
@@ -51,9 +54,10 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     if options.json:
-        sys.stdout.write(json.dumps(_summary(load, sizes, differences)) + "\n")
+        summary = _summary(load, sizes, differences, _rows(options) or 1)
+        sys.stdout.write(json.dumps(summary) + "\n")
     else:
-        _show(load, sizes, differences)
+        _show(load, sizes, differences, _rows(options) or 1)
     is_wrong = differences is not None and differences.differing > 0
     return 1 if load.errors or is_wrong or not load.latencies_ms else 0
 
@@ -67,19 +71,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the service (%(default)s)")
     parser.add_argument(
-        "--envs", type=_positive, default=64, help="environments, a session each (%(default)s)"
+        "--envs", type=_positive, default=64, help="environments at once (%(default)s)"
+    )
+    parser.add_argument(
+        "--rows",
+        type=_positive,
+        help="environments in one request, as vector sessions; without it, a session for each",
+    )
+    parser.add_argument(
+        "--wire",
+        choices=["json", "safetensors"],
+        default="json",
+        help="the form of requests and answers (%(default)s); safetensors is for vectors",
     )
     parser.add_argument(
         "--sessions",
         type=_positive,
-        help="live sessions where there are to be more than environments, which take them in turn",
+        help="live sessions where there are to be more than connections, which take them in turn",
     )
     parser.add_argument("--seconds", type=float, default=10.0, help="of load (%(default)s)")
     parser.add_argument(
         "--rate",
         type=float,
-        help="open loop: so many steps a second fall due in all, however the server keeps up; "
-        "without it every environment waits for its answer",
+        help="open loop: so many requests a second fall due in all, however the server keeps up; "
+        "without it every connection waits for its answer",
     )
     parser.add_argument(
         "--artifact",
@@ -114,13 +129,9 @@ async def _drive(
         async with http.get("/policy", raise_for_status=True) as response:
             served = await response.json()
         spec = PolicySpec.model_validate(served["spec"])
-        generator = LoadGenerator(
-            options.url,
-            spec,
-            Pool.random(spec, options.seed),
-            num_envs=options.envs,
-        )
-        sessions = new_sessions(max(options.envs, options.sessions or 0), options.seed)
+        number = -(-options.envs // (options.rows or 1))
+        generator = LoadGenerator(options.url, _wire(options, spec), num_connections=number)
+        sessions = new_sessions(max(number, options.sessions or 0), options.seed, _rows(options))
         before = await batch_sizes(http)
         with progress:
             task = progress.add_task("", total=None)
@@ -138,7 +149,19 @@ async def _drive(
     return load, {bound: after[bound] - before.get(bound, 0.0) for bound in after}, served
 
 
-def _replay(directory: Path, load: Load, served: Mapping[str, Any], seed: int) -> Differences:
+def _rows(options: argparse.Namespace) -> int | None:
+    """Of each session; None is a single environment."""
+    rows: int | None = options.rows
+    return 1 if rows is None and options.wire != "json" else rows
+
+
+def _wire(options: argparse.Namespace, spec: PolicySpec) -> Wire:
+    return wire_of(options.wire, spec, Pool.random(spec, options.seed), _rows(options))
+
+
+def _replay(
+    directory: Path, load: Load, served: Mapping[str, Any], options: argparse.Namespace
+) -> Differences:
     manifest = Manifest.read(directory)
     if manifest.policy_version != served["policy_version"]:
         raise ArtifactError(
@@ -148,16 +171,19 @@ def _replay(directory: Path, load: Load, served: Mapping[str, Any], seed: int) -
     runtime = load_runtime(
         directory, manifest, name=served["runtime"], device=served["device"], num_threads=1
     )
-    return replay(load.sessions, Pool.random(manifest.spec, seed), runtime, manifest.spec)
+    spec = manifest.spec
+    pool = Pool.random(spec, options.seed)
+    return replay(load.sessions, pool, _wire(options, spec), runtime, spec)
 
 
 def _summary(
-    load: Load, sizes: Mapping[str, float], differences: Differences | None
+    load: Load, sizes: Mapping[str, float], differences: Differences | None, num_rows: int
 ) -> dict[str, Any]:
     latencies = load.latencies_ms or [math.nan]
     return {
         "answers": load.num_answers,
         "answers_per_s": load.num_answers / load.elapsed_s,
+        "rows_per_s": load.num_answers * num_rows / load.elapsed_s,
         "latency_ms": {
             **{f"p{p:g}": float(np.percentile(latencies, p)) for p in PERCENTILES},
             "max": max(latencies),
@@ -168,12 +194,15 @@ def _summary(
     }
 
 
-def _show(load: Load, sizes: Mapping[str, float], differences: Differences | None) -> None:
+def _show(
+    load: Load, sizes: Mapping[str, float], differences: Differences | None, num_rows: int
+) -> None:
     console = Console(highlight=False)
     latencies = np.array(load.latencies_ms or [math.nan])
     console.print(
         f"[bold]{load.num_answers}[/] answers in {load.elapsed_s:.1f} s: "
         f"[bold]{load.num_answers / load.elapsed_s:.0f}[/] per second"
+        + (f", {num_rows * load.num_answers / load.elapsed_s:.0f} rows" if num_rows > 1 else "")
     )
     percentiles = Table(*(f"p{p:g}" for p in PERCENTILES), "max", box=None, pad_edge=False)
     percentiles.add_row(

@@ -21,16 +21,16 @@ class Response(NamedTuple):
 
 
 class Connection(asyncio.Protocol):
-    """Posts JSON to one URL, one request at a time; connects when there is something to send."""
+    """Posts to one URL, one request at a time; connects when there is something to send."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, content_type: str = "application/json") -> None:
         parts = urlsplit(url)
         self._is_tls = parts.scheme == "https"
         self._host = parts.hostname or ""
         self._port = parts.port or (443 if self._is_tls else 80)
         self._head = (
             f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
-            "Content-Type: application/json\r\nContent-Length: "
+            f"Content-Type: {content_type}\r\nContent-Length: "
         ).encode()
         self._transport: asyncio.Transport | None = None
         self._is_lost = asyncio.Event()

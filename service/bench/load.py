@@ -11,81 +11,47 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import cycle
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic_core import from_json, to_json
+from pydantic_core import from_json
 
-from model.spec import PolicySpec
 from service.bench.connection import Connection, Response
+from service.bench.pool import POOL_SIZE
+from service.bench.wire import Wire
 
-POOL_SIZE = 64
+EPISODE_LENGTH = 100
+"""Steps of a vector's rows, which start one after the other."""
 RETRY_S = 0.05
 TIMEOUT_S = 60.0
 
 
-@dataclass(frozen=True)
-class Pool:
-    """What environments observe: each step is one of these observations and masks."""
-
-    observations: NDArray[np.float32]
-    action_masks: NDArray[np.bool_]
-    blueprint_indices: NDArray[np.int64] | None = None
-    slot_by_op_masks: NDArray[np.bool_] | None = None
-
-    @classmethod
-    def random(cls, spec: PolicySpec, seed: int) -> "Pool":
-        """Standard normal observations, and masks that allow nine choices of ten.
-
-        Where the policy reads them, also blueprints, and half of the slots for each op.
-        """
-        rng = np.random.default_rng(seed)
-        observations = rng.standard_normal((POOL_SIZE, spec.observation_dim), dtype=np.float32)
-        masks = rng.random((POOL_SIZE, spec.num_choices)) < 0.9
-        masks[:, np.cumsum([0, *spec.head_sizes[:-1]])] = True
-        blueprints = slots = None
-        if spec.blueprint_embedding_dim is not None:
-            blueprints = rng.integers(-1, spec.num_blueprints, (POOL_SIZE, spec.num_slots))
-        if spec.has_slot_by_op:
-            slots = rng.random((POOL_SIZE, spec.num_ops, spec.num_slots)) < 0.5
-            slots[..., 0] = True
-        return cls(observations, masks, blueprints, slots)
-
-    def bodies(self, spec: PolicySpec) -> list[bytes]:
-        """Each as the fields of a JSON object, without its braces."""
-        ends = np.cumsum(spec.head_sizes)[:-1]
-        bodies = []
-        for at, (observation, mask) in enumerate(
-            zip(self.observations, self.action_masks, strict=True)
-        ):
-            by_head = zip(spec.head_names, np.split(mask, ends), strict=True)
-            fields: dict[str, Any] = {
-                "observation": observation.tolist(),
-                "action_mask": {name: columns.tolist() for name, columns in by_head},
-            }
-            if self.blueprint_indices is not None:
-                fields["blueprint_index"] = self.blueprint_indices[at].tolist()
-            if self.slot_by_op_masks is not None:
-                fields["slot_by_op_mask"] = self.slot_by_op_masks[at].tolist()
-            bodies.append(to_json(fields)[1:-1])
-        return bodies
-
-
 @dataclass
 class Session:
-    """A trajectory: `pool_index` and the answer, as it came, of every step it has taken."""
+    """A trajectory: `pool_index` and the answer, as it came, of every step it has taken.
+
+    Of a vector, the rows observe the pool's rows from that one on. `num_rows` is None for a single
+    environment, whose episode never ends.
+    """
 
     session_id: str
     seed: int
+    num_rows: int | None = None
     pool_index: list[int] = field(default_factory=list)
     answers: list[bytes] = field(default_factory=list)
 
+    def starts(self, step: int) -> NDArray[np.bool_] | None:
+        """Which rows of a vector start an episode with the step."""
+        if self.num_rows is None:
+            return None
+        starts: NDArray[np.bool_] = (step + np.arange(self.num_rows)) % EPISODE_LENGTH == 0
+        return starts | (step == 0)
 
-def new_sessions(number: int, seed: int) -> list[Session]:
+
+def new_sessions(number: int, seed: int, num_rows: int | None = None) -> list[Session]:
     """Sessions that no server has seen yet, with seeds from `seed` on."""
     run = f"bench-{time.time_ns():x}"
-    return [Session(f"{run}-{index}", seed + index) for index in range(number)]
+    return [Session(f"{run}-{index}", seed + index, num_rows) for index in range(number)]
 
 
 def nothing() -> None:
@@ -107,7 +73,7 @@ class Load:
 
 
 class LoadGenerator:
-    """Drives sessions of one server from `num_envs` connections, or fewer for fewer sessions.
+    """Drives sessions of one server from so many connections, or fewer for fewer sessions.
 
     Each connection waits for its answer and takes its sessions in turn: one, as an environment
     does, or its share of more, to see how a server bears many. Sessions go on where they stand. A
@@ -117,15 +83,14 @@ class LoadGenerator:
     def __init__(
         self,
         url: str,
-        spec: PolicySpec,
-        pool: Pool,
+        wire: Wire,
         *,
-        num_envs: int,
+        num_connections: int,
         patience_s: float = float("inf"),
     ) -> None:
         self._url = f"{url.rstrip('/')}/act"
-        self._bodies = pool.bodies(spec)
-        self._num_envs = num_envs
+        self._wire = wire
+        self._num_connections = num_connections
         self._patience_s = patience_s
 
     async def closed(
@@ -141,7 +106,7 @@ class LoadGenerator:
         rate: float,
         on_answer: Callable[[], None] = nothing,
     ) -> Load:
-        """`rate` steps a second in all fall due, evenly, the environments taking turns."""
+        """`rate` requests a second in all fall due, evenly, the connections taking turns."""
         return await self._drive(sessions, seconds, rate, on_answer)
 
     async def _drive(
@@ -152,12 +117,12 @@ class LoadGenerator:
         on_answer: Callable[[], None],
     ) -> Load:
         load = Load(sessions)
-        num_envs = min(self._num_envs, len(sessions))
+        number = min(self._num_connections, len(sessions))
         start_s = time.perf_counter()
 
         async def drive(index: int) -> None:
-            connection = Connection(self._url)
-            turns = cycle(sessions[index::num_envs])
+            connection = Connection(self._url, self._wire.content_type)
+            turns = cycle(sessions[index::number])
             due_s = start_s + (index / rate if rate else 0.0)
             try:
                 while due_s < start_s + seconds:
@@ -165,11 +130,11 @@ class LoadGenerator:
                         await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
                     await self._step(connection, next(turns), load, due_s)
                     on_answer()
-                    due_s = due_s + num_envs / rate if rate else time.perf_counter()
+                    due_s = due_s + number / rate if rate else time.perf_counter()
             finally:
                 connection.close()
 
-        await asyncio.gather(*(drive(index) for index in range(num_envs)))
+        await asyncio.gather(*(drive(index) for index in range(number)))
         load.elapsed_s = time.perf_counter() - start_s
         return load
 
@@ -178,12 +143,8 @@ class LoadGenerator:
     ) -> None:
         step = len(session.answers)
         pool_index = (session.seed + step) % POOL_SIZE
-        start = b'"episode_start":true,"episode":"0","seed":%d,' % session.seed if not step else b""
-        body = b'{"session_id":"%b","step":%d,%b%b}' % (
-            session.session_id.encode(),
-            step,
-            start,
-            self._bodies[pool_index],
+        body = self._wire.body(
+            session.session_id, session.seed, step, pool_index, session.starts(step)
         )
         try:
             async with asyncio.timeout(TIMEOUT_S):

@@ -1,26 +1,30 @@
-"""Were the answers right? Every trajectory again, on the artifact itself, one session at a time.
+"""Were the answers right? Every trajectory again on the artifact itself, each environment alone.
 
-The server batched these sessions as they came and kept their states; here each starts from zeros
-and steps alone. The same seed and observations must give the same answers.
+The server batched these rows as they came and kept their states; here each starts from zeros and
+steps alone. The same seed and observations must give the same answers.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
-from pydantic_core import from_json
 
 from export.loaders.protocol import LoadedStep
+from export.manifest import step_inputs, step_outputs
 from model.spec import PolicySpec
-from service.bench.load import Pool, Session
-from service.engine.noise import gumbel_noise
-from service.runtime.protocol import StepInputs, StepOutputs
+from service.bench.load import Session
+from service.bench.pool import POOL_SIZE, Pool
+from service.bench.wire import Arrays, Wire
+from service.engine.noise import gumbel_noise, row_seed
+from service.runtime.arrays import allocate
+from service.runtime.protocol import STATE_INPUTS, STATE_OUTPUTS
 
 
 class Differences(NamedTuple):
-    """`answers` were compared, `differing` were not bit for bit the artifact's own.
+    """`answers` to single environments were compared, `differing` were not the artifact's own.
 
-    `other_actions` of them decided otherwise; `largest` is the largest difference of a number.
+    Bit for bit, that is. `other_actions` of them decided otherwise; `largest` is the largest
+    difference of a number.
     """
 
     answers: int
@@ -30,41 +34,59 @@ class Differences(NamedTuple):
 
 
 def replay(
-    sessions: list[Session], pool: Pool, runtime: LoadedStep, spec: PolicySpec
+    sessions: Sequence[Session], pool: Pool, wire: Wire, runtime: LoadedStep, spec: PolicySpec
 ) -> Differences:
-    """Compares every answer with the runtime's own, stepping each session by itself."""
+    """Compares every answer with the runtime's own, stepping each environment by itself."""
+    alone = _Alone(runtime, pool, spec)
     answers = differing = other_actions = 0
     largest = 0.0
-    inputs, decided = StepInputs.allocate(spec, 1), StepOutputs.allocate(spec, 1)
-    step_once = runtime.bind(inputs.by_name(), decided.by_name())
     for session in sessions:
-        inputs.h[:] = inputs.c[:] = 0.0
-        seeds = np.full(len(session.answers), session.seed, dtype=np.uint64)
-        steps = np.arange(len(session.answers), dtype=np.uint64)
-        noise = gumbel_noise(seeds, steps, spec.num_choices)
-        for step, (index, content) in enumerate(
-            zip(session.pool_index, session.answers, strict=True)
-        ):
-            answer = from_json(content)
-            inputs.observation[0] = pool.observations[index]
-            inputs.action_mask[0] = pool.action_masks[index]
-            if inputs.blueprint_index is not None and pool.blueprint_indices is not None:
-                inputs.blueprint_index[0] = pool.blueprint_indices[index]
-            if inputs.slot_by_op_mask is not None and pool.slot_by_op_masks is not None:
-                inputs.slot_by_op_mask[0] = pool.slot_by_op_masks[index]
-            inputs.noise[0] = noise[step]
-            step_once()
-            inputs.h[:], inputs.c[:] = decided.h, decided.c
-            expected = np.hstack([decided.log_prob[0], decided.value, *_extra(decided)])
-            extra = [answer[name] for name in decided.extra]
-            got = np.hstack([[*answer["log_prob"].values(), answer["value"]], *extra])
-            is_other = list(answer["action"].values()) != decided.action[0].tolist()
-            answers += 1
-            other_actions += is_other
-            differing += is_other or not np.array_equal(got, expected)
-            largest = max(largest, float(np.abs(got - expected).max()))
+        got = [wire.answer(content) for content in session.answers]
+        for row in range(session.num_rows or 1):
+            for answer, expected in zip(got, alone.steps(session, row), strict=True):
+                is_other = not np.array_equal(answer["action"][row], expected["action"][0])
+                errors = [
+                    float(np.abs(answer[name][row] - array[0]).max())
+                    for name, array in expected.items()
+                    if name != "action"
+                ]
+                answers += 1
+                other_actions += is_other
+                differing += is_other or max(errors) > 0
+                largest = max(largest, *errors)
     return Differences(answers, differing, other_actions, largest)
 
 
-def _extra(decided: StepOutputs) -> list[NDArray[np.float32]]:
-    return [array.reshape(-1) for array in decided.extra.values()]
+class _Alone:
+    """One environment on the artifact, in batches of one."""
+
+    def __init__(self, runtime: LoadedStep, pool: Pool, spec: PolicySpec) -> None:
+        self._pool = pool.by_name()
+        self._num_choices = spec.num_choices
+        self._inputs = allocate(step_inputs(spec), 1)
+        self._outputs = allocate(step_outputs(spec), 1)
+        self._step = runtime.bind(self._inputs, self._outputs)
+
+    def steps(self, session: Session, row: int) -> Iterator[Arrays]:
+        """What each of the session's steps gives for the row; good until the next."""
+        num_steps = len(session.answers)
+        starts = np.zeros(num_steps, dtype=np.bool_)
+        starts[:1] = True
+        for step in range(num_steps):
+            of_rows = session.starts(step)
+            starts[step] |= of_rows is not None and of_rows[row]
+        episodes = np.cumsum(starts) - 1
+        steps = np.arange(num_steps) - np.flatnonzero(starts)[episodes]
+        seeds = np.full(num_steps, session.seed, dtype=np.uint64)
+        if session.num_rows is not None:
+            seeds = row_seed(session.seed, np.full(num_steps, row), episodes)
+        noise = gumbel_noise(seeds, steps.astype(np.uint64), self._num_choices)
+        decided = {n: array for n, array in self._outputs.items() if n not in STATE_OUTPUTS}
+        for step, index in enumerate(session.pool_index):
+            for name, array in self._pool.items():
+                self._inputs[name][0] = array[(index + row) % POOL_SIZE]
+            for given, carried in zip(STATE_INPUTS, STATE_OUTPUTS, strict=True):
+                self._inputs[given][:] = 0.0 if starts[step] else self._outputs[carried]
+            self._inputs["noise"][0] = noise[step]
+            self._step()
+            yield decided

@@ -3,9 +3,9 @@
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from service.engine.noise_ahead import STEPS_AHEAD, NoiseAhead
 
 from service.engine.noise import gumbel_noise
-from service.engine.noise_ahead import STEPS_AHEAD, NoiseAhead
 from service.engine.sessions import START, Turn
 
 COLUMNS = 5
