@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from service.engine.noise import gumbel_noise, philox4x32
+from service.engine.noise import gumbel_noise, philox4x32, row_seed
 
 WORDS = st.integers(min_value=0, max_value=2**64 - 1)
+ROWS = st.integers(min_value=0, max_value=2**32 - 1)
 EULER_GAMMA = 0.57721566490153286
 
 # Random123's tests/kat_vectors, `philox4x32 10`: counter, key, output.
@@ -56,10 +57,19 @@ def philox_of_one_block(counter: list[int], key: list[int]) -> list[int]:
     return [c0, c1, c2, c3]
 
 
-def gumbel_of_one_column(seed: int, step: int, column: int) -> float:
+def word_of_one_column(seed: int, step: int, column: int) -> int:
     counter = [column // 4, step % 2**32, step // 2**32, 0]
-    word = philox_of_one_block(counter, [seed % 2**32, seed // 2**32])[column % 4]
-    return -math.log(-math.log((word + 0.5) / 2**32))
+    return philox_of_one_block(counter, [seed % 2**32, seed // 2**32])[column % 4]
+
+
+def gumbel_of_one_column(seed: int, step: int, column: int) -> float:
+    return -math.log(-math.log((word_of_one_column(seed, step, column) + 0.5) / 2**32))
+
+
+def seed_of_one_row(seed: int, row: int, episode: int) -> int:
+    counter = [row, episode % 2**32, episode // 2**32, 1]
+    low, high, _, _ = philox_of_one_block(counter, [seed % 2**32, seed // 2**32])
+    return low + high * 2**32
 
 
 @pytest.mark.parametrize(("counter", "key", "output"), KNOWN_ANSWERS)
@@ -85,6 +95,25 @@ def test_noise_is_the_documented_function_of_seed_step_and_column(
     assert got.dtype == np.float32
     # One unit in the last place: NumPy's logarithm and C's may round differently.
     np.testing.assert_array_max_ulp(got[0], np.array(expected, dtype=np.float32), maxulp=1)
+
+
+@given(
+    seeds_and_steps=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=9),
+    num_columns=st.integers(min_value=1, max_value=40),
+)
+def test_noise_is_float64_arithmetic_on_each_word_and_float32_last(
+    seeds_and_steps: list[tuple[int, int]], num_columns: int
+) -> None:
+    drawn = np.array(
+        [
+            [word_of_one_column(seed, step, column) for column in range(num_columns)]
+            for seed, step in seeds_and_steps
+        ],
+        dtype=np.float64,
+    )
+    seeds, steps = (uint64(each) for each in zip(*seeds_and_steps, strict=True))
+    expected = -np.log(-np.log((drawn + 0.5) / 2**32))
+    assert np.array_equal(gumbel_noise(seeds, steps, num_columns), expected.astype(np.float32))
 
 
 @given(rows=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=9))
@@ -136,3 +165,43 @@ def test_argmax_of_log_probs_and_noise_samples_the_probabilities() -> None:
     chosen = np.argmax(np.log(probabilities) + noise, axis=1)
     shares = np.bincount(chosen, minlength=4) / rows
     np.testing.assert_allclose(shares, probabilities, atol=0.015)
+
+
+def test_row_seeds_are_the_published_ones() -> None:
+    assert row_seed(42, uint64([0, 1]), uint64([0, 2**32 + 1])).tolist() == [
+        10954971055776832260,
+        11927979991760669682,
+    ]
+
+
+@given(
+    seed=WORDS,
+    rows=st.lists(ROWS, min_size=1, max_size=5),
+    episodes=st.lists(WORDS, min_size=1, max_size=5),
+)
+def test_a_row_seed_is_the_documented_function_of_seed_row_and_episode(
+    seed: int, rows: list[int], episodes: list[int]
+) -> None:
+    got = row_seed(seed, uint64(rows)[:, None], uint64(episodes))
+    assert got.dtype == np.uint64
+    assert got.tolist() == [
+        [seed_of_one_row(seed, row, episode) for episode in episodes] for row in rows
+    ]
+
+
+@given(sessions=st.lists(st.tuples(WORDS, ROWS, WORDS), min_size=1, max_size=9))
+def test_rows_of_several_sessions_draw_their_seeds_together(
+    sessions: list[tuple[int, int, int]],
+) -> None:
+    seeds, rows, episodes = zip(*sessions, strict=True)
+    got = row_seed(uint64(seeds), np.array(rows, dtype=np.int64), uint64(episodes))
+    assert got.tolist() == [seed_of_one_row(*session) for session in sessions]
+
+
+@given(seed=WORDS, row=ROWS, episode=WORDS)
+def test_a_row_seed_is_never_drawn_as_noise(seed: int, row: int, episode: int) -> None:
+    """Block `row` of step `episode` has the same key and counter but for the last word."""
+    key = uint32([[seed % 2**32], [seed // 2**32]])
+    counter = uint32([[row], [episode % 2**32], [episode // 2**32], [0]])
+    low, high = philox4x32(counter, key)[:2, 0].tolist()
+    assert row_seed(seed, uint64([row]), uint64([episode])).tolist() != [low + high * 2**32]
