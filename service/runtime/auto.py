@@ -21,11 +21,10 @@ import numpy as np
 from export.artifact import Artifact, open_artifact
 from export.loaders.load import FORMAT_OF
 from export.loaders.protocol import LoadedStep
-from export.manifest import Device, Manifest, bucket_sizes
+from export.manifest import Device, Manifest, bucket_sizes, step_inputs, step_outputs
 from model.spec import PolicySpec
-from service.engine.noise import gumbel_noise
+from service.runtime.arrays import allocate, first
 from service.runtime.load import load_runtime, runs_on
-from service.runtime.protocol import StepInputs, StepOutputs
 
 logger = logging.getLogger(__name__)
 
@@ -97,19 +96,16 @@ def best(measured: Mapping[str, Measurement]) -> str:
 def measure(runtime: LoadedStep, spec: PolicySpec, batch_sizes: Sequence[int]) -> Measurement:
     """Times the runtime at each batch size, and compares the rows of each with the largest's."""
     largest = max(batch_sizes)
-    inputs = StepInputs.allocate(spec, largest)
+    inputs = allocate(step_inputs(spec), largest)
     rng = np.random.default_rng(0)
-    inputs.observation[:] = rng.normal(size=inputs.observation.shape)
-    inputs.h[:] = rng.uniform(-0.9, 0.9, size=inputs.h.shape)
-    inputs.c[:] = rng.normal(size=inputs.c.shape)
-    rows = np.arange(largest, dtype=np.uint64)
-    inputs.noise[:] = gumbel_noise(rows, rows, spec.num_choices)
+    for name in ("observation", "noise", "state_c_in"):
+        inputs[name][:] = rng.normal(size=inputs[name].shape)
+    inputs["state_h_in"][:] = rng.uniform(-0.9, 0.9, size=inputs["state_h_in"].shape)
     seconds = {}
     by_size = {}
     for batch_size in batch_sizes:
-        by_size[batch_size] = StepOutputs.allocate(spec, batch_size)
-        given = inputs.first(batch_size).by_name()
-        step = runtime.bind(given, by_size[batch_size].by_name())
+        by_size[batch_size] = allocate(step_outputs(spec), batch_size)
+        step = runtime.bind(first(inputs, batch_size), by_size[batch_size])
         for _ in range(3):
             step()
         times: list[float] = []
@@ -119,11 +115,10 @@ def measure(runtime: LoadedStep, spec: PolicySpec, batch_sizes: Sequence[int]) -
             step()
             times.append(time.perf_counter() - started_s)
         seconds[batch_size] = min(times)
-    whole = by_size[largest].by_name()
     rows_are_alike = all(
-        np.array_equal(array, whole[name][:batch_size])
+        np.array_equal(array, by_size[largest][name][:batch_size])
         for batch_size, outputs in by_size.items()
-        for name, array in outputs.by_name().items()
+        for name, array in outputs.items()
     )
     return Measurement(seconds, rows_are_alike)
 
