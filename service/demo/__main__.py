@@ -39,9 +39,10 @@ def main() -> int:
                 run_environments(
                     options.url,
                     num_envs=options.envs,
+                    num_rows=options.rows or options.envs,
                     steps=options.steps,
                     seed=options.seed,
-                    on_step=lambda: progress.advance(task),
+                    on_step=lambda number: progress.advance(task, number),
                 )
             )
     except aiohttp.ClientError as error:
@@ -67,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the service (%(default)s)")
     parser.add_argument("--envs", type=_count, default=64, help="at once (default %(default)s)")
+    parser.add_argument(
+        "--rows", type=_count, help="environments in one request (default: all of them)"
+    )
     parser.add_argument("--steps", type=_count, default=200, help="of each (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of environments and sampling")
     parser.add_argument("--json", action="store_true", help="print the figures for a machine")

@@ -25,7 +25,7 @@ from model.lifecycle import (
 )
 from model.spec import PolicySpec
 from service.demo.environment import GrowingNetwork
-from service.http.act import ActCodec
+from service.http.json_codec import JsonCodec
 from tests.random_inputs import random_policy
 from tests.running_server import running_server
 
@@ -72,11 +72,11 @@ def test_every_legal_action_leads_to_a_situation_with_legal_actions(
 ) -> None:
     rng = np.random.default_rng(seed)
     network = GrowingNetwork(spec, rng)
-    codec = ActCodec(spec, "sha256:0")
+    codec = JsonCodec(spec, max_rows=1, max_body_bytes=100_000)
     ops: set[int] = set()
     while not network.is_over:
-        request, _ = codec.parse(json.dumps(network.request()).encode())
-        assert np.isfinite(request.observation).all()
+        block, _ = codec.parse(json.dumps(network.request()).encode())
+        assert np.isfinite(block.given[0]).all()
         action = some_legal_action(network, rng)
         assert network.illegal(action) == []
         ops.add(action["op"])
@@ -165,13 +165,15 @@ def test_demo_plays_against_a_real_server_and_finds_every_answer_legal(
     with running_server(tmp_path / "policy") as server:
         done = demo("--url", server.address, *SMALL)
         again = demo("--url", server.address, *SMALL)
+        in_two = demo("--url", server.address, "--rows", "3", *SMALL)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["actions"] == sum(summary["ops"].values()) == 150
     assert summary["episodes"] == (5 if spec == V1 else 0)
     assert (summary["errors"], summary["broken_masks"]) == ({}, [])
-    assert 30 <= sum(summary["batches_by_size"].values()) <= 150
+    assert summary["batches_by_size"]["8.0"] == 30
     assert json.loads(again.stdout)["ops"] == summary["ops"]
+    assert json.loads(in_two.stdout)["actions"] == 150
 
 
 async def demo_against(status: int, op: int) -> tuple[int, dict[str, object]]:
@@ -183,7 +185,8 @@ async def demo_against(status: int, op: int) -> tuple[int, dict[str, object]]:
     async def act(request: web.Request) -> web.Response:
         if status != 200:
             return web.json_response({"error": "no", "error_type": "internal"}, status=status)
-        action = {head.name: 2 for head in V1.heads} | {"op": op}
+        num_rows = len((await request.json())["observation"])
+        action = {head.name: [2] * num_rows for head in V1.heads} | {"op": [op] * num_rows}
         return web.json_response({"action": action})
 
     async def nothing(request: web.Request) -> web.Response:
@@ -228,7 +231,7 @@ def test_legal_answers_alone_do_not_fail_it() -> None:
 def test_failed_requests_are_counted_by_kind_and_fail_the_demo() -> None:
     code, summary = asyncio.run(demo_against(500, op=WAIT))
     assert code == 1
-    assert summary["errors"] == {"500 internal": 150}
+    assert summary["errors"] == {"500 internal": 30}
 
 
 @pytest.mark.parametrize(
