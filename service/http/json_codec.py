@@ -39,6 +39,12 @@ class JsonCodec:
         self._vector_request = vector_act_request(spec)
         self._allowed = {head.name: [True] * head.size for head in spec.heads}
         self._state_shape = (-1, spec.num_layers, spec.hidden_dim)
+        self._own_inputs: list[tuple[str, Any, tuple[int, ...]]] = []  # that not every policy has
+        if spec.blueprint_embedding_dim is not None:
+            self._own_inputs.append(("blueprint_index", np.int64, (spec.num_slots,)))
+        if spec.has_slot_by_op:
+            shape = (spec.num_ops, spec.num_slots)
+            self._own_inputs.append(("slot_by_op_mask", np.bool_, shape))
 
     def parse(self, body: bytes | bytearray) -> Request:
         try:
@@ -109,8 +115,8 @@ class JsonCodec:
         masks = act.action_mask or {}
         num_rows = len(act.observation)
         by_row: dict[str, Any] = {f"action_mask.{name}": rows for name, rows in masks.items()}
-        for name in ("episode_start", "seed", "blueprint_index", "slot_by_op_mask"):
-            by_row[name] = getattr(act, name, None)
+        for name in ("episode_start", "seed", *(name for name, _, _ in self._own_inputs)):
+            by_row[name] = getattr(act, name)
         if act.state is not None:
             by_row |= {"state.h": act.state.h, "state.c": act.state.c}
         others = {name: len(rows) for name, rows in by_row.items() if isinstance(rows, list)}
@@ -158,14 +164,12 @@ class JsonCodec:
 
     def _more(self, act: Any, num_rows: int) -> list[NDArray[Any] | None]:
         """What only some policies read, of a request with a field for each."""
-        spec = self._spec
         arrays: list[NDArray[Any] | None] = []
-        for name, dtype, shape in (
-            ("blueprint_index", np.int64, (num_rows, -1)),
-            ("slot_by_op_mask", np.bool_, (num_rows, -1, spec.num_slots)),
-        ):
-            values = getattr(act, name, None)
-            arrays.append(None if values is None else _array(values, dtype).reshape(shape))
+        for name, dtype, shape in self._own_inputs:
+            values = getattr(act, name)
+            arrays.append(
+                None if values is None else _array(values, dtype).reshape(num_rows, *shape)
+            )
         return arrays
 
     def _state(self, state: Any, *, is_vector: bool) -> State:
