@@ -110,7 +110,13 @@ class Stepper:
         """
         decided, is_finite = self._runtime.collect()
         self._rows.keep(self._write_rows, self._seeds, self._steps, decided)
-        states = [self._state(part) for part in self._parts]  # before anything moves: it may fail
+        # Before anything moves, as it may fail.
+        states = [
+            self._runtime.read(turn.write_rows)
+            if turn.block.session_id is None and stop == turn.block.num_rows
+            else None
+            for turn, _, stop in self._parts
+        ]
         batch, first = Batch(decided), 0
         settled: list[Answer | ServiceError | None] = []
         for (turn, start, stop), state in zip(self._parts, states, strict=True):
@@ -145,13 +151,6 @@ class Stepper:
         else:
             self._sessions.commit(turn, version)
         return Answer(batch, first, block.num_rows, turn.step, version, state)
-
-    def _state(self, part: Part) -> State | None:
-        """What a stateless block goes on from, with its last part."""
-        turn, _, stop = part
-        if turn.block.session_id is not None or stop < turn.block.num_rows:
-            return None
-        return self._runtime.read(turn.write_rows)
 
     def _replay(self, session: Session) -> Answer:
         return Answer(
