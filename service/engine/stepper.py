@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from model.spec import PolicySpec
 from service.engine.block import Answer, Batch, Block
-from service.engine.noise import gumbel_noise
+from service.engine.noise_ahead import NoiseAhead
 from service.engine.rows import RowTable
 from service.engine.sessions import Session, SessionTable, Turn, derived_seed, first_seeds
 from service.errors import Invalid, ServiceError
@@ -48,7 +48,7 @@ class Stepper:
         self._runtime = runtime
         self._rows = rows
         self._sessions = sessions
-        self._num_choices = spec.num_choices
+        self._noise_ahead = NoiseAhead(spec.num_choices)
         self._policy_version = policy_version
         self._seed = seed
         self._observe = observe
@@ -204,7 +204,7 @@ class Stepper:
 
     def _make_noise(self, num: int) -> None:
         if not any(part.turn.block.deterministic for part in self._parts):
-            self._noise[:num] = gumbel_noise(self._seeds, self._steps, self._num_choices)
+            self._noise_ahead.take(self._seeds, self._steps, self._noise[:num])
             return
         self._noise[:num] = 0.0
         is_sampled = np.repeat(
@@ -212,8 +212,9 @@ class Stepper:
             [stop - start for _, start, stop in self._parts],
         )
         if is_sampled.any():
-            seeds, steps = self._seeds[is_sampled], self._steps[is_sampled]
-            self._noise[:num][is_sampled] = gumbel_noise(seeds, steps, self._num_choices)
+            noise = np.empty((np.count_nonzero(is_sampled), self._noise.shape[1]), np.float32)
+            self._noise_ahead.take(self._seeds[is_sampled], self._steps[is_sampled], noise)
+            self._noise[:num][is_sampled] = noise
 
 
 def _given(part: Part) -> Sequence[NDArray[np.generic]]:
