@@ -123,7 +123,9 @@ def fault(body: bytes | bytearray, is_good: bool) -> tuple[str, str]:
     except Malformed as error:
         sentence = str(error)
         kind = re.sub(r"(not JSON|dtype` is)\b.*", r"\1 ...", sentence)
-        kind = re.sub(r"^`[^`]*?(\.shape|\.dtype|\.data_offsets)?`", r"`_\1`", kind)
+        kind = re.sub(
+            r"^`.*?(\.shape|\.dtype|\.data_offsets)?` (is|has|ends|starts)", r"`_\1` \2", kind
+        )
         kind = re.sub(r"\d+", "_", kind)
         if is_good:
             return f"a good file refused: {sentence}", kind
