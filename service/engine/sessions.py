@@ -176,9 +176,9 @@ class SessionTable:
         assert session_id is not None
         is_ended = self._settle(session_id, turn)
         if turn.begins:
-            if session is not None:
+            if session is not None and not is_ended:
                 self._free(session)
-            self._live[session_id] = self._begun(session_id, turn, policy_version)
+            self._live[session_id] = self._begun(session_id, turn, policy_version, is_ended)
             self._evict()
         elif session is None or is_ended:
             self._rows.give_back(turn.write_rows)
@@ -247,10 +247,10 @@ class SessionTable:
             num_reserved=max(0, num_more),
         )
 
-    def _begun(self, session_id: str, turn: Turn, policy_version: str) -> Session:
-        """The session as it is after the first turn of its run."""
+    def _begun(self, session_id: str, turn: Turn, policy_version: str, is_ended: bool) -> Session:
+        """The session as it is after the first turn of its run; `is_ended`, as it was before."""
         block, before = turn.block, turn.session
-        if before is None:
+        if before is None or is_ended:
             self.events["started"] += 1
             self._past.pop(session_id, None)
         self.num_rows += block.num_rows
@@ -319,7 +319,7 @@ class SessionTable:
             return False
         session.is_stepping = False
         is_ended = self._live.get(session_id) is not session
-        if is_ended and not turn.begins:
+        if is_ended:
             self._free(session)
         return is_ended
 
