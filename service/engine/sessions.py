@@ -136,6 +136,7 @@ class SessionTable:
             self._num_waiting[session_id] = left
         else:
             del self._num_waiting[session_id]
+            self._evict()  # of those who kept their rows when a run began, beyond the room
 
     def admit(self, block: Block) -> Turn | Session:
         """The turn the model is to take, or the session whose last answer is the answer.
@@ -358,7 +359,7 @@ class SessionTable:
             evictable = (i for i, session in self._live.items() if self._is_evictable(i, session))
             session_id = next(evictable, None)
             if session_id is None:
-                return  # who used them meanwhile keeps them; the next run has to find more room
+                return  # who asked for them meanwhile keeps them, until `release`
             self._remove(session_id, "evicted")
 
     def _is_evictable(self, session_id: str, session: Session) -> bool:
