@@ -47,6 +47,8 @@ class Block:
             digest.update(array.data if array.flags.c_contiguous else array.tobytes())
         if isinstance(self.starts, np.ndarray):
             digest.update(self.starts.data)
+        elif self.is_vector:
+            digest.update(b"\1" if self.starts else b"\0")
         if self.seeds is not None:
             digest.update(self.seeds.data)
         self.fingerprint = digest.digest()
