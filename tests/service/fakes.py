@@ -283,10 +283,18 @@ class Bench:
 
     def take(self, *blocks: Block) -> list[Stepped | ServiceError]:
         """Submits the blocks at once; what each is answered, in order."""
+        (answers,) = self.take_waves([blocks])
+        return answers
 
-        async def take() -> list[Stepped | ServiceError]:
+    def take_waves(self, waves: Sequence[Sequence[Block]]) -> list[list[Stepped | ServiceError]]:
+        """Submits each wave's blocks at once, when those before are answered."""
+
+        async def take() -> list[list[Stepped | ServiceError]]:
             batcher = self.batcher()
-            return await asyncio.gather(*[self.submit(batcher, block) for block in blocks])
+            return [
+                await asyncio.gather(*[self.submit(batcher, block) for block in wave])
+                for wave in waves
+            ]
 
         return run(take())
 
