@@ -208,6 +208,7 @@ class Bench:
     """A stepper, its sessions and batchers over the fake policy, without HTTP.
 
     It runs on a `device` that works for so many turns of the loop, or, with none, on the host.
+    `observed` are the rows of each batch, `settled` the blocks in the order of their answers.
     """
 
     def __init__(
@@ -222,6 +223,7 @@ class Bench:
         self.spec = spec
         self.clock = FakeClock()
         self.observed: list[int] = []
+        self.settled: list[Block] = []
         self.loaded = SummingRuntime(spec)
         self.num_rows = capacity + 64
         self.states = HostStates(spec, self.num_rows)
@@ -272,6 +274,7 @@ class Bench:
         session_id = block.session_id
 
         def settle(answer: Answer | ServiceError) -> None:
+            self.settled.append(block)
             if session_id is not None:
                 self.sessions.release(session_id)
             future.set_result(Stepped.copy(answer) if isinstance(answer, Answer) else answer)
