@@ -136,7 +136,7 @@ class SessionTable:
             self._num_waiting[session_id] = left
         else:
             del self._num_waiting[session_id]
-            self._evict()  # of those who kept their rows when a run began, beyond the room
+            self._evict(besides=session_id)
 
     def admit(self, block: Block) -> Turn | Session:
         """The turn the model is to take, or the session whose last answer is the answer.
@@ -180,7 +180,7 @@ class SessionTable:
             if session is not None and not is_ended:
                 self._free(session)
             self._live[session_id] = self._begun(session_id, turn, policy_version, is_ended)
-            self._evict()
+            self._evict(besides=session_id)
         elif session is None or is_ended:
             self._rows.give_back(turn.write_rows)
             return
@@ -353,13 +353,16 @@ class SessionTable:
         if missing > 0:
             raise Overloaded(f"all {self.capacity} rows are of sessions with a request waiting")
 
-    def _evict(self) -> None:
-        """Makes the room that was found when the run was admitted."""
+    def _evict(self, *, besides: str) -> None:
+        """Makes the room that was found when a run was admitted.
+
+        Who asked for them meanwhile keeps his rows, until others are released.
+        """
         while self.num_rows > self.capacity:
-            evictable = (i for i, session in self._live.items() if self._is_evictable(i, session))
-            session_id = next(evictable, None)
+            others = (i for i, session in self._live.items() if self._is_evictable(i, session))
+            session_id = next((i for i in others if i != besides), None)
             if session_id is None:
-                return  # who asked for them meanwhile keeps them, until `release`
+                return
             self._remove(session_id, "evicted")
 
     def _is_evictable(self, session_id: str, session: Session) -> bool:
