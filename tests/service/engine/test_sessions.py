@@ -485,6 +485,7 @@ def test_rows_beyond_the_room_are_given_up_as_soon_as_nobody_waits_for_them(tabl
             table.sessions.hold(session_id)
         table.taken(turn)
         table.sessions.release(f"new {number}")
+        assert table.sessions.num_rows == CAPACITY + 1
         for session_id in "abc":
             table.take(session_id)
             table.sessions.release(session_id)
