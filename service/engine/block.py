@@ -46,16 +46,10 @@ class Block:
         for array in self.given:
             digest.update(array.tobytes())
         if self.is_vector:
-            if isinstance(self.starts, np.ndarray):
-                digest.update(self.starts.tobytes())
+            digest.update(np.asarray(self.starts).tobytes())
             if self.seeds is not None:
                 digest.update(self.seeds.tobytes())
         self.fingerprint = digest.digest()
-
-    @property
-    def starts_all(self) -> bool:
-        """Whether every row starts an episode."""
-        return self.starts is True
 
 
 class Batch:

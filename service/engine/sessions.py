@@ -136,6 +136,7 @@ class SessionTable:
             self._num_waiting[session_id] = left
         else:
             del self._num_waiting[session_id]
+            self._evict(besides=session_id)
 
     def admit(self, block: Block) -> Turn | Session:
         """The turn the model is to take, or the session whose last answer is the answer.
@@ -176,10 +177,10 @@ class SessionTable:
         assert session_id is not None
         is_ended = self._settle(session_id, turn)
         if turn.begins:
-            if session is not None:
+            if session is not None and not is_ended:
                 self._free(session)
-            self._live[session_id] = self._begun(session_id, turn, policy_version)
-            self._evict()
+            self._live[session_id] = self._begun(session_id, turn, policy_version, is_ended)
+            self._evict(besides=session_id)
         elif session is None or is_ended:
             self._rows.give_back(turn.write_rows)
             return
@@ -247,10 +248,10 @@ class SessionTable:
             num_reserved=max(0, num_more),
         )
 
-    def _begun(self, session_id: str, turn: Turn, policy_version: str) -> Session:
-        """The session as it is after the first turn of its run."""
+    def _begun(self, session_id: str, turn: Turn, policy_version: str, is_ended: bool) -> Session:
+        """The session as it is after the first turn of its run; `is_ended`, as it was before."""
         block, before = turn.block, turn.session
-        if before is None:
+        if before is None or is_ended:
             self.events["started"] += 1
             self._past.pop(session_id, None)
         self.num_rows += block.num_rows
@@ -312,7 +313,7 @@ class SessionTable:
             return False
         session.is_stepping = False
         is_ended = self._live.get(session_id) is not session
-        if is_ended and not turn.begins:
+        if is_ended:
             self._free(session)
         return is_ended
 
@@ -345,13 +346,16 @@ class SessionTable:
         if missing > 0:
             raise Overloaded(f"all {self.capacity} rows are of sessions with a request waiting")
 
-    def _evict(self) -> None:
-        """Makes the room that was found when the run was admitted."""
+    def _evict(self, *, besides: str) -> None:
+        """Makes the room that was found when a run was admitted.
+
+        Who asked for them meanwhile keeps his rows, until others are released.
+        """
         while self.num_rows > self.capacity:
-            evictable = (i for i, session in self._live.items() if self._is_evictable(i, session))
-            session_id = next(evictable, None)
+            others = (i for i, session in self._live.items() if self._is_evictable(i, session))
+            session_id = next((i for i in others if i != besides), None)
             if session_id is None:
-                return  # who used them meanwhile keeps them; the next run has to find more room
+                return
             self._remove(session_id, "evicted")
 
     def _is_evictable(self, session_id: str, session: Session) -> bool:
