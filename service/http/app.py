@@ -14,6 +14,7 @@ from export.manifest import Manifest
 from service.engine.engine import Engine
 from service.errors import ServiceError
 from service.http.act import Act
+from service.http.codec import JSON, SAFETENSORS
 from service.http.documentation import (
     ANYWHERE,
     REPLAYED,
@@ -183,7 +184,8 @@ def create_app(engine: Engine, manifest: Manifest, settings: Settings, metrics: 
                 max_sessions=settings.max_sessions,
                 session_idle_s=settings.session_idle_s,
                 timeout_ms=settings.timeout_ms,
-                max_body_bytes=settings.max_body_bytes,
+                max_body_bytes=app.act.max_body_bytes[JSON],
+                max_safetensors_bytes=app.act.max_body_bytes[SAFETENSORS],
             ),
         )
 

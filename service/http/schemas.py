@@ -417,6 +417,7 @@ class Limits(BaseModel):
     session_idle_s: float
     timeout_ms: float
     max_body_bytes: int
+    max_safetensors_bytes: int
 
 
 class PolicyResponse(BaseModel):
