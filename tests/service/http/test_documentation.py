@@ -15,8 +15,8 @@ from service.errors import Disconnected, ServiceError
 from service.http.schemas import BEYOND_FLOAT32, act_request, act_response
 from service.settings import Settings
 from tests.service.conftest import MakeClient
-from tests.service.fakes import AppClient, SummingRuntime
-from tests.service.http.test_act import body
+from tests.service.fakes import AppClient, Served, SummingRuntime
+from tests.service.http.bodies import body
 
 Json = dict[str, Any]
 JSON = "application/json"
@@ -24,8 +24,8 @@ JSON = "application/json"
 
 @pytest.fixture(scope="module")
 def openapi(artifact: Path, manifest: Manifest, spec: PolicySpec) -> Json:
-    service = PolicyService(manifest, SummingRuntime(spec), Settings(artifact=artifact))
-    with AppClient(service, is_warm=False) as client:
+    served = Served.make(manifest, SummingRuntime(spec), Settings(artifact=artifact))
+    with AppClient(served, is_warm=False) as client:
         document: Json = client.get("/openapi.json").json()
     return document
 
