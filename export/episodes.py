@@ -28,7 +28,7 @@ STEPS = 50
 """At least; more where it takes more to run every batch size."""
 
 LARGE_STEPS = 8
-RANDOM_LARGE_SIZES = 8
+RANDOM_LARGE_SIZES = 4
 
 LIFT = 4096.0
 """What noise adds to the one choice it points at: beyond any log-prob, and less than a mask."""
@@ -153,10 +153,12 @@ class EpisodeMaker:
         number = 0
         is_covered = False
         while number < episode.least_steps or not is_covered:
-            batches = []
+            batches: list[Tensor] = []
             rows = torch.randperm(episode.num_rows, generator=self.generator)
             while len(rows) > 0:
-                size = next((size for size in waiting if size <= len(rows)), len(rows))
+                fitting = [size for size in waiting if size <= len(rows)]
+                # Any first, then what leaves the fewest rows: so that few steps take all sizes.
+                size = fitting[0] if fitting and not batches else max(fitting, default=len(rows))
                 if size in waiting:
                     waiting.remove(size)
                 if not waiting:

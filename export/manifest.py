@@ -226,7 +226,16 @@ def first_fault(error: ValidationError) -> str:
 
 
 def bucket_sizes(max_batch_size: int) -> tuple[int, ...]:
-    """The batch sizes a step is run at: powers of two up to, and including, the largest."""
+    """The batch sizes a step is run at: powers of two to 16, eighths of the octave, the largest.
+
+    So a batch beyond 16 rows is padded with an eighth of them at most.
+    """
+    eighths = [step << octave for octave in range(1, 32) for step in range(8, 16)]
+    return (*(size for size in (1, 2, 4, 8, *eighths) if size < max_batch_size), max_batch_size)
+
+
+def timed_sizes(max_batch_size: int) -> tuple[int, ...]:
+    """Of the bucket sizes, those that are timed: powers of two, and the largest."""
     powers = [2**n for n in range(max_batch_size.bit_length()) if 2**n < max_batch_size]
     return (*powers, max_batch_size)
 

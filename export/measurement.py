@@ -11,7 +11,7 @@ from export.carried_step import CarriedStep, allocated
 from export.episodes import EpisodeMaker, Moment
 from export.judge import Judge
 from export.loaders.protocol import LoadedStep
-from export.manifest import bucket_sizes, step_inputs, step_outputs
+from export.manifest import step_inputs, step_outputs, timed_sizes
 from export.report import Latency
 from export.timing import Call, latencies
 from model.recurrence import State
@@ -31,7 +31,7 @@ def measure_latency(
     tables: dict[str, list[Latency]] = {name: [] for name in (EAGER, *steps)}
     maker = EpisodeMaker(judge.rebuilt, max_batch_size)
     with torch.inference_mode():
-        for batch_size in bucket_sizes(max_batch_size):
+        for batch_size in timed_sizes(max_batch_size):
             first, second = (maker.moment(batch_size).to(judge.device) for _ in range(2))
             state = judge.scores(first, judge.initial_state(batch_size)).state
             calls: dict[str, Call] = {EAGER: _eager_call(judge, second, state)}
@@ -50,13 +50,13 @@ def measure_latency(
 def row_difference(judge: Judge, step: LoadedStep, max_batch_size: int) -> dict[int, float]:
     """By batch size: how far rows come out from what they are in the largest batch.
 
-    The same rows, in batches of each bucket's size; the largest difference of any output, 0 where
+    The same rows, in batches of each timed size; the largest difference of any output, 0 where
     every bit is the same.
     """
     moment = EpisodeMaker(judge.rebuilt, max_batch_size).moment(max_batch_size)
     together = _outputs(judge, step, moment)
     differences = {}
-    for batch_size in bucket_sizes(max_batch_size):
+    for batch_size in timed_sizes(max_batch_size):
         # All of that size: the last may have some of the rows before it once more.
         starts = (
             min(at, max_batch_size - batch_size) for at in range(0, max_batch_size, batch_size)

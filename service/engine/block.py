@@ -44,11 +44,12 @@ class Block:
         self.num_rows = len(self.given[0])
         digest = blake2b(b"\1" if self.deterministic else b"\0", digest_size=16)
         for array in self.given:
-            digest.update(array.data if array.flags.c_contiguous else array.tobytes())
-        if isinstance(self.starts, np.ndarray):
-            digest.update(self.starts.data)
-        if self.seeds is not None:
-            digest.update(self.seeds.data)
+            digest.update(array.tobytes())
+        if self.is_vector:
+            if isinstance(self.starts, np.ndarray):
+                digest.update(self.starts.tobytes())
+            if self.seeds is not None:
+                digest.update(self.seeds.tobytes())
         self.fingerprint = digest.digest()
 
     @property

@@ -285,16 +285,9 @@ class SessionTable:
                 else block.seeds[which]
             )
         session.is_stepping = True
+        next_step, seed = session.next_step, session.seed
         return Turn(
-            block,
-            session,
-            begins=False,
-            step=session.next_step,
-            seed=session.seed,
-            read_rows=read_rows,
-            write_rows=write_rows,
-            has_starts=has_starts,
-            episodes=episodes,
+            block, session, False, next_step, seed, read_rows, write_rows, has_starts, episodes
         )
 
     @staticmethod

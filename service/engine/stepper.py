@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from model.spec import PolicySpec
 from service.engine.block import Answer, Batch, Block
-from service.engine.noise import gumbel_noise
+from service.engine.noise_ahead import NoiseAhead
 from service.engine.rows import RowTable
 from service.engine.sessions import Session, SessionTable, Turn, derived_seed, first_seeds
 from service.errors import Invalid, ServiceError
@@ -48,7 +48,7 @@ class Stepper:
         self._runtime = runtime
         self._rows = rows
         self._sessions = sessions
-        self._num_choices = spec.num_choices
+        self._noise_ahead = NoiseAhead(spec.num_choices)
         self._policy_version = policy_version
         self._seed = seed
         self._observe = observe
@@ -110,7 +110,13 @@ class Stepper:
         """
         decided, is_finite = self._runtime.collect()
         self._rows.keep(self._write_rows, self._seeds, self._steps, decided)
-        states = [self._state(part) for part in self._parts]  # before anything moves: it may fail
+        # Before anything moves, as it may fail.
+        states = [
+            self._runtime.read(turn.write_rows)
+            if turn.block.session_id is None and stop == turn.block.num_rows
+            else None
+            for turn, _, stop in self._parts
+        ]
         batch, first = Batch(decided), 0
         settled: list[Answer | ServiceError | None] = []
         for (turn, start, stop), state in zip(self._parts, states, strict=True):
@@ -145,13 +151,6 @@ class Stepper:
         else:
             self._sessions.commit(turn, version)
         return Answer(batch, first, block.num_rows, turn.step, version, state)
-
-    def _state(self, part: Part) -> State | None:
-        """What a stateless block goes on from, with its last part."""
-        turn, _, stop = part
-        if turn.block.session_id is not None or stop < turn.block.num_rows:
-            return None
-        return self._runtime.read(turn.write_rows)
 
     def _replay(self, session: Session) -> Answer:
         return Answer(
@@ -205,7 +204,7 @@ class Stepper:
 
     def _make_noise(self, num: int) -> None:
         if not any(part.turn.block.deterministic for part in self._parts):
-            self._noise[:num] = gumbel_noise(self._seeds, self._steps, self._num_choices)
+            self._noise_ahead.take(self._seeds, self._steps, self._noise[:num])
             return
         self._noise[:num] = 0.0
         is_sampled = np.repeat(
@@ -213,8 +212,9 @@ class Stepper:
             [stop - start for _, start, stop in self._parts],
         )
         if is_sampled.any():
-            seeds, steps = self._seeds[is_sampled], self._steps[is_sampled]
-            self._noise[:num][is_sampled] = gumbel_noise(seeds, steps, self._num_choices)
+            noise = np.empty((np.count_nonzero(is_sampled), self._noise.shape[1]), np.float32)
+            self._noise_ahead.take(self._seeds[is_sampled], self._steps[is_sampled], noise)
+            self._noise[:num][is_sampled] = noise
 
 
 def _given(part: Part) -> Sequence[NDArray[np.generic]]:

@@ -5,6 +5,7 @@ of a vector, the row first.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,8 @@ from model.spec import PolicySpec
 from service.engine.block import Given
 from service.errors import Invalid
 from service.runtime.protocol import State
+
+FLOAT32 = np.dtype(np.float32)
 
 
 class InputReader:
@@ -110,8 +113,10 @@ def finite(
     name: str, array: NDArray[np.float32] | NDArray[np.float64], is_vector: bool
 ) -> NDArray[np.float32]:
     """The array in float32. Raises Invalid where a value is no finite one, naming its place."""
-    with np.errstate(over="ignore"):
-        floats = array.astype(np.float32, copy=False)
+    floats: NDArray[Any] = array
+    if array.dtype != FLOAT32:
+        with np.errstate(over="ignore"):
+            floats = array.astype(FLOAT32)
     if not np.isfinite(floats).all():
         where = _place(np.argwhere(~np.isfinite(floats))[0], is_vector)
         raise Invalid(f"`{name}{where}` is not a finite float32")

@@ -37,8 +37,15 @@ class JsonCodec:
         self._reader = InputReader(spec)
         self._request = act_request(spec)
         self._vector_request = vector_act_request(spec)
+        self._extra = spec.extra_outputs
         self._allowed = {head.name: [True] * head.size for head in spec.heads}
         self._state_shape = (-1, spec.num_layers, spec.hidden_dim)
+        self._own_inputs: list[tuple[str, Any, tuple[int, ...]]] = []  # that not every policy has
+        if spec.blueprint_embedding_dim is not None:
+            self._own_inputs.append(("blueprint_index", np.int64, (spec.num_slots,)))
+        if spec.has_slot_by_op:
+            shape = (spec.num_ops, spec.num_slots)
+            self._own_inputs.append(("slot_by_op_mask", np.bool_, shape))
 
     def parse(self, body: bytes | bytearray) -> Request:
         try:
@@ -69,26 +76,23 @@ class JsonCodec:
         return Request(block, act.timeout_ms)
 
     def write(self, block: Block, answer: Answer) -> bytes:
-        names = self._allowed
         body: dict[str, Any] = {}
         if block.session_id is not None:
             body["session_id"] = block.session_id
         body["step"] = answer.step
         if block.is_vector:
-            outputs = {name: answer.array(name) for name in answer.batch.arrays}
-            action, log_prob = (
-                dict(zip(names, outputs.pop(name).T.tolist(), strict=True))
-                for name in ("action", "log_prob")
-            )
-            rest = {name: array.tolist() for name, array in outputs.items()}
+            by_head = {name: answer.array(name).T.tolist() for name in ("action", "log_prob")}
+            others = {name: answer.array(name).tolist() for name in ("value", *self._extra)}
         else:
-            rest = {name: rows[answer.first] for name, rows in answer.batch.lists.items()}
-            action, log_prob = (
-                dict(zip(names, rest.pop(name), strict=True)) for name in ("action", "log_prob")
-            )
-        body["action"], body["log_prob"], body["value"] = action, log_prob, rest.pop("value")
+            lists, at = answer.batch.lists, answer.first
+            by_head = {"action": lists["action"][at], "log_prob": lists["log_prob"][at]}
+            others = {name: lists[name][at] for name in ("value", *self._extra)}
+        names = self._allowed
+        body["action"] = dict(zip(names, by_head["action"], strict=True))
+        body["log_prob"] = dict(zip(names, by_head["log_prob"], strict=True))
+        body["value"] = others.pop("value")
         body["policy_version"] = answer.policy_version
-        body |= rest
+        body |= others
         if answer.state is not None:
             h, c = answer.state if block.is_vector else (part[0] for part in answer.state)
             body["state"] = {"h": h.tolist(), "c": c.tolist()}
@@ -109,8 +113,8 @@ class JsonCodec:
         masks = act.action_mask or {}
         num_rows = len(act.observation)
         by_row: dict[str, Any] = {f"action_mask.{name}": rows for name, rows in masks.items()}
-        for name in ("episode_start", "seed", "blueprint_index", "slot_by_op_mask"):
-            by_row[name] = getattr(act, name, None)
+        for name in ("episode_start", "seed", *(name for name, _, _ in self._own_inputs)):
+            by_row[name] = getattr(act, name)
         if act.state is not None:
             by_row |= {"state.h": act.state.h, "state.c": act.state.c}
         others = {name: len(rows) for name, rows in by_row.items() if isinstance(rows, list)}
@@ -158,14 +162,12 @@ class JsonCodec:
 
     def _more(self, act: Any, num_rows: int) -> list[NDArray[Any] | None]:
         """What only some policies read, of a request with a field for each."""
-        spec = self._spec
         arrays: list[NDArray[Any] | None] = []
-        for name, dtype, shape in (
-            ("blueprint_index", np.int64, (num_rows, -1)),
-            ("slot_by_op_mask", np.bool_, (num_rows, -1, spec.num_slots)),
-        ):
-            values = getattr(act, name, None)
-            arrays.append(None if values is None else _array(values, dtype).reshape(shape))
+        for name, dtype, shape in self._own_inputs:
+            values = getattr(act, name)
+            arrays.append(
+                None if values is None else _array(values, dtype).reshape(num_rows, *shape)
+            )
         return arrays
 
     def _state(self, state: Any, *, is_vector: bool) -> State:

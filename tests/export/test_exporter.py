@@ -25,9 +25,9 @@ from export.manifest import (
     MANIFEST_FILE,
     Manifest,
     Source,
-    bucket_sizes,
     step_inputs,
     step_outputs,
+    timed_sizes,
 )
 from export.parity import TOLERANCES
 from export.report import REPORT_FILE, REPORT_PAGE, Report
@@ -183,7 +183,7 @@ def test_manifest_says_what_was_exported_and_how_it_compared(
     assert max(parity.formats[FORMAT].max_error.values()) < parity.atol
 
 
-def test_report_tells_of_every_format_at_every_bucket_on_this_machine(
+def test_report_tells_of_every_format_at_every_timed_size_on_this_machine(
     exported: tuple[Path, Manifest],
 ) -> None:
     output, manifest = exported
@@ -194,10 +194,10 @@ def test_report_tells_of_every_format_at_every_bucket_on_this_machine(
     assert report.machine.torch == torch.__version__
     assert report.formats.keys() == {FORMAT}
     of = report.formats[FORMAT]
-    buckets = list(bucket_sizes(MAX_BATCH_SIZE))
-    assert [latency.batch_size for latency in report.eager] == buckets
-    assert [latency.batch_size for latency in of.latency] == buckets
-    assert list(of.row_difference) == buckets
+    sizes = list(timed_sizes(MAX_BATCH_SIZE))
+    assert [latency.batch_size for latency in report.eager] == sizes
+    assert [latency.batch_size for latency in of.latency] == sizes
+    assert list(of.row_difference) == sizes
     assert max(of.row_difference.values()) <= 2e-5
     assert len(of.error_by_step) == STEPS
     assert max(of.error_by_step) == max(manifest.parity.formats[FORMAT].max_error.values())

@@ -3,13 +3,17 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from export.manifest import (
+    LARGEST_BATCH_SIZE,
     MANIFEST_FILE,
     ArtifactError,
     File,
@@ -18,8 +22,10 @@ from export.manifest import (
     Manifest,
     Parity,
     Source,
+    bucket_sizes,
     step_inputs,
     step_outputs,
+    timed_sizes,
 )
 from model.spec import PolicySpec
 
@@ -354,3 +360,42 @@ def test_machine_code_misses_what_its_machine_had_and_this_one_has_not(
 ) -> None:
     file = FormatFile(file="policy.aoti.pt2", sha256=SHA256, bytes=1, requires=requires)
     assert file.missing_on(machine) == missing
+
+
+@pytest.mark.parametrize(
+    ("largest", "expected"),
+    [
+        (1, [1]),
+        (3, [1, 2, 3]),
+        (16, [1, 2, 4, 8, 16]),
+        (17, [1, 2, 4, 8, 16, 17]),
+        (64, [1, 2, 4, 8, *range(16, 32, 2), *range(32, 65, 4)]),
+        (100, [1, 2, 4, 8, *range(16, 32, 2), *range(32, 64, 4), *range(64, 100, 8), 100]),
+    ],
+)
+def test_bucket_sizes_are_powers_of_two_to_16_then_eighths_and_the_largest(
+    largest: int, expected: list[int]
+) -> None:
+    assert list(bucket_sizes(largest)) == expected
+
+
+@given(largest=st.integers(1, LARGEST_BATCH_SIZE))
+def test_every_number_of_rows_has_a_bucket_and_beyond_16_it_pads_an_eighth_at_most(
+    largest: int,
+) -> None:
+    buckets = bucket_sizes(largest)
+    assert sorted(set(buckets)) == list(buckets)
+    for num_rows in range(1, largest + 1):
+        bucket = next(size for size in buckets if size >= num_rows)
+        assert bucket - num_rows <= num_rows / 8 or num_rows < 16
+        assert bucket < 2 * num_rows
+
+
+@given(largest=st.integers(1, LARGEST_BATCH_SIZE))
+def test_timed_sizes_are_buckets_from_one_to_the_largest_at_most_twice_as_large_each(
+    largest: int,
+) -> None:
+    timed = timed_sizes(largest)
+    assert set(timed) <= set(bucket_sizes(largest))
+    assert (timed[0], timed[-1]) == (1, largest)
+    assert all(size < larger <= 2 * size for size, larger in pairwise(timed))

@@ -9,7 +9,7 @@ from torch import Tensor
 from export.judge import Judge
 from export.loaders.protocol import LoadedStep
 from export.loaders.torch_step import TorchStep
-from export.manifest import bucket_sizes, step_inputs, step_outputs
+from export.manifest import step_inputs, step_outputs, timed_sizes
 from export.measurement import measure_latency, row_difference
 from export.step import PolicyStep, StepOutput
 from model.normalizer import ObservationNormalizer
@@ -18,7 +18,7 @@ from tests.gate import gate_of
 from tests.loaded_step import TensorStep
 
 MAX_BATCH_SIZE = 6
-BUCKETS = bucket_sizes(MAX_BATCH_SIZE)
+SIZES = timed_sizes(MAX_BATCH_SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def row_by_row(step: TensorStep) -> TensorStep:
 
 def test_rows_of_their_own_do_not_depend_on_their_batch(step: PolicyStep, judge: Judge) -> None:
     found = row_difference(judge, loaded(row_by_row(step), judge), MAX_BATCH_SIZE)
-    assert found == dict.fromkeys(BUCKETS, 0.0)
+    assert found == dict.fromkeys(SIZES, 0.0)
 
 
 @pytest.mark.parametrize("index", range(5))
@@ -76,13 +76,13 @@ def test_row_that_depends_on_its_batch_is_found_in_every_output(
     assert set(found.values()) == {0.0}
 
 
-def test_every_step_and_the_policy_itself_are_timed_at_every_bucket(
+def test_every_step_and_the_policy_itself_are_timed_at_every_timed_size(
     step: PolicyStep, judge: Judge
 ) -> None:
     timed = measure_latency(judge, {"packed": loaded(step, judge)}, MAX_BATCH_SIZE)
     assert timed.keys() == {"eager", "packed"}
     for latencies in timed.values():
-        assert tuple(latency.batch_size for latency in latencies) == BUCKETS
+        assert tuple(latency.batch_size for latency in latencies) == SIZES
 
 
 def test_the_policy_itself_is_timed_from_raw_observations_as_every_step_is(
@@ -104,5 +104,5 @@ def test_the_policy_itself_is_timed_from_raw_observations_as_every_step_is(
     measure_latency(judge, {"packed": loaded(step, judge)}, MAX_BATCH_SIZE)
     for hook in hooks:
         hook.remove()
-    assert calls["policy"] > 10 * len(BUCKETS)
+    assert calls["policy"] > 10 * len(SIZES)
     assert calls["normaliser"] >= calls["policy"]

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from export.manifest import Manifest, bucket_sizes
+from export.manifest import Manifest
 from model.spec import PolicySpec
 from service.http.app import create_app
 from service.http.connections import Connections
@@ -115,16 +115,6 @@ def test_every_batch_size_is_warm_when_the_server_is_ready(
 ) -> None:
     make_client(max_batch_size=6)
     assert set(runtime.batch_sizes) == {1, 2, 4, 6}
-
-
-@pytest.mark.parametrize(
-    ("largest", "expected"),
-    [(1, (1,)), (2, (1, 2)), (3, (1, 2, 3)), (4, (1, 2, 4)), (64, (1, 2, 4, 8, 16, 32, 64))],
-)
-def test_batch_sizes_are_powers_of_two_and_the_largest(
-    largest: int, expected: tuple[int, ...]
-) -> None:
-    assert bucket_sizes(largest) == expected
 
 
 def test_requests_that_arrive_together_ride_together(

@@ -8,15 +8,20 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from export.artifact import open_artifact
 from export.exporter import export_policy
-from export.manifest import Manifest
+from export.manifest import Manifest, bucket_sizes, timed_sizes
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
-from service.runtime.auto import Measurement, best, choose_runtime, measure
+from service.runtime.auto import Measurement, best, choose_runtime, measure, rows_are_alike
 from service.runtime.load import load_runtime, runs_on
 from tests.running_server import running_server
 from tests.service.fakes import Arrays, SummingRuntime
@@ -69,30 +74,83 @@ def test_machine_code_runs_on_the_device_it_was_made_for_and_others_move(
 
 
 class DependsOnItsBatch(SummingRuntime):
-    """A policy whose rows, from `first` on, are a little more worth in larger batches."""
+    """A policy whose rows are worth a little more in some places of some batches."""
 
-    def __init__(self, spec: PolicySpec, first: int) -> None:
+    def __init__(self, spec: PolicySpec, more: Callable[[Arrays], NDArray[Any] | float]) -> None:
         super().__init__(spec)
-        self.first = first
+        self.more = more
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> Callable[[], None]:
         step = super().bind(inputs, outputs)
 
         def run() -> None:
             step()
-            value = outputs["value"]
-            value[self.first :] += len(value) * 1e-3
+            outputs["value"][:] += np.float32(1e-3) * self.more(inputs)
 
         return run
 
 
-@pytest.mark.parametrize("first", [0, 1])
-def test_measuring_sees_whether_rows_depend_on_their_batch(spec: PolicySpec, first: int) -> None:
-    alike = measure(SummingRuntime(spec), spec, BATCH_SIZES)
-    assert alike.rows_are_alike
-    assert alike.seconds.keys() == set(BATCH_SIZES)
-    assert min(alike.seconds.values()) > 0
-    assert not measure(DependsOnItsBatch(spec, first), spec, BATCH_SIZES).rows_are_alike
+def places(inputs: Arrays) -> NDArray[np.int64]:
+    return np.arange(len(inputs["observation"]))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(lambda inputs: len(places(inputs)), id="in larger batches"),
+        pytest.param(lambda inputs: places(inputs) > 0, id="behind the first"),
+        pytest.param(lambda inputs: places(inputs) >= 32, id="from 32 to 63"),
+        pytest.param(places, id="by place"),
+        pytest.param(lambda inputs: len(places(inputs)) == 64, id="in the largest batch"),
+        pytest.param(lambda inputs: len(places(inputs)) == 36, id="in batches of 36"),
+    ],
+)
+def test_rows_that_depend_on_their_batch_are_not_alike(
+    more: Callable[[Arrays], NDArray[Any] | float], spec: PolicySpec
+) -> None:
+    assert not rows_are_alike(DependsOnItsBatch(spec, more), spec, 64)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    size_and_place=st.sampled_from(bucket_sizes(64)[1:]).flatmap(
+        lambda size: st.tuples(st.just(size), st.integers(0, size - 1))
+    )
+)
+def test_one_place_of_one_batch_size_is_enough(
+    spec: PolicySpec, size_and_place: tuple[int, int]
+) -> None:
+    size, place = size_and_place
+    runtime = DependsOnItsBatch(
+        spec, lambda inputs: (places(inputs) == place) * float(len(places(inputs)) == size)
+    )
+    assert not rows_are_alike(runtime, spec, 64)
+
+
+@pytest.mark.parametrize("row", [0, 21, 42, 63])
+def test_one_row_in_one_batch_size_is_enough(row: int, spec: PolicySpec) -> None:
+    """Every row is in a batch of every size."""
+    alone: list[float] = []
+
+    def that_row_of_two(inputs: Arrays) -> NDArray[Any] | float:
+        first = inputs["observation"][:, 0]
+        if len(first) == 1 and len(alone) < 64:
+            alone.append(float(first[0]))
+        return (first == alone[row]) * 1.0 if len(first) == 2 else 0.0
+
+    assert not rows_are_alike(DependsOnItsBatch(spec, that_row_of_two), spec, 64)
+
+
+@pytest.mark.parametrize("largest", [1, 4, 6, 64, 300])
+def test_rows_of_their_own_are_alike_and_every_timed_size_is_timed(
+    largest: int, spec: PolicySpec
+) -> None:
+    runtime = SummingRuntime(spec)
+    measured = measure(runtime, spec, largest)
+    assert measured.rows_are_alike
+    assert tuple(measured.seconds) == timed_sizes(largest)
+    assert min(measured.seconds.values()) > 0
+    assert set(runtime.batch_sizes) == set(bucket_sizes(largest))
 
 
 def test_the_choice_is_logged_for_each_batch_size(
@@ -155,6 +213,6 @@ def test_without_torch_only_onnx_is_a_candidate(
 def test_a_measurement_survives_its_way_as_json(two_formats: Path, spec: PolicySpec) -> None:
     manifest = Manifest.read(two_formats)
     runtime = load_runtime(two_formats, manifest, name="onnx", device="cpu", num_threads=1)
-    seconds, alike = json.loads(json.dumps(measure(runtime, spec, BATCH_SIZES)))
+    seconds, alike = json.loads(json.dumps(measure(runtime, spec, BATCH_SIZES[-1])))
     assert {int(size) for size in seconds} == set(BATCH_SIZES)
     assert alike is True
