@@ -23,6 +23,8 @@ from service.http.documentation import (
     error_responses,
     every_error,
     json_content,
+    safetensors_answer,
+    safetensors_request,
     text_content,
     with_whole_bounds,
 )
@@ -129,12 +131,13 @@ def create_app(engine: Engine, manifest: Manifest, settings: Settings, metrics: 
     spec = manifest.spec
     act_body: Any = act_request(spec) | vector_act_request(spec)
     act_answers: Any = act_response(spec) | vector_act_response(spec)
-    answer = act_answer(spec, manifest.policy_version)
+    answers = json_content(act_answer(spec, manifest.policy_version)) | safetensors_answer(spec)
 
     @app.post(
         PATH,
         response_model=act_answers,
-        responses={200: {"content": json_content(answer), "headers": REPLAYED}, **every_error()},
+        responses={200: {"content": answers, "headers": REPLAYED}, **every_error()},
+        openapi_extra={"requestBody": {"content": safetensors_request(spec)}},
     )
     async def act(
         body: Annotated[act_body, Body(openapi_examples=act_examples(spec))],
@@ -143,7 +146,10 @@ def create_app(engine: Engine, manifest: Manifest, settings: Settings, metrics: 
             Header(description="For load balancers; equal to `session_id` of the body."),
         ] = None,
     ) -> Response:
-        """Takes one step of one environment, or of a vector of them that step together."""
+        """Takes one step of one environment, or of a vector of them that step together.
+
+        The answer comes in the form of `Accept`, by default in that of the request.
+        """
         raise AssertionError("ActEndpoint has answered already; this is its documentation")
 
     @app.delete(

@@ -1,5 +1,6 @@
 """JSON bodies that the fake policy reads, and what an error looks like."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -15,6 +16,10 @@ def observation(spec: PolicySpec, x: float = 1.0) -> list[float]:
 
 def body(spec: PolicySpec, x: float = 1.0, **fields: Any) -> Json:
     return {"observation": observation(spec, x)} | fields
+
+
+def vector_body(spec: PolicySpec, xs: Sequence[float], **fields: Any) -> Json:
+    return {"observation": [observation(spec, x) for x in xs]} | fields
 
 
 def raw(spec: PolicySpec, first: str) -> bytes:
