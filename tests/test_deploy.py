@@ -12,11 +12,10 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from model.spec import PolicySpec
-from service.engine.sessions import SessionTable
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.running_server import ROOT
-from tests.service.fakes import FakeClock
+from tests.service.fakes import Bench
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 GRAFANA = ROOT / "deploy" / "grafana"
@@ -111,10 +110,8 @@ def test_prometheus_scrapes_the_service_at_the_port_it_listens_on(compose: Yaml)
 def test_the_dashboard_asks_only_for_metrics_that_there_are(
     dashboard: Yaml, spec: PolicySpec
 ) -> None:
-    sessions = SessionTable(
-        spec, capacity=1, idle_timeout_s=1.0, default_seed=lambda *_: 0, clock=FakeClock()
-    )
-    metrics = Metrics(sessions, lambda: 0)
+    metrics = Metrics()
+    metrics.watch_engine(Bench(spec).sessions, lambda: 0)
     metrics.count("ok")
     metrics.count_unread("malformed")
 

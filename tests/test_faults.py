@@ -23,7 +23,7 @@ from service.runtime.load import load_runtime
 from service.settings import Settings
 from tests.random_inputs import random_masks, random_observations
 from tests.running_server import RunningServer, running_server
-from tests.service.fakes import AppClient
+from tests.service.fakes import AppClient, Served
 
 NUM_SESSIONS = 200
 NUM_STEPS = 200
@@ -194,7 +194,7 @@ def alone(artifact: Path, made: list[Script]) -> list[list[bytes]]:
     """Each session's answers without any other, any batch or any fault."""
     manifest = Manifest.read(artifact)
     runtime = load_runtime(artifact, manifest, name="onnx", device="cpu", num_threads=1)
-    with AppClient(PolicyService(manifest, runtime, Settings(artifact=artifact))) as client:
+    with AppClient(Served.make(manifest, runtime, Settings(artifact=artifact))) as client:
         return [[answer_of(client, body) for body in script.bodies] for script in made]
 
 

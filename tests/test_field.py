@@ -361,7 +361,7 @@ REFUSED_BODIES: dict[str, tuple[bytes, int]] = {
         f"{number} for a number": (first_value(number.encode()), 400)
         for number in ("null", '"1"', "true", "[1]", "[[1]]", "{}", "nan", ".5", "1.", "+1", "0x1")
     },
-    "numbers in rows": (body(observation=[[0.5]] * NUM_OBSERVATIONS), 400),
+    "numbers in rows": (body(observation=[[0.5]] * NUM_OBSERVATIONS), 422),
     "100,000 brackets": (b"[" * 100_000, 400),
     "100,000 brackets for a number": (first_value(b"[" * 100_000), 400),
     "100,000 brackets and their ends": (first_value(b"[" * 100_000 + b"]" * 100_000), 400),

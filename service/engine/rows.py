@@ -60,7 +60,7 @@ class RowTable:
         # A lone row by its number: NumPy takes several times as long for an array of one.
         at, of = (rows[0], 0) if len(rows) == 1 else (rows, slice(None))
         self.seed[at] = seeds[of]
-        self.step[at] = steps[of] + np.uint64(1)
+        self.step[at] = (steps + np.uint64(1))[of]  # of arrays, which wrap without a warning
         for name, array in self.outputs.items():
             array[at] = decided[name][of]
 

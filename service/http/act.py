@@ -28,6 +28,8 @@ class Act:
             SafetensorsCodec(spec, max_rows=engine.max_rows),
         )
         self._json = codecs[0]
+        self.max_body_bytes = {codec.content_type: codec.max_body_bytes for codec in codecs}
+        """Of a request in each form."""
         self._codecs: Mapping[bytes, Codec] = {
             codec.content_type.encode(): codec for codec in codecs
         }

@@ -14,6 +14,7 @@ from export.manifest import Manifest
 from service.engine.engine import Engine
 from service.errors import ServiceError
 from service.http.act import Act
+from service.http.codec import JSON, SAFETENSORS
 from service.http.documentation import (
     ANYWHERE,
     REPLAYED,
@@ -22,6 +23,8 @@ from service.http.documentation import (
     error_responses,
     every_error,
     json_content,
+    safetensors_answer,
+    safetensors_request,
     text_content,
     with_whole_bounds,
 )
@@ -128,12 +131,13 @@ def create_app(engine: Engine, manifest: Manifest, settings: Settings, metrics: 
     spec = manifest.spec
     act_body: Any = act_request(spec) | vector_act_request(spec)
     act_answers: Any = act_response(spec) | vector_act_response(spec)
-    answer = act_answer(spec, manifest.policy_version)
+    answers = json_content(act_answer(spec, manifest.policy_version)) | safetensors_answer(spec)
 
     @app.post(
         PATH,
         response_model=act_answers,
-        responses={200: {"content": json_content(answer), "headers": REPLAYED}, **every_error()},
+        responses={200: {"content": answers, "headers": REPLAYED}, **every_error()},
+        openapi_extra={"requestBody": {"content": safetensors_request(spec)}},
     )
     async def act(
         body: Annotated[act_body, Body(openapi_examples=act_examples(spec))],
@@ -142,7 +146,10 @@ def create_app(engine: Engine, manifest: Manifest, settings: Settings, metrics: 
             Header(description="For load balancers; equal to `session_id` of the body."),
         ] = None,
     ) -> Response:
-        """Takes one step of one environment, or of a vector of them that step together."""
+        """Takes one step of one environment, or of a vector of them that step together.
+
+        The answer comes in the form of `Accept`, by default in that of the request.
+        """
         raise AssertionError("ActEndpoint has answered already; this is its documentation")
 
     @app.delete(
@@ -183,7 +190,8 @@ def create_app(engine: Engine, manifest: Manifest, settings: Settings, metrics: 
                 max_sessions=settings.max_sessions,
                 session_idle_s=settings.session_idle_s,
                 timeout_ms=settings.timeout_ms,
-                max_body_bytes=settings.max_body_bytes,
+                max_body_bytes=app.act.max_body_bytes[JSON],
+                max_safetensors_bytes=app.act.max_body_bytes[SAFETENSORS],
             ),
         )
 

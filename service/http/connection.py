@@ -399,5 +399,5 @@ class Connection(asyncio.Protocol):
         if self._is_lingering:
             if self._discarded > LINGER_BYTES:
                 self.transport.abort()
-        elif self._discarded > self.shared.max_body_bytes:
+        elif self._discarded > self.shared.max_discarded_bytes:
             self.end()

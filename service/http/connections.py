@@ -31,7 +31,7 @@ class Connections:
         self.metrics = metrics
         self.keep_alive_s = settings.keep_alive_s
         self.read_timeout_s = settings.read_timeout_s
-        self.max_body_bytes = settings.max_body_bytes
+        self.max_discarded_bytes = max(act.max_body_bytes.values())
         self.act_targets = {PATH.encode(), (settings.root_path + PATH).encode()}
         self._drain_s = settings.drain_s
         self._limit = limit

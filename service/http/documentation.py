@@ -1,13 +1,20 @@
 """What `/openapi.json` says beside the models: each route's answers, and examples that work."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import log
 from typing import Any
 
+import numpy as np
+
+from export.manifest import step_outputs
 from model.spec import PolicySpec
 from service.errors import Disconnected, ServiceError
+from service.http.codec import SAFETENSORS
+from service.http.safetensors_codec import SCALARS, request_tensors
+from service.http.safetensors_file import DTYPE_NAMES
 from service.http.schemas import ErrorResponse
+from service.runtime.protocol import STATE_OUTPUTS
 
 Json = dict[str, Any]
 Responses = dict[int | str, Json]
@@ -64,6 +71,9 @@ def act_examples(spec: PolicySpec) -> dict[str, Json]:
     if spec.has_slot_by_op:
         inputs["slot_by_op_mask"] = [[True] * spec.num_slots] * spec.num_ops
     turn: Json = {"session_id": "env-17", "episode": "7"}
+    rows: Json = {name: [value] * 2 for name, value in inputs.items() if name != "action_mask"}
+    rows["action_mask"] = {head: [mask] * 2 for head, mask in masks.items()}
+    run: Json = {"session_id": "trainer-3", "run": "b6c1"}
     return {
         "start": {
             "summary": "The first step of an episode",
@@ -73,6 +83,18 @@ def act_examples(spec: PolicySpec) -> dict[str, Json]:
         "stateless": {
             "summary": "A step without a session, and the most likely action",
             "value": {"observation": observation, "deterministic": True},
+        },
+        "vector_start": {
+            "summary": "The first step of two environments that step together",
+            "value": {**run, "step": 0, "episode_start": True, "seed": 42, **rows},
+        },
+        "vector_step": {
+            "summary": "The one after it, in which the second environment starts an episode",
+            "value": {**run, "step": 1, "episode_start": [False, True], **rows},
+        },
+        "vector_stateless": {
+            "summary": "The most likely actions of two environments, without a session",
+            "value": {"observation": [observation] * 2, "deterministic": True},
         },
     }
 
@@ -91,6 +113,53 @@ def act_answer(spec: PolicySpec, policy_version: str) -> Json:
         "policy_version": policy_version,
         **{name: extra[name] for name in spec.extra_outputs},
     }
+
+
+def safetensors_request(spec: PolicySpec) -> Json:
+    """The other form of a request: `content` by what its file holds, for this policy."""
+    lines = [
+        f"- `{name}`: {' or '.join(tensor.dtypes)} {_rows_of(tensor.shape)}"
+        for name, tensor in request_tensors(spec).items()
+    ]
+    return _file(
+        "A vector of n environments as one safetensors file.\n\n"
+        "Tensors, of which only `observation` is required:\n\n"
+        + "\n".join(lines)
+        + "\n\n`action_mask` has the heads side by side, in the policy's order; in its place there "
+        "may be one for each head that is to be masked. `seed` is read for the rows that start.\n\n"
+        f"Metadata, all strings and optional: {_listed(SCALARS)}; `deterministic` is `true` or "
+        "`false`. They mean what the fields of that name do."
+    )
+
+
+def safetensors_answer(spec: PolicySpec) -> Json:
+    """The same of an answer."""
+    of_spec = ", ".join(
+        f"`{array.name}` {DTYPE_NAMES[np.dtype(array.dtype)]} {_rows_of(array.shape[1:])}"
+        for array in step_outputs(spec)
+        if array.name not in STATE_OUTPUTS
+    )
+    state = _rows_of((spec.num_layers, spec.hidden_dim))
+    return _file(
+        f"One safetensors file. Tensors: {of_spec}; of a stateless request also `state_h` and "
+        f"`state_c` F32 {state}. Metadata, all strings: `session_id`, if there is one, `step`, "
+        "`policy_version`, and `heads`: the columns of `action` and `log_prob`, separated by "
+        "commas."
+    )
+
+
+def _file(description: str) -> Json:
+    return {
+        SAFETENSORS: {"schema": {"type": "string", "format": "binary", "description": description}}
+    }
+
+
+def _rows_of(shape: Iterable[int | str]) -> str:
+    return f"[{', '.join(['n', *map(str, shape)])}]"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def with_whole_bounds(node: Any) -> Any:

@@ -199,7 +199,10 @@ def _packed(values: list[float]) -> NDArray[Any]:
 
 
 def _array(values: Any, dtype: Any = np.float64) -> NDArray[Any]:
-    return np.array(values, dtype=dtype)
+    try:
+        return np.array(values, dtype=dtype)
+    except OverflowError:  # of an integer beyond 64 bits, which is out of the policy's bounds too
+        return np.array(values, dtype=object)
 
 
 def _has_rows(error: ValidationError) -> bool:

@@ -1,8 +1,8 @@
 """`POST /act` in safetensors: a vector of environments, as arrays, and scalars as metadata."""
 
 from collections.abc import Mapping
-from math import isfinite
-from typing import Any
+from math import isfinite, prod
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,14 +12,44 @@ from service.engine.block import Answer, Block
 from service.errors import Invalid, Malformed, short
 from service.http.codec import SAFETENSORS, Request, check_rows, check_session, vector_starts
 from service.http.inputs import InputReader, finite_state
-from service.http.safetensors_file import LARGEST_HEADER_BYTES, read_file, write_file
+from service.http.safetensors_file import (
+    DTYPES,
+    LARGEST_HEADER_BYTES,
+    LENGTH_BYTES,
+    read_file,
+    write_file,
+)
 from service.runtime.protocol import State
 
 LONGEST_IDENTIFIER = 256
 SCALARS = ("session_id", "run", "step", "seed", "deterministic", "timeout_ms")
-FLOATS = ("F32", "F64")
-BYTES_OF_STATE_VALUE = 4
 BOOLEANS = {"true": True, "false": False}
+
+
+class Tensor(NamedTuple):
+    """What a tensor of a request may be: its dtypes, the widest last, and a row's shape."""
+
+    dtypes: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+def request_tensors(spec: PolicySpec) -> dict[str, Tensor]:
+    """The tensors that a request may have, by name; only `observation` is required."""
+    state = Tensor(("F32",), (spec.num_layers, spec.hidden_dim))
+    tensors = {
+        "observation": Tensor(("F32", "F64"), (spec.observation_dim,)),
+        "action_mask": Tensor(("BOOL",), (spec.num_choices,)),
+        **{f"action_mask.{head.name}": Tensor(("BOOL",), (head.size,)) for head in spec.heads},
+        "episode_start": Tensor(("BOOL",), ()),
+        "seed": Tensor(("U64",), ()),
+        "state_h": state,
+        "state_c": state,
+    }
+    if spec.blueprint_embedding_dim is not None:
+        tensors["blueprint_index"] = Tensor(("I64",), (spec.num_slots,))
+    if spec.has_slot_by_op:
+        tensors["slot_by_op_mask"] = Tensor(("BOOL",), (spec.num_ops, spec.num_slots))
+    return tensors
 
 
 class SafetensorsCodec:
@@ -31,40 +61,13 @@ class SafetensorsCodec:
         self._max_rows = max_rows
         self._reader = InputReader(spec)
         self._heads = ",".join(spec.head_names)
-        state = (spec.num_layers, spec.hidden_dim)
-        self._shapes: dict[str, tuple[int, ...]] = {
-            "observation": (spec.observation_dim,),
-            "action_mask": (spec.num_choices,),
-            "episode_start": (),
-            "seed": (),
-            "state_h": state,
-            "state_c": state,
-        }
-        self._dtypes = {
-            "observation": FLOATS,
-            "action_mask": ("BOOL",),
-            "episode_start": ("BOOL",),
-            "seed": ("U64",),
-            "state_h": ("F32",),
-            "state_c": ("F32",),
-        }
-        self._masks: dict[str, str] = {}  # a head's own, by the tensor's name
-        for head in spec.heads:
-            name = f"action_mask.{head.name}"
-            self._masks[name] = head.name
-            self._shapes[name], self._dtypes[name] = (head.size,), ("BOOL",)
-        if spec.blueprint_embedding_dim is not None:
-            name = "blueprint_index"
-            self._shapes[name], self._dtypes[name] = (spec.num_slots,), ("I64",)
-        if spec.has_slot_by_op:
-            name = "slot_by_op_mask"
-            self._shapes[name], self._dtypes[name] = (spec.num_ops, spec.num_slots), ("BOOL",)
-        widths = {"F32": 4, "F64": 8, "BOOL": 1, "U64": 8, "I64": 8}
+        self._tensors = request_tensors(spec)
+        self._dtypes = {name: tensor.dtypes for name, tensor in self._tensors.items()}
+        self._masks = {f"action_mask.{head}": head for head in spec.head_names}
         row = sum(
-            widths[self._dtypes[name][-1]] * int(np.prod(shape))
-            for name, shape in self._shapes.items()
+            DTYPES[dtypes[-1]].itemsize * prod(shape) for dtypes, shape in self._tensors.values()
         )
-        self.max_body_bytes = 8 + LARGEST_HEADER_BYTES + max_rows * row
+        self.max_body_bytes = LENGTH_BYTES + LARGEST_HEADER_BYTES + max_rows * row
 
     def parse(self, body: bytes | bytearray) -> Request:
         tensors, metadata = read_file(body, self._dtypes)
@@ -120,7 +123,7 @@ class SafetensorsCodec:
         if observation is None:
             raise Malformed("`observation` is required")
         for name, tensor in tensors.items():
-            shape = self._shapes[name]
+            shape = self._tensors[name].shape
             if tensor.ndim != 1 + len(shape) or tensor.shape[1:] != shape:
                 expected = ", ".join(["n", *map(str, shape)])
                 raise Invalid(f"`{name}` is {list(tensor.shape)}, the policy reads [{expected}]")
@@ -137,7 +140,7 @@ class SafetensorsCodec:
             return whole
         if whole is not None:
             raise Invalid(f"`action_mask` and `{by_head[0]}` are given, two masks for one head")
-        mask = np.ones((num_rows, *self._shapes["action_mask"]), dtype=np.bool_)
+        mask = np.ones((num_rows, *self._tensors["action_mask"].shape), dtype=np.bool_)
         for name in by_head:
             mask[:, self._reader.columns[self._masks[name]]] = tensors[name]
         return mask

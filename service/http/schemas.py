@@ -50,13 +50,17 @@ Allowed = Annotated[
 """Whether a choice is; gymnasium's masks are of integers."""
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 Starts = Annotated[
-    bool | Annotated[list[bool], FAIL_FAST],
+    bool | Annotated[list[bool], Field(min_length=1), FAIL_FAST],
     _OneError("Input should be true, false, or a list of them, one a row"),
 ]
 Seeds = Annotated[
-    Seed | Annotated[list[Seed], FAIL_FAST],
+    Seed | Annotated[list[Seed], Field(min_length=1), FAIL_FAST],
     _OneError("Input should be an integer from 0 to 2**64 - 1, or a list of them, one a row"),
 ]
+
+
+NO_START = {"const": False}
+ALLOWS_ONE = Field(json_schema_extra={"contains": {"enum": [True, 1]}})
 
 
 def _config(**schema: Any) -> ConfigDict:
@@ -195,7 +199,7 @@ class VectorActRequest(_AnyActRequest):
                 "properties": {
                     "session_id": {"type": "null"},
                     "run": {"type": "null"},
-                    "episode_start": {"enum": [False, []]},
+                    "episode_start": {"anyOf": [NO_START, {"type": "array", "items": NO_START}]},
                 },
             },
         ],
@@ -262,7 +266,7 @@ def act_request(spec: PolicySpec) -> type[ActRequest]:
 
 def vector_act_request(spec: PolicySpec) -> type[VectorActRequest]:
     """`VectorActRequest` with this policy's lengths and heads, and its own inputs."""
-    masks = {head.name: _rows(_exactly(head.size, Allowed)) for head in spec.heads}
+    masks = {head.name: _rows(_allowing_one(head.size)) for head in spec.heads}
     states: Any = _rows(_exactly(spec.num_layers, _exactly(spec.hidden_dim, Float)))
     narrower: dict[str, Any] = {
         "observation": _rows(_exactly(spec.observation_dim, Float)),
@@ -303,9 +307,12 @@ def _by_head(name: str, doc: str, fields: dict[str, Any], *, total: bool) -> Any
     return by_head
 
 
+def _allowing_one(size: int) -> Any:
+    return Annotated[_exactly(size, Allowed), ALLOWS_ONE]
+
+
 def _action_mask(spec: PolicySpec) -> Any:
-    allows_one = Field(json_schema_extra={"contains": {"enum": [True, 1]}})
-    fields = {head.name: Annotated[_exactly(head.size, Allowed), allows_one] for head in spec.heads}
+    fields = {head.name: _allowing_one(head.size) for head in spec.heads}
     return _by_head("ActionMask", "What each head may choose.", fields, total=False)
 
 
@@ -417,6 +424,7 @@ class Limits(BaseModel):
     session_idle_s: float
     timeout_ms: float
     max_body_bytes: int
+    max_safetensors_bytes: int
 
 
 class PolicyResponse(BaseModel):

@@ -394,15 +394,15 @@ class AppClient:
 
     def act(self, body: Any) -> httpx.Response:
         """Posts a JSON value, or bytes as they are."""
-        return self.run(self._act(body))
+        return self.run(self.post(body))
 
     def act_at_once(self, bodies: Sequence[Any]) -> list[httpx.Response]:
         async def all_of_them() -> list[httpx.Response]:
-            return await asyncio.gather(*map(self._act, bodies))
+            return await asyncio.gather(*map(self.post, bodies))
 
         return self.run(all_of_them())
 
-    async def _act(self, body: Any) -> httpx.Response:
+    async def post(self, body: Any) -> httpx.Response:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         return await self.http.post(
             "/act", content=content, headers={"Content-Type": "application/json"}

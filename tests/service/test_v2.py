@@ -13,15 +13,17 @@ from export.loaders.protocol import LoadedStep
 from export.manifest import Manifest
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
-from service.bench.load import Pool, Session
+from service.bench.load import Session
+from service.bench.pool import Pool
 from service.bench.replay import replay
+from service.bench.wire import JsonWire
 from service.engine.noise import gumbel_noise
 from service.runtime.load import load_runtime
 from service.settings import Settings
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL
 from tests.random_inputs import random_policy
 from tests.service.conftest import MakeClient
-from tests.service.fakes import AppClient
+from tests.service.fakes import AppClient, Served
 
 SPEC = PolicySpec.tamiyo_v2(
     num_slots=2, observation_dim=7, feature_dim=12, hidden_dim=16, num_layers=2, value_scale=3.0
@@ -55,8 +57,7 @@ def v2_runtime(request: pytest.FixtureRequest, v2_artifact: Path) -> LoadedStep:
 @pytest.fixture
 def v2_client(v2_artifact: Path, v2_runtime: LoadedStep) -> Iterator[AppClient]:
     manifest = Manifest.read(v2_artifact)
-    service = PolicyService(manifest, v2_runtime, Settings(artifact=v2_artifact))
-    with AppClient(service) as client:
+    with AppClient(Served.make(manifest, v2_runtime, Settings(artifact=v2_artifact))) as client:
         yield client
 
 
@@ -126,17 +127,13 @@ def test_the_bench_finds_every_answer_of_v2_its_artifact_s_own(
     v2_client: AppClient, v2_runtime: LoadedStep
 ) -> None:
     pool = Pool.random(SPEC, 4)
-    bodies = pool.bodies(SPEC)
+    wire = JsonWire(SPEC, pool, None)
     session = Session("bench", seed=5)
     for step in range(NUM_STEPS):
-        head = f'{{"session_id":"bench","seed":5,"step":{step},"episode_start":'
-        content = f"{head}{str(step == 0).lower()},".encode() + bodies[step] + b"}"
-        response = v2_client.request(
-            "POST", "/act", content=content, headers={"Content-Type": "application/json"}
-        )
+        response = v2_client.act(wire.body("bench", 5, step, step, None))
         session.pool_index.append(step)
         session.answers.append(response.raise_for_status().content)
-    differences = replay([session], pool, v2_runtime, SPEC)
+    differences = replay([session], pool, wire, v2_runtime, SPEC)
     assert (differences.answers, differences.other_actions) == (NUM_STEPS, 0)
     assert differences.largest < FLOAT_ATOL
 
@@ -229,9 +226,9 @@ def test_the_critic_s_other_outputs_are_answered_where_the_artifact_has_them(
     export_policy(policy, None, tmp_path / "v2", name="v2", formats=("onnx",), max_batch_size=4)
     manifest = Manifest.read(tmp_path / "v2")
     runtime = load_runtime(tmp_path / "v2", manifest, name="onnx", device="cpu", num_threads=1)
-    service = PolicyService(manifest, runtime, Settings(artifact=tmp_path / "v2"))
+    served = Served.make(manifest, runtime, Settings(artifact=tmp_path / "v2"))
     request = body(session_id="env", step=0, episode="0", episode_start=True, deterministic=True)
-    with AppClient(service) as client:
+    with AppClient(served) as client:
         first, again = client.act(request), client.act(request)
         schemas = client.get("/openapi.json").json()["components"]["schemas"]
     assert {"q_value", "contribution"} <= schemas["ActResponse"]["properties"].keys()

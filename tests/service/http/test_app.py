@@ -1,6 +1,6 @@
 """The application's routes and life, and that every error has the one documented form."""
 
-import json
+import asyncio
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from service.http.app import create_app
 from service.http.connections import Connections
 from service.settings import Settings
 from tests.service.conftest import MakeClient
-from tests.service.fakes import AppClient, SummingRuntime, submitted
-from tests.service.http.test_act import body, error_of
+from tests.service.fakes import AppClient, Served, SummingRuntime, single, submitted
+from tests.service.http.bodies import body, error_of
 
 
 def samples(client: AppClient) -> dict[str, float]:
@@ -59,8 +59,8 @@ def test_the_server_answers_while_it_warms_up(
             error_of(await client.http.get("/readyz"), 503, "not_ready")
             assert (await client.http.get("/healthz")).status_code == 200
             gate.set()
-            assert client.service.warming is not None
-            await client.service.warming
+            assert client.engine.warm_up.done is not None
+            await client.engine.warm_up.done
             assert (await client.http.get("/readyz")).status_code == 200
 
     try:
@@ -76,15 +76,38 @@ def test_a_policy_that_fails_to_warm_up_never_gets_ready(
     runtime.failure = RuntimeError("broken")
 
     async def fail() -> None:
-        client.service.start()
-        assert client.service.warming is not None
+        client.engine.start()
+        assert client.engine.warm_up.done is not None
         with pytest.raises(RuntimeError, match="broken"):
-            await client.service.warming
+            await client.engine.warm_up.done
 
     client.run(fail())
     runtime.failure = None
     error_of(client.get("/readyz"), 503, "not_ready")
     error_of(client.act(body(spec)), 503, "not_ready")
+
+
+def test_a_warm_up_that_ends_after_the_server_s_end_is_no_error(
+    make_client: MakeClient, runtime: SummingRuntime
+) -> None:
+    client = make_client(is_warm=False)
+    runtime.gate = threading.Event()
+    errors: list[Any] = []
+
+    async def stop_while_warming() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, error: errors.append(error))
+        client.engine.start()
+        await client.engine.stop()
+        assert client.engine.warm_up.is_running()
+        assert runtime.gate is not None
+        runtime.gate.set()
+        while client.engine.warm_up.is_running():
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    client.run(stop_while_warming())
+    assert errors == []
+    assert len(runtime.batch_sizes) == 1, "the step that ran, and no other"
 
 
 def test_every_batch_size_is_warm_when_the_server_is_ready(
@@ -106,19 +129,16 @@ def test_requests_that_arrive_together_ride_together(
 
 
 def test_a_stopped_server_takes_no_new_work(client: AppClient, spec: PolicySpec) -> None:
-    client.run(client.service.stop())
+    client.run(client.engine.stop())
     error_of(client.act(body(spec)), 503, "draining")
     assert client.get("/healthz").status_code == 200
 
 
 def test_stopping_answers_everybody_who_waits(client: AppClient, spec: PolicySpec) -> None:
-    codec = client.service.codec
-
     async def stop_under_load() -> list[float]:
-        requests = [codec.parse(json.dumps(body(spec, n)).encode())[0] for n in range(9)]
-        waiting = [submitted(client.service.batcher, request, key="one") for request in requests]
-        await client.service.stop()
-        return [future.result().value for future in waiting]
+        waiting = [submitted(client.engine.batcher, single(spec, n)) for n in range(9)]
+        await client.engine.stop()
+        return [future.result().array("value")[0] for future in waiting]
 
     assert client.run(stop_under_load()) == list(range(9))
 
@@ -128,11 +148,11 @@ def test_deleting_a_session_frees_it_whatever_its_name(
     client: AppClient, spec: PolicySpec, session: str
 ) -> None:
     client.act(body(spec, session_id=session, episode_start=True))
-    assert len(client.service.sessions) == 1
+    assert len(client.engine.sessions) == 1
     path = f"/sessions/{quote(session, safe='')}"
     response = client.request("DELETE", path)
     assert (response.status_code, response.content) == (204, b"")
-    assert len(client.service.sessions) == 0
+    assert len(client.engine.sessions) == 0
     error_of(client.act(body(spec, session_id=session)), 404, "unknown_session")
     error_of(client.request("DELETE", path), 404, "unknown_session")
 
@@ -158,38 +178,30 @@ def test_a_session_deleted_while_its_step_waits_is_gone_and_harms_nobody(
     client.act(body(spec, 1, session_id="a", episode_start=True))
 
     async def both() -> tuple[int, int]:
-        service = client.service
-        step, _ = service.codec.parse(json.dumps(body(spec, 10, session_id="a")).encode())
-        waiting = submitted(service.batcher, step, key="a")
-        service.sessions.hold("a")
+        step = asyncio.ensure_future(client.post(body(spec, 10, session_id="a")))
+        while not len(client.engine.batcher):
+            await asyncio.sleep(0)
         deleted = await client.http.delete("/sessions/a")
-        error = waiting.exception() if waiting.done() else await _outcome(waiting)
-        service.sessions.release("a")
-        return deleted.status_code, getattr(error, "status_code", 200)
+        return deleted.status_code, (await step).status_code
 
     deleted, stepped = client.run(both())
     assert (deleted, stepped) in {(204, 404), (204, 200)}
     assert client.act(body(spec, 5, session_id="a", episode_start=True)).json()["value"] == 5
 
 
-async def _outcome(future: Any) -> BaseException | None:
-    try:
-        await future
-    except Exception as error:
-        return error
-    return None
-
-
 def test_policy_says_what_is_served_and_its_limits(
     make_client: MakeClient, manifest: Manifest, spec: PolicySpec
 ) -> None:
-    policy = make_client(max_batch_size=6, max_waiting=17).get("/policy").json()
+    client = make_client(max_batch_size=6, max_waiting=17, max_rows=5, max_body_bytes=2000)
+    policy = client.get("/policy").json()
     assert policy["name"] == "tiny"
     assert policy["policy_version"] == manifest.policy_version
     assert PolicySpec.model_validate(policy["spec"]) == spec
     assert (policy["runtime"], policy["device"]) == ("summing", "cpu")
-    assert policy["limits"]["max_batch_size"] == 6
-    assert policy["limits"]["max_waiting"] == 17
+    limits = policy["limits"]
+    assert (limits["max_batch_size"], limits["max_waiting"]) == (6, 17)
+    assert (limits["max_rows"], limits["max_body_bytes"]) == (5, 2000)
+    assert limits["max_safetensors_bytes"] > 65_536 + 5 * 8 * spec.observation_dim
 
 
 def test_metrics_count_answers_by_result(client: AppClient, spec: PolicySpec) -> None:
@@ -286,9 +298,9 @@ def test_head_is_a_wrong_method_where_get_is(client: AppClient, path: str) -> No
 
 
 def test_an_exception_nobody_foresaw_is_500_with_a_fixed_text(
-    client: AppClient, runtime: SummingRuntime, spec: PolicySpec
+    client: AppClient, spec: PolicySpec
 ) -> None:
-    runtime.device = 3  # type: ignore[assignment]
+    client.engine.runtime.device = 3  # type: ignore[assignment]
     assert error_of(client.get("/policy"), 500, "internal") == "internal error"
     assert client.act(body(spec)).status_code == 200
 
@@ -354,10 +366,10 @@ def test_the_interactive_documentation_answers(client: AppClient) -> None:
 def test_making_the_application_starts_nothing(
     artifact: Path, manifest: Manifest, runtime: SummingRuntime
 ) -> None:
-    create_app(PolicyService(manifest, runtime, Settings(artifact=artifact)))
+    create_app(*Served.make(manifest, runtime, Settings(artifact=artifact)))
     assert runtime.batch_sizes == []
 
 
 def test_connections_that_nothing_limits_have_no_limit(client: AppClient) -> None:
-    Connections(client.app.act_endpoint, limit=None)
+    Connections(client.app.act, client.served.metrics, client.served.settings, limit=None)
     assert samples(client)["tamiyo_connections_limit"] == float("inf")

@@ -22,7 +22,7 @@ from service.http.connection import LARGEST_HEAD
 from service.http.connections import Connections
 from service.http.incoming import AsgiRequest, DirectRequest
 from tests.service.conftest import MakeClient
-from tests.service.fakes import AppClient, SummingRuntime, submitted
+from tests.service.fakes import AppClient, SummingRuntime, single, submitted
 
 MAX_BODY_BYTES = 4096
 
@@ -94,7 +94,8 @@ class Server:
 async def serving(
     client: AppClient, *, direct: bool = True, limit: int | None = None
 ) -> AsyncIterator[Server]:
-    connections = Connections(client.app.act_endpoint, limit=limit)
+    served = client.served
+    connections = Connections(client.app.act, served.metrics, served.settings, limit=limit)
     if not direct:
         connections.act_targets.clear()
     config = uvicorn.Config(
@@ -345,10 +346,10 @@ def test_a_client_that_hangs_up_before_its_turn_costs_no_model_time(
             await until_it_is_read(server)
             (served,) = server.connections
             served.transport.abort()  # before the loop's next turn, where its batch would run
-            await client.service.stop()  # once everything that waits has been answered
+            await client.engine.stop()  # once everything that waits has been answered
 
     scenario(client, play)
-    assert client.service.sessions.find("a") is None
+    assert "a" not in client.engine.sessions
     assert runtime.batch_sizes == []
 
 
@@ -1024,7 +1025,6 @@ def test_a_full_server_says_so_before_the_body_and_keeps_the_connection(
     client = make_client(max_waiting=1)
     request = post(body_of(spec))
     head, _, body = request.partition(b"\r\n\r\n")
-    step, _ = client.service.codec.parse(body)
 
     async def play(server: Server) -> tuple[Answer, int]:
         async with server.connect() as connection:
@@ -1032,9 +1032,9 @@ def test_a_full_server_says_so_before_the_body_and_keeps_the_connection(
             answer = asyncio.ensure_future(connection.answer())
             while not answer.done():  # somebody else's is always there first
                 with suppress(Overloaded):
-                    submitted(client.service.batcher, step)
+                    submitted(client.engine.batcher, single(spec))
                 await asyncio.sleep(0)
-            while len(client.service.batcher):
+            while len(client.engine.batcher):
                 await asyncio.sleep(0)
             connection.send(body, request)
             return answer.result(), (await connection.answer()).status
@@ -1057,7 +1057,7 @@ def test_a_server_that_is_not_warm_or_drains_says_so_before_the_body(
     cold = scenario(make_client(is_warm=False), play, direct=direct)
     assert (cold.status, error_type(cold), cold.headers["retry-after"]) == (503, "not_ready", "1")
     drained = make_client()
-    drained.run(drained.service.stop())
+    drained.run(drained.engine.stop())
     answer = scenario(drained, play, direct=direct)
     assert (answer.status, error_type(answer)) == (503, "draining")
 
@@ -1123,7 +1123,7 @@ def test_connections_beyond_what_there_are_descriptors_for_are_refused_with_one_
                 async with server.connect() as refused:
                     with suppress(ConnectionError):
                         assert await refused.is_closed()
-            metrics = client.service.metrics.render().decode()
+            metrics = client.served.metrics.render().decode()
             assert "tamiyo_connections 2.0" in metrics
             first.send(post(body_of(spec)))
             assert (await first.answer()).status == 200

@@ -7,25 +7,33 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from export.manifest import Manifest
 from model.spec import HeadSpec, PolicySpec
 from service.errors import Disconnected, ServiceError
-from service.http.schemas import BEYOND_FLOAT32, act_request, act_response
+from service.http.codec import JSON, SAFETENSORS
+from service.http.safetensors_codec import SCALARS, request_tensors
+from service.http.safetensors_file import read_file
+from service.http.schemas import (
+    BEYOND_FLOAT32,
+    act_request,
+    act_response,
+    vector_act_request,
+    vector_act_response,
+)
 from service.settings import Settings
 from tests.service.conftest import MakeClient
-from tests.service.fakes import AppClient, SummingRuntime
-from tests.service.http.test_act import body
-
-Json = dict[str, Any]
-JSON = "application/json"
+from tests.service.fakes import AppClient, Served, SummingRuntime
+from tests.service.http.bodies import Json, body, observation, vector_body
 
 
 @pytest.fixture(scope="module")
 def openapi(artifact: Path, manifest: Manifest, spec: PolicySpec) -> Json:
-    service = PolicyService(manifest, SummingRuntime(spec), Settings(artifact=artifact))
-    with AppClient(service, is_warm=False) as client:
+    served = Served.make(manifest, SummingRuntime(spec), Settings(artifact=artifact))
+    with AppClient(served, is_warm=False) as client:
         document: Json = client.get("/openapi.json").json()
     return document
 
@@ -42,6 +50,11 @@ def documents(openapi: Json, name: str, value: Any) -> bool:
     """Whether the component of this name says that `value` may be."""
     schema = {"$ref": f"#/components/schemas/{name}", "components": openapi["components"]}
     return bool(jsonschema.Draft202012Validator(schema).is_valid(value))
+
+
+def one_or_many(name: str) -> list[Json]:
+    prefix = "#/components/schemas/"
+    return [{"$ref": f"{prefix}Act{name}"}, {"$ref": f"{prefix}VectorAct{name}"}]
 
 
 def without_nulls(node: Any) -> Any:
@@ -74,22 +87,32 @@ def test_every_reference_resolves(openapi: Json) -> None:
 
 def test_the_documented_request_is_the_one_that_is_read(openapi: Json, spec: PolicySpec) -> None:
     content = openapi["paths"]["/act"]["post"]["requestBody"]["content"]
-    assert content[JSON]["schema"] == {"$ref": "#/components/schemas/ActRequest"}
-    documented = openapi["components"]["schemas"]["ActRequest"]
-    assert documented["properties"].keys() == act_request(spec).model_fields.keys()
-    assert documented["required"] == ["observation"]
+    assert content.keys() == {JSON, SAFETENSORS}
+    assert content[JSON]["schema"]["anyOf"] == one_or_many("Request")
+    models = {"ActRequest": act_request(spec), "VectorActRequest": vector_act_request(spec)}
+    for name, model in models.items():
+        documented = openapi["components"]["schemas"][name]
+        assert documented["properties"].keys() == model.model_fields.keys()
+        assert documented["required"] == ["observation"]
 
 
 def test_the_documented_answer_is_the_one_that_is_written(
     openapi: Json, client: AppClient, spec: PolicySpec
 ) -> None:
     content = openapi["paths"]["/act"]["post"]["responses"]["200"]["content"]
-    assert content[JSON]["schema"] == {"$ref": "#/components/schemas/ActResponse"}
-    documented = openapi["components"]["schemas"]["ActResponse"]
-    assert documented["properties"].keys() == act_response(spec).model_fields.keys()
-    session = client.act(body(spec, session_id="a", episode_start=True)).json()
-    stateless = client.act(body(spec)).json()
-    assert session.keys() | stateless.keys() == documented["properties"].keys()
+    assert content.keys() == {JSON, SAFETENSORS}
+    assert content[JSON]["schema"]["anyOf"] == one_or_many("Response")
+    of_one = {"observation": observation(spec)}
+    of_many = {"observation": [observation(spec)] * 2}
+    models = {"ActResponse": act_response(spec), "VectorActResponse": vector_act_response(spec)}
+    for (name, model), plain in zip(models.items(), (of_one, of_many), strict=True):
+        documented = openapi["components"]["schemas"][name]
+        assert documented["properties"].keys() == model.model_fields.keys()
+        session = client.act(plain | {"session_id": name, "episode_start": True}).json()
+        stateless = client.act(plain).json()
+        assert session.keys() | stateless.keys() == documented["properties"].keys()
+        assert documents(openapi, name, session)
+        assert documents(openapi, name, stateless)
 
 
 def test_lengths_heads_and_bounds_are_the_policy_s(openapi: Json, spec: PolicySpec) -> None:
@@ -183,11 +206,98 @@ def test_what_is_refused_is_documented_to_be(
     assert documents(openapi, "ErrorResponse", answer.json())
 
 
+VECTORS_ACCEPTED: dict[str, Json] = {
+    "observations": {},
+    "nulls for what is absent": {"action_mask": None, "session_id": None, "step": None}
+    | {"run": None, "seed": None, "timeout_ms": None, "state": None},
+    "a session": {"session_id": "s", "episode_start": True, "run": "b6c1", "step": 0},
+    "a start of each row": {"session_id": "s", "episode_start": [True, True]},
+    "no start of any row": {"episode_start": [False, False]},
+    "a state": {"state": {"h": [ROW] * 2, "c": [ROW] * 2}},
+    "the largest numbers": {"step": 2**64 - 1, "seed": 2**64 - 1, "timeout_ms": 1e308},
+    "a seed for each row": {"seed": [0, 2**64 - 1]},
+    "a mask": {"action_mask": {"op": [[True, 0, 1, False, 0, 0]] * 2, "tempo": [[0, 0, 1]] * 2}},
+    "an empty mask": {"action_mask": {}},
+}
+VECTORS_REFUSED: dict[str, Json] = {
+    "none": {"observation": []},
+    "a row too short": {"observation": [[0.0] * 11, [0.0] * 10]},
+    "a row of none": {"observation": [[0.0] * 11, None]},
+    "one environment among many": {"observation": [[0.0] * 11, 0.0]},
+    "no float32": {"observation": [[BEYOND_FLOAT32] + [0.0] * 10] * 2},
+    "an episode": {"session_id": "s", "episode_start": True, "episode": "7"},
+    "a state in a session": {"session_id": "s", "episode_start": True}
+    | {"state": {"h": [ROW] * 2, "c": [ROW] * 2}},
+    "a run without a session": {"run": "7"},
+    "a start without a session": {"episode_start": True},
+    "a row's start without a session": {"episode_start": [False, True]},
+    "starts of nobody": {"session_id": "s", "episode_start": []},
+    "starts of integers": {"session_id": "s", "episode_start": [1, 0]},
+    "seeds of nobody": {"seed": []},
+    "a seed below 0": {"seed": [0, -1]},
+    "a seed beyond 64 bits": {"seed": [2**64, 0]},
+    "a mask of one row": {"action_mask": {"op": [True] * 6}},
+    "a mask that allows nothing": {"action_mask": {"op": [[True] * 6, [0] * 6]}},
+    "an unknown head": {"action_mask": {"opp": [[True] * 6] * 2}},
+    "a short mask": {"action_mask": {"op": [[True] * 6, [True] * 5]}},
+    "a state of one": {"state": {"h": ROW, "c": ROW}},
+    "half a state": {"state": {"h": [ROW] * 2}},
+    "an unknown field": {"sesion_id": "s"},
+}
+
+
+@pytest.mark.parametrize("fields", VECTORS_ACCEPTED.values(), ids=VECTORS_ACCEPTED)
+def test_what_is_documented_of_a_vector_is_accepted(
+    openapi: Json, client: AppClient, spec: PolicySpec, fields: Json
+) -> None:
+    request = vector_body(spec, [1.0, 2.0]) | fields
+    assert documents(openapi, "VectorActRequest", request)
+    answer = client.act(request)
+    assert answer.status_code == 200, answer.text
+    assert documents(openapi, "VectorActResponse", answer.json())
+
+
+@pytest.mark.parametrize("fields", VECTORS_REFUSED.values(), ids=VECTORS_REFUSED)
+def test_what_is_refused_of_a_vector_is_documented_to_be(
+    openapi: Json, client: AppClient, spec: PolicySpec, fields: Json
+) -> None:
+    request = vector_body(spec, [1.0, 2.0]) | fields
+    assert not documents(openapi, "VectorActRequest", request)
+    assert not documents(openapi, "ActRequest", request)
+    assert client.act(request).status_code in (400, 422)
+
+
+def test_every_tensor_and_every_word_of_the_metadata_is_documented(
+    openapi: Json, client: AppClient, spec: PolicySpec
+) -> None:
+    operation = operations(openapi)["POST /act"]
+    asked = operation["requestBody"]["content"][SAFETENSORS]["schema"]["description"]
+    for name, tensor in request_tensors(spec).items():
+        shape = ", ".join(map(str, ("n", *tensor.shape)))
+        assert f"- `{name}`: {' or '.join(tensor.dtypes)} [{shape}]\n" in asked
+    for name in SCALARS:
+        assert f"`{name}`" in asked
+    answered = operation["responses"]["200"]["content"][SAFETENSORS]["schema"]["description"]
+    content = client.request(
+        "POST",
+        "/act",
+        content=save({"observation": np.zeros((2, spec.observation_dim), np.float32)}),
+        headers={"Content-Type": SAFETENSORS},
+    ).content
+    tensors, metadata = read_file(content)
+    for name, tensor in tensors.items():
+        assert f"`{name}`" in answered
+        assert ", ".join(map(str, ("[n", *tensor.shape[1:]))) + "]" in answered
+    assert all(f"`{name}`" in answered for name in metadata)
+
+
 def test_every_example_of_a_request_works_as_it_is(openapi: Json, client: AppClient) -> None:
     content = openapi["paths"]["/act"]["post"]["requestBody"]["content"][JSON]
-    assert list(content["examples"]) == ["start", "step", "stateless"]
-    for example in content["examples"].values():
-        assert documents(openapi, "ActRequest", example["value"])
+    of_one = ["start", "step", "stateless"]
+    assert list(content["examples"]) == [*of_one, *(f"vector_{name}" for name in of_one)]
+    for name, example in content["examples"].items():
+        model = "VectorActRequest" if name.startswith("vector") else "ActRequest"
+        assert documents(openapi, model, example["value"])
         answer = client.act(example["value"])
         assert answer.status_code == 200, answer.text
         again = client.act(example["value"])
@@ -198,8 +308,8 @@ def test_every_success_shows_what_one_looks_like(openapi: Json, client: AppClien
     for name, operation in operations(openapi).items():
         for status, response in operation["responses"].items():
             if status == "200":
-                for content in response["content"].values():
-                    assert "example" in content, name
+                for content_type, content in response["content"].items():
+                    assert "example" in content or content_type == SAFETENSORS, name
                     assert "schema" in content, name
     examples = {
         name: operation["responses"]["200"]["content"][JSON]["example"]

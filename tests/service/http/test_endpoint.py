@@ -8,7 +8,6 @@ import pytest
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from model.spec import PolicySpec
-from service.http.endpoint import ActEndpoint
 from tests.service.conftest import MakeClient
 from tests.service.fakes import AppClient, SummingRuntime
 
@@ -43,12 +42,12 @@ def test_a_client_that_hangs_up_before_its_turn_costs_no_model_time(
         sent.append(message)
 
     runtime.batch_sizes.clear()
-    endpoint = ActEndpoint(client.service)
+    endpoint = client.app.act_endpoint
     client.run(endpoint({"headers": HEADERS}, cycle.receive, send))
     assert runtime.batch_sizes == []
     assert sent == []
     assert 'tamiyo_act_requests_total{result="disconnected"} 1.0' in client.get("/metrics").text
-    assert client.service.sessions.find("a") is None
+    assert "a" not in client.engine.sessions
 
 
 def test_a_request_whose_task_is_cancelled_costs_no_model_time(
@@ -63,14 +62,12 @@ def test_a_request_whose_task_is_cancelled_costs_no_model_time(
         raise AssertionError("it is answered")
 
     async def cancel() -> None:
-        task = asyncio.ensure_future(
-            ActEndpoint(client.service)({"headers": HEADERS}, receive, send)
-        )
-        while not len(client.service.batcher):
+        task = asyncio.ensure_future(client.app.act_endpoint({"headers": HEADERS}, receive, send))
+        while not len(client.engine.batcher):
             await asyncio.sleep(0)
         task.cancel()
         await asyncio.wait({task})
-        await client.service.stop()
+        await client.engine.stop()
 
     runtime.batch_sizes.clear()
     client.run(cancel())
@@ -95,7 +92,7 @@ def test_a_body_may_come_in_pieces(client: AppClient, spec: PolicySpec, chunks: 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    client.run(ActEndpoint(client.service)({"headers": HEADERS}, receive, send))
+    client.run(client.app.act_endpoint({"headers": HEADERS}, receive, send))
     assert sent[0]["status"] == 200
     assert json.loads(sent[1]["body"])["value"] == 1.0
 
@@ -113,7 +110,7 @@ def test_a_length_that_is_none_is_refused_before_the_body_is_read(
         sent.append(message)
 
     headers = [*HEADERS, (b"content-length", length.encode())]
-    client.run(ActEndpoint(client.service)({"headers": headers}, receive, send))
+    client.run(client.app.act_endpoint({"headers": headers}, receive, send))
     assert sent[0]["status"] == (413 if length.isdigit() else 400)
 
 
@@ -126,6 +123,6 @@ def test_an_exception_nobody_foresaw_is_500_with_a_fixed_text(client: AppClient)
     async def send(message: Any) -> None:
         sent.append(message)
 
-    client.run(ActEndpoint(client.service)({"headers": HEADERS}, receive, send))
+    client.run(client.app.act_endpoint({"headers": HEADERS}, receive, send))
     assert sent[0]["status"] == 500
     assert json.loads(sent[1]["body"]) == {"error": "internal error", "error_type": "internal"}

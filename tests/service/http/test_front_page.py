@@ -60,7 +60,7 @@ def test_a_client_that_says_nothing_gets_json_and_two_lines_are_one(client: AppC
 
 def test_it_says_what_is_served_and_every_link_leads_somewhere(client: AppClient) -> None:
     page = get(client, JSON).json()
-    manifest = client.service.manifest
+    manifest = client.served.manifest
     assert (page["policy"], page["policy_version"]) == (manifest.name, manifest.policy_version)
     assert "POST /act" in page["summary"]
     html = get(client, "text/html").text
