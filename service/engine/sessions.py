@@ -136,7 +136,8 @@ class SessionTable:
             self._num_waiting[session_id] = left
         else:
             del self._num_waiting[session_id]
-            self._evict(besides=session_id)
+            if self.num_rows > self.capacity:
+                self._evict(besides=session_id)
 
     def admit(self, block: Block) -> Turn | Session:
         """The turn the model is to take, or the session whose last answer is the answer.
@@ -163,7 +164,8 @@ class SessionTable:
                 f"{block.num_rows}; to change that, begin another run"
             )
         step = 0 if block.starts is True and not block.is_vector else block.step
-        self._check_run(session_id, session, block)
+        if block.run is not None or block.seed is not None:
+            self._check_run(session_id, session, block)
         if step is None or step == session.next_step:
             return self._go_on(session, block)
         if step == session.next_step - 1 and block.fingerprint == session.last_request:
