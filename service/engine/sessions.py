@@ -112,9 +112,11 @@ class SessionTable:
     def expire_idle(self) -> None:
         """Gives up the sessions that were idle for too long and have no request waiting."""
         oldest_s = self._clock() - self._idle_timeout_s
-        idle = []
+        idle: list[str] = []
         for session_id, session in self._live.items():
             if session.last_used_s > oldest_s:
+                if not idle:
+                    return
                 break
             if session_id not in self._num_waiting:
                 idle.append(session_id)
@@ -177,15 +179,15 @@ class SessionTable:
         block, session = turn.block, turn.session
         session_id = block.session_id
         assert session_id is not None
-        is_ended = self._settle(session_id, turn)
-        if turn.begins:
+        if session is None or turn.begins or self._live.get(session_id) is not session:
+            is_ended = self._settle(session_id, turn)
+            if not turn.begins:
+                self._rows.give_back(turn.write_rows)
+                return
             if session is not None and not is_ended:
                 self._free(session)
             self._live[session_id] = self._begun(session_id, turn, policy_version, is_ended)
             self._evict(besides=session_id)
-        elif session is None or is_ended:
-            self._rows.give_back(turn.write_rows)
-            return
         else:
             self._rows.give_back(session.rows)
             session.rows = turn.write_rows
@@ -193,6 +195,7 @@ class SessionTable:
             session.last_request = block.fingerprint
             session.policy_version = policy_version
             session.episodes = turn.episodes
+            session.is_stepping = False
         self.touch(session_id)
 
     def abandon(self, turn: Turn) -> None:

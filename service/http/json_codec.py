@@ -63,7 +63,7 @@ class JsonCodec:
         given = self._reader.read(
             _packed(act.observation)[None],
             self._mask(act.action_mask) if act.action_mask else None,
-            *self._more(act, 1),
+            *(self._more(act, 1) if self._own_inputs else ()),
             is_vector=False,
         )
         block = Block(
