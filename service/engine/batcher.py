@@ -172,10 +172,10 @@ class Batcher:
         now_s = self._clock()
         if now_s >= self._first_deadline_s:
             self._expire(now_s)
-        if self._batch and self._steps.is_done():
+        if self._batch:
             self._collect()
         if not self._batch and self._launch(now_s):
-            if self._batch and self._steps.is_done():
+            if self._batch:
                 self._collect()
             self._turns_behind = TURNS_BEHIND
             self._looks_again = self._clock() - now_s >= LONG_BATCH_S
@@ -250,7 +250,10 @@ class Batcher:
         return None
 
     def _collect(self) -> None:
+        """Settles what the batch under way has answered, once it is done."""
         try:
+            if not self._steps.is_done():
+                return
             results = self._steps.collect()
             batch = list(zip(self._batch, results, strict=True))
         except Exception:

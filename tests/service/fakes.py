@@ -182,9 +182,11 @@ class Device(HostRuntime):
     """A runtime that works on a batch for `turns` turns of the loop, or until `finish`.
 
     It reads its inputs and the states last of all: who writes to them meanwhile spoils the batch.
+    A `failure` is raised where it is asked whether it is done.
     """
 
     turns: float = 0
+    failure: Exception | None = None
     _turns_left: float
     _rows: tuple[Rows, Rows]
 
@@ -193,6 +195,8 @@ class Device(HostRuntime):
         self._turns_left = self.turns
 
     def is_done(self) -> bool:
+        if self.failure is not None:
+            raise self.failure
         self._turns_left -= 1
         return self._turns_left < 0
 

@@ -268,6 +268,27 @@ def test_a_device_that_fails_leaves_every_session_as_it_was(
     assert "a batch of 2 failed" in caplog.text
 
 
+def test_a_device_that_cannot_be_asked_whether_it_is_done_has_failed(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one that is asked of an event, and raises what went wrong long before it."""
+
+    async def scenario() -> None:
+        batcher = bench.batcher()
+        await started(bench, batcher, "a")
+        step = bench.submit(batcher, single(bench.spec, 10, "a", step=1))
+        bench.device.failure = RuntimeError("illegal address")
+        await some_turns()
+        assert str(step.result()) == "internal error"
+        bench.device.failure = None
+        again = bench.submit(batcher, single(bench.spec, 10, "a", step=1))
+        await finish_all(bench, batcher)
+        assert value_of(again) == [11]
+
+    in_a_loop(scenario(), bench)
+    assert "illegal address" in caplog.text
+
+
 def test_a_retry_read_meanwhile_waits_for_the_one_answer(bench: Bench) -> None:
     async def scenario() -> None:
         batcher = bench.batcher()
