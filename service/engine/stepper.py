@@ -61,6 +61,16 @@ class Stepper:
         self._write_rows: Rows
         self._began_s = 0.0
 
+    def hold(self, block: Block) -> None:
+        """The block waits from now on: its session is kept."""
+        if block.session_id is not None:
+            self._sessions.hold(block.session_id)
+
+    def release(self, block: Block) -> None:
+        """The block waits no more."""
+        if block.session_id is not None:
+            self._sessions.release(block.session_id)
+
     def admit(self, block: Block) -> Turn | Answer:
         """The turn to take, with rows reserved for it, or the answer there is without one.
 

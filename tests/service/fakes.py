@@ -273,19 +273,14 @@ class Bench:
     def submit(
         self, batcher: Batcher, block: Block, *, timeout_s: float = inf
     ) -> "asyncio.Future[Stepped | ServiceError]":
-        """As the engine does: the block's session is held until it is settled."""
+        """A future of what the block is answered, or why not."""
         future: asyncio.Future[Stepped | ServiceError] = asyncio.get_running_loop().create_future()
-        session_id = block.session_id
 
         def settle(answer: Answer | ServiceError) -> None:
             self.settled.append(block)
-            if session_id is not None:
-                self.sessions.release(session_id)
             future.set_result(Stepped.copy(answer) if isinstance(answer, Answer) else answer)
 
         batcher.submit(block, settle, is_wanted=lambda: True, timeout_s=timeout_s)
-        if session_id is not None:
-            self.sessions.hold(session_id)
         return future
 
     def take(self, *blocks: Block) -> list[Stepped | ServiceError]:

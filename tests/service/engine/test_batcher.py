@@ -1,5 +1,6 @@
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -40,6 +41,7 @@ class Doubling:
         self.admitting: Callable[[list[int]], Answer | None] = lambda numbers: None
         self.stepping: Callable[[list[int]], object] = lambda numbers: None
         self.collecting: Callable[[list[Any]], list[Any]] = lambda results: results
+        self.held: Counter[int] = Counter()
         self.turns = turns
         self._turns_left = 0
         self._parts: Sequence[Part] = ()
@@ -53,6 +55,12 @@ class Doubling:
             max_waiting=max_waiting,
             clock=clock or FakeClock(),
         )
+
+    def hold(self, block: Block) -> None:
+        self.held.update(numbers_of(block))
+
+    def release(self, block: Block) -> None:
+        self.held.subtract(numbers_of(block))
 
     def admit(self, block: Block) -> Turn | Answer:
         answer = self.admitting(numbers_of(block))
@@ -817,3 +825,25 @@ def test_every_row_runs_once_and_in_order_and_nobody_is_overtaken_but_for_his_se
         assert batches[0] >= free_from
         overtaking = [at for at in range(number + 1, len(blocks)) if batch_of[10 * at] < batches[0]]
         assert all(batch_of[10 * at] < free_from for at in overtaking)
+
+
+def test_a_block_is_held_from_its_submission_until_it_is_settled() -> None:
+    async def scenario() -> None:
+        doubling = Doubling(turns=2)
+        doubling.admitting = refuse_nine
+        batcher = doubling.batcher(max_batch_size=2, max_waiting=5)
+        futures = [submitted(batcher, block(n, session_id=f"{n}")) for n in (1, 2, 3, 9)]
+        with pytest.raises(Overloaded):
+            submitted(batcher, block(5, 5))
+        assert doubling.held == Counter({1: 1, 2: 1, 3: 1, 9: 1})
+        await asyncio.sleep(0)
+        assert doubling.held.total() == 4
+        await told(futures)
+        assert set(doubling.held.values()) == {0}
+
+    run(scenario())
+
+
+def refuse_nine(numbers: list[int]) -> None:
+    if 9 in numbers:
+        raise Invalid("nine")

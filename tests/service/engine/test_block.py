@@ -1,7 +1,6 @@
 from typing import Any
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 
 from model.spec import PolicySpec
@@ -64,13 +63,6 @@ def test_the_fingerprint_is_the_same_wherever_the_arrays_lie(spec: PolicySpec) -
     strided = tuple(np.repeat(array, 2, axis=0)[::2] for array in block.given)
     assert not strided[0].flags.c_contiguous
     assert Block(strided, is_vector=True).fingerprint == block.fingerprint
-
-
-@pytest.mark.parametrize("starts", [True, False, np.array([True, True])])
-def test_a_block_starts_all_where_it_says_so_for_all(
-    spec: PolicySpec, starts: bool | NDArray[np.bool_]
-) -> None:
-    assert vector(spec, [1, 2], starts=starts).starts_all is (starts is True)
 
 
 def test_an_answer_is_its_own_rows_of_a_batch() -> None:
