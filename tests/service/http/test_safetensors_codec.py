@@ -330,13 +330,13 @@ def test_the_limit_of_a_body_follows_from_the_rows(
     make_client: MakeClient, spec: PolicySpec
 ) -> None:
     """Whatever `max_body_bytes`, a full request fits, and one byte beyond the limit does not."""
-    client = make_client(max_rows=50, max_body_bytes=1024)
-    shape = (50, spec.num_layers, spec.hidden_dim)
+    client = make_client(max_rows=1000, max_body_bytes=1024)
+    shape = (1000, spec.num_layers, spec.hidden_dim)
     tensors: Tensors = {
-        "observation": observed(spec, *range(50)).astype(np.float64),
-        **{f"action_mask.{head.name}": ones(50, head.size) for head in spec.heads},
-        "seed": np.arange(50, dtype=np.uint64),
-        "episode_start": np.zeros(50, bool),
+        "observation": observed(spec, *range(1000)).astype(np.float64),
+        **{f"action_mask.{head.name}": ones(1000, head.size) for head in spec.heads},
+        "seed": np.arange(1000, dtype=np.uint64),
+        "episode_start": np.zeros(1000, bool),
         "state_h": np.zeros(shape, np.float32),
         "state_c": np.zeros(shape, np.float32),
     }
