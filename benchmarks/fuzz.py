@@ -1,12 +1,14 @@
 """Fuzzes a server: many connections send what no client should, and one beside them behaves.
 
     python -m benchmarks.fuzz [--seconds 600] [--seed N] [--artifact DIR ...]
+    python -m benchmarks.fuzz --files [--seconds 600] [--seed N]
 
 Starts a server for each artifact (by default two that it exports, small ones of V1 and V2). Every
 answer must have a documented status and the one form of errors; a client beside the fuzz must get,
 to the bit, the answers it got before; no traceback in the log; memory level from half time on;
 descriptors as before; and exit code 0 on SIGTERM. Exit codes: 0 all held; 1 something did not, and
-`--failures` holds what was sent, one file for each kind.
+`--failures` holds what was sent, one file for each kind. With `--files` there is no server: the
+reader of safetensors files is fuzzed alone, against the `safetensors` package.
 """
 
 import argparse
@@ -27,7 +29,8 @@ from typing import NamedTuple, cast
 import uvloop
 
 from benchmarks.mutation import Fuzzer, Stream
-from benchmarks.process import ServerProcess, server_process
+from benchmarks.process import Memory, ServerProcess, server_process
+from benchmarks.safetensors_files import fuzz_files
 from export.manifest import Manifest
 from model.spec import PolicySpec
 from service.bench.connection import Connection
@@ -39,7 +42,6 @@ ANSWER_S = 30.0
 """Within this, a good request is answered."""
 SETTLE_S = 10.0
 WITNESS_STEPS = 200
-LEVEL_MIB = 8.0
 MAX_SESSIONS = 512
 NUM_RECENT = 300
 DOCUMENTED = {
@@ -314,16 +316,15 @@ async def fuzz_artifact(artifact: Path, seconds: float, seed: int, failures: Pat
             detail = f"{last_lines}, the first:\n{log[log.index('Traceback') :][:2000]}"
             found.fail("a traceback in the log", *found.recent, detail=detail)
         num_lines = log.count("\n")
-    half = len(resident_mib) // 2
-    start_mib, half_mib, end_mib = resident_mib[0], max(resident_mib[: half + 1]), resident_mib[-1]
-    if max(resident_mib[half:]) - half_mib > LEVEL_MIB:
-        found.fail("memory that grows", detail=f"from {half_mib:.1f} to {end_mib:.1f} MiB")
+    memory = Memory.of(resident_mib)
+    if not memory.is_level:
+        found.fail("memory that grows", detail=str(memory))
     num_answers = sum(found.statuses.values())
     rate = num_answers / elapsed_s
     print(f"{manifest.name}: {found.num_connections:,} connections in {elapsed_s:.0f} s")
     print(f"  {num_answers:,} answers, {rate:,.0f} a second")
     print("  " + ", ".join(f"{status}: {n:,}" for status, n in sorted(found.statuses.items())))
-    print(f"  resident MiB: start {start_mib:.1f}, first half {half_mib:.1f}, end {end_mib:.1f}")
+    print(f"  {memory}")
     print(
         f"  witnesses' steps, each as before: {found.num_witnessed:,}; lines logged: {num_lines:,}"
     )
@@ -373,7 +374,14 @@ def main() -> int:
     parser.add_argument(
         "--failures", type=Path, default=Path("fuzz-failures"), help="a directory (%(default)s)"
     )
+    parser.add_argument(
+        "--files", action="store_true", help="the reader of safetensors files, and no server"
+    )
     options = parser.parse_args()
+    if options.files:
+        has_held = fuzz_files(options.seconds, options.seed, options.failures)
+        print("everything held" if has_held else "something did not hold")
+        return 0 if has_held else 1
     with TemporaryDirectory() as directory:
         artifacts = options.artifact or export_small_ones(Path(directory))
         seconds = options.seconds / len(artifacts)

@@ -85,7 +85,7 @@ class Fuzzer:
         content = b"".join(map(self._request, broken))
         num_good = broken.index(True) if any(broken) else num_requests
         if any(broken) and choose.random() < 0.2:
-            content, num_good = self._damaged(content), 0
+            content, num_good = damaged(choose, content), 0
         ending = choose.choices(list(ENDINGS), list(ENDINGS.values()))[0]
         if ending == "asks for the end":
             content += LAST
@@ -116,7 +116,7 @@ class Fuzzer:
                     content = self._text(self._with_odd_members(self._members())).encode()
                     head = [f"Content-Length: {len(content)}"]
                 case 2 if method == "POST":
-                    content = self._damaged(content)
+                    content = damaged(choose, content)
                     if choose.random() < 0.7:
                         head = [f"Content-Length: {len(content)}"]
                 case 3:
@@ -237,27 +237,28 @@ class Fuzzer:
             texts[at] = choose.choice(odd)(texts[at])
         return b"".join(texts)
 
-    def _damaged(self, content: bytes) -> bytes:
-        choose = self._random
-        damaged = bytearray(content or b" ")
-        for _ in range(choose.choice((1, 1, 2, 8))):
-            at, other = sorted(choose.choices(range(len(damaged) + 1), k=2))
-            match choose.randrange(6):
-                case 0:
-                    damaged[at:other] = b""
-                case 1:
-                    damaged[at:at] = damaged[at : min(other, at + 3000)]
-                case 2:
-                    damaged[at:at] = choose.randbytes(choose.choice((1, 3, 50)))
-                case 3:
-                    damaged = damaged[:other]
-                case _ if at < len(damaged):
-                    damaged[at] ^= 1 << choose.randrange(8)
-            damaged = damaged or bytearray(b" ")
-        return bytes(damaged)
-
     def _in_pieces(self, content: bytes) -> list[bytes]:
         choose = self._random
         num_cuts = choose.choice((0, 0, 1, 2, 20))
         cuts = sorted(choose.choices(range(len(content) + 1), k=num_cuts))
         return [content[at:to] for at, to in zip([0, *cuts], [*cuts, len(content)], strict=True)]
+
+
+def damaged(choose: Random, content: bytes) -> bytes:
+    """With some bytes deleted, repeated, put in, cut off or changed."""
+    result = bytearray(content or b" ")
+    for _ in range(choose.choice((1, 1, 2, 8))):
+        at, other = sorted(choose.choices(range(len(result) + 1), k=2))
+        match choose.randrange(6):
+            case 0:
+                result[at:other] = b""
+            case 1:
+                result[at:at] = result[at : min(other, at + 3000)]
+            case 2:
+                result[at:at] = choose.randbytes(choose.choice((1, 3, 50)))
+            case 3:
+                result = result[:other]
+            case _ if at < len(result):
+                result[at] ^= 1 << choose.randrange(8)
+        result = result or bytearray(b" ")
+    return bytes(result)

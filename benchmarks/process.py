@@ -9,11 +9,45 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 60.0
+LEVEL_MIB = 8.0
 READY = re.compile(r"^ready: .*?(http://[^/\s]+)/act", re.MULTILINE)
+
+
+def resident_mib(process_id: int) -> float:
+    status = Path(f"/proc/{process_id}/status").read_text()
+    found = re.search(r"VmRSS:\s+(\d+) kB", status)
+    assert found is not None
+    return int(found.group(1)) / 1024
+
+
+class Memory(NamedTuple):
+    """Resident memory over a run: at first, the most in each half, and at last."""
+
+    start_mib: float
+    first_half_mib: float
+    second_half_mib: float
+    end_mib: float
+
+    @classmethod
+    def of(cls, samples_mib: list[float]) -> "Memory":
+        half = len(samples_mib) // 2
+        first, second = samples_mib[: half + 1], samples_mib[half:]
+        return cls(first[0], max(first), max(second), second[-1])
+
+    @property
+    def is_level(self) -> bool:
+        return self.second_half_mib - self.first_half_mib <= LEVEL_MIB
+
+    def __str__(self) -> str:
+        return (
+            f"resident MiB: start {self.start_mib:.1f}, first half {self.first_half_mib:.1f}, "
+            f"end {self.end_mib:.1f}"
+        )
 
 
 class ServerProcess:
@@ -37,10 +71,7 @@ class ServerProcess:
         return self._process.poll() is None
 
     def resident_mib(self) -> float:
-        status = Path(f"/proc/{self._process.pid}/status").read_text()
-        found = re.search(r"VmRSS:\s+(\d+) kB", status)
-        assert found is not None
-        return int(found.group(1)) / 1024
+        return resident_mib(self._process.pid)
 
     def num_descriptors(self) -> int:
         return sum(1 for _ in Path(f"/proc/{self._process.pid}/fd").iterdir())

@@ -28,7 +28,6 @@ STEPS = 50
 """At least; more where it takes more to run every batch size."""
 
 LARGE_STEPS = 8
-RANDOM_LARGE_SIZES = 4
 
 LIFT = 4096.0
 """What noise adds to the one choice it points at: beyond any log-prob, and less than a mask."""
@@ -119,14 +118,12 @@ class Episode(NamedTuple):
 
 
 def episodes(max_batch_size: int, generator: torch.Generator) -> tuple[Episode, ...]:
-    """Every batch size up to 256; beyond, the buckets, the largest and some at random."""
+    """Every batch size up to 256; beyond, the buckets, the largest and one at random."""
     small = Episode(ROWS, tuple(range(1, min(max_batch_size, ROWS) + 1)), STEPS)
     if max_batch_size <= ROWS:
         return (small,)
-    between = torch.randint(
-        ROWS + 1, max_batch_size + 1, (RANDOM_LARGE_SIZES,), generator=generator
-    )
-    large = {*between.tolist(), *(size for size in bucket_sizes(max_batch_size) if size > ROWS)}
+    between = int(torch.randint(ROWS + 1, max_batch_size + 1, (), generator=generator))
+    large = {between, *(size for size in bucket_sizes(max_batch_size) if size > ROWS)}
     return small, Episode(max_batch_size, tuple(sorted(large)), LARGE_STEPS)
 
 

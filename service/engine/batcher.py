@@ -39,7 +39,14 @@ the answers with 32 clients."""
 
 
 class Steps(Protocol):
-    """What takes the turns of blocks, a batch at a time; `service.engine.stepper` says how."""
+    """What takes the turns of blocks, a batch at a time; `service.engine.stepper` says how.
+
+    `hold` is told of a block that waits from now on, `release` that it waits no more.
+    """
+
+    def hold(self, block: Block) -> None: ...
+
+    def release(self, block: Block) -> None: ...
 
     def admit(self, block: Block) -> Turn | Answer: ...
 
@@ -90,7 +97,7 @@ class Batcher:
         # once those before it were through, in the heap.
         self._waiting: deque[_Waiting] = deque()
         self._late: list[_Waiting] = []
-        self._behind: dict[str, deque[_Waiting]] = {}
+        self._behind: dict[str, deque[_Waiting] | None] = {}
         self._partial: _Waiting | None = None  # its rows so far have run, or run now
         self._batch: list[_Waiting] = []  # runs now
         self._batch_rows = 0
@@ -134,9 +141,12 @@ class Batcher:
         if session_id is None or session_id not in self._behind:
             self._waiting.append(waiting)
             if session_id is not None:
-                self._behind[session_id] = deque()
+                self._behind[session_id] = None
         else:
-            self._behind[session_id].append(waiting)
+            behind = self._behind[session_id] or deque()
+            behind.append(waiting)
+            self._behind[session_id] = behind
+        self._steps.hold(block)
         self._num_rows += block.num_rows
         self._drained.clear()
         self._schedule(asyncio.get_running_loop())
@@ -172,10 +182,10 @@ class Batcher:
         now_s = self._clock()
         if now_s >= self._first_deadline_s:
             self._expire(now_s)
-        if self._batch and self._steps.is_done():
+        if self._batch:
             self._collect()
         if not self._batch and self._launch(now_s):
-            if self._batch and self._steps.is_done():
+            if self._batch:
                 self._collect()
             self._turns_behind = TURNS_BEHIND
             self._looks_again = self._clock() - now_s >= LONG_BATCH_S
@@ -246,11 +256,14 @@ class Batcher:
                 result = admitted
             self._num_rows -= waiting.block.num_rows
             self._release(waiting)
-            _settle(waiting, result)
+            self._settle(waiting, result)
         return None
 
     def _collect(self) -> None:
+        """Settles what the batch under way has answered, once it is done."""
         try:
+            if not self._steps.is_done():
+                return
             results = self._steps.collect()
             batch = list(zip(self._batch, results, strict=True))
         except Exception:
@@ -260,7 +273,7 @@ class Batcher:
         for waiting, result in batch:
             if result is not None:
                 self._release(waiting)
-                _settle(waiting, result)
+                self._settle(waiting, result)
         self._measure(self._batch_rows)
 
     def _fail(self) -> None:
@@ -272,7 +285,7 @@ class Batcher:
             self._num_rows -= waiting.block.num_rows - waiting.num_run
             self._steps.abandon(waiting.turn)
             self._release(waiting)
-            _settle(waiting, ServiceError("internal error"))
+            self._settle(waiting, ServiceError("internal error"))
         self._partial = None
 
     def _release(self, waiting: _Waiting) -> None:
@@ -297,7 +310,8 @@ class Batcher:
 
     def _expire(self, now_s: float) -> None:
         """Settles all whose time is up, wherever they wait: they are in nobody's way any more."""
-        everybody = [*self._waiting, *self._late, *chain.from_iterable(self._behind.values())]
+        behind_others = chain.from_iterable(behind or () for behind in self._behind.values())
+        everybody = [*self._waiting, *self._late, *behind_others]
         expired = [waiting for waiting in everybody if waiting.deadline_s <= now_s]
         in_time = [waiting.deadline_s for waiting in everybody if waiting.deadline_s > now_s]
         self._first_deadline_s = min(in_time, default=inf)
@@ -308,17 +322,18 @@ class Batcher:
         self._late = [w for w in self._late if w.deadline_s > now_s]
         heapify(self._late)
         for session_id, behind in self._behind.items():
-            self._behind[session_id] = deque(w for w in behind if w.deadline_s > now_s)
+            if behind:
+                self._behind[session_id] = deque(w for w in behind if w.deadline_s > now_s)
         for waiting in of_first:
             self._release(waiting)
         for waiting in expired:
             self._num_rows -= waiting.block.num_rows
             error = DeadlineExceeded("the time allowed passed before the model was free")
-            _settle(waiting, error)
+            self._settle(waiting, error)
 
-
-def _settle(waiting: _Waiting, result: Answer | ServiceError) -> None:
-    try:
-        waiting.settle(result)
-    except Exception:  # a bug of ours in one answer is not to cost the others theirs
-        logger.exception("an answer could not be given")
+    def _settle(self, waiting: _Waiting, result: Answer | ServiceError) -> None:
+        self._steps.release(waiting.block)
+        try:
+            waiting.settle(result)
+        except Exception:  # a bug of ours in one answer is not to cost the others theirs
+            logger.exception("an answer could not be given")

@@ -42,20 +42,13 @@ class Block:
 
     def __post_init__(self) -> None:
         self.num_rows = len(self.given[0])
-        digest = blake2b(b"\1" if self.deterministic else b"\0", digest_size=16)
-        for array in self.given:
-            digest.update(array.tobytes())
+        content = [array.tobytes() for array in self.given]
+        content.append(b"\1" if self.deterministic else b"\0")
         if self.is_vector:
-            if isinstance(self.starts, np.ndarray):
-                digest.update(self.starts.tobytes())
+            content.append(np.asarray(self.starts).tobytes())
             if self.seeds is not None:
-                digest.update(self.seeds.tobytes())
-        self.fingerprint = digest.digest()
-
-    @property
-    def starts_all(self) -> bool:
-        """Whether every row starts an episode."""
-        return self.starts is True
+                content.append(self.seeds.tobytes())
+        self.fingerprint = blake2b(b"".join(content), digest_size=16).digest()
 
 
 class Batch:

@@ -86,19 +86,5 @@ class Engine:
         is_wanted: Callable[[], bool],
         timeout_s: float,
     ) -> None:
-        """Has `settle` called once, later, as `Batcher.submit` says; raises what that does.
-
-        The block's session is kept until then.
-        """
-        session_id = block.session_id
-        if session_id is None:
-            self.batcher.submit(block, settle, is_wanted=is_wanted, timeout_s=timeout_s)
-            return
-        sessions = self.sessions
-
-        def release_and_settle(answer: Answer | ServiceError) -> None:
-            sessions.release(session_id)
-            settle(answer)
-
-        self.batcher.submit(block, release_and_settle, is_wanted=is_wanted, timeout_s=timeout_s)
-        sessions.hold(session_id)
+        """Has `settle` called once, later, as `Batcher.submit` says; raises what that does."""
+        self.batcher.submit(block, settle, is_wanted=is_wanted, timeout_s=timeout_s)

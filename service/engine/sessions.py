@@ -112,9 +112,11 @@ class SessionTable:
     def expire_idle(self) -> None:
         """Gives up the sessions that were idle for too long and have no request waiting."""
         oldest_s = self._clock() - self._idle_timeout_s
-        idle = []
+        idle: list[str] = []
         for session_id, session in self._live.items():
             if session.last_used_s > oldest_s:
+                if not idle:
+                    return
                 break
             if session_id not in self._num_waiting:
                 idle.append(session_id)
@@ -136,6 +138,8 @@ class SessionTable:
             self._num_waiting[session_id] = left
         else:
             del self._num_waiting[session_id]
+            if self.num_rows > self.capacity:
+                self._evict(besides=session_id)
 
     def admit(self, block: Block) -> Turn | Session:
         """The turn the model is to take, or the session whose last answer is the answer.
@@ -162,7 +166,8 @@ class SessionTable:
                 f"{block.num_rows}; to change that, begin another run"
             )
         step = 0 if block.starts is True and not block.is_vector else block.step
-        self._check_run(session_id, session, block)
+        if block.run is not None or block.seed is not None:
+            self._check_run(session_id, session, block)
         if step is None or step == session.next_step:
             return self._go_on(session, block)
         if step == session.next_step - 1 and block.fingerprint == session.last_request:
@@ -174,15 +179,15 @@ class SessionTable:
         block, session = turn.block, turn.session
         session_id = block.session_id
         assert session_id is not None
-        is_ended = self._settle(session_id, turn)
-        if turn.begins:
-            if session is not None:
+        if session is None or turn.begins or self._live.get(session_id) is not session:
+            is_ended = self._settle(session_id, turn)
+            if not turn.begins:
+                self._rows.give_back(turn.write_rows)
+                return
+            if session is not None and not is_ended:
                 self._free(session)
-            self._live[session_id] = self._begun(session_id, turn, policy_version)
-            self._evict()
-        elif session is None or is_ended:
-            self._rows.give_back(turn.write_rows)
-            return
+            self._live[session_id] = self._begun(session_id, turn, policy_version, is_ended)
+            self._evict(besides=session_id)
         else:
             self._rows.give_back(session.rows)
             session.rows = turn.write_rows
@@ -190,6 +195,7 @@ class SessionTable:
             session.last_request = block.fingerprint
             session.policy_version = policy_version
             session.episodes = turn.episodes
+            session.is_stepping = False
         self.touch(session_id)
 
     def abandon(self, turn: Turn) -> None:
@@ -247,10 +253,10 @@ class SessionTable:
             num_reserved=max(0, num_more),
         )
 
-    def _begun(self, session_id: str, turn: Turn, policy_version: str) -> Session:
-        """The session as it is after the first turn of its run."""
+    def _begun(self, session_id: str, turn: Turn, policy_version: str, is_ended: bool) -> Session:
+        """The session as it is after the first turn of its run; `is_ended`, as it was before."""
         block, before = turn.block, turn.session
-        if before is None:
+        if before is None or is_ended:
             self.events["started"] += 1
             self._past.pop(session_id, None)
         self.num_rows += block.num_rows
@@ -312,7 +318,7 @@ class SessionTable:
             return False
         session.is_stepping = False
         is_ended = self._live.get(session_id) is not session
-        if is_ended and not turn.begins:
+        if is_ended:
             self._free(session)
         return is_ended
 
@@ -345,13 +351,16 @@ class SessionTable:
         if missing > 0:
             raise Overloaded(f"all {self.capacity} rows are of sessions with a request waiting")
 
-    def _evict(self) -> None:
-        """Makes the room that was found when the run was admitted."""
+    def _evict(self, *, besides: str) -> None:
+        """Makes the room that was found when a run was admitted.
+
+        Who asked for them meanwhile keeps his rows, until others are released.
+        """
         while self.num_rows > self.capacity:
-            evictable = (i for i, session in self._live.items() if self._is_evictable(i, session))
-            session_id = next(evictable, None)
+            others = (i for i, session in self._live.items() if self._is_evictable(i, session))
+            session_id = next((i for i in others if i != besides), None)
             if session_id is None:
-                return  # who used them meanwhile keeps them; the next run has to find more room
+                return
             self._remove(session_id, "evicted")
 
     def _is_evictable(self, session_id: str, session: Session) -> bool:

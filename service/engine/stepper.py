@@ -61,6 +61,16 @@ class Stepper:
         self._write_rows: Rows
         self._began_s = 0.0
 
+    def hold(self, block: Block) -> None:
+        """The block waits from now on: its session is kept."""
+        if block.session_id is not None:
+            self._sessions.hold(block.session_id)
+
+    def release(self, block: Block) -> None:
+        """The block waits no more."""
+        if block.session_id is not None:
+            self._sessions.release(block.session_id)
+
     def admit(self, block: Block) -> Turn | Answer:
         """The turn to take, with rows reserved for it, or the answer there is without one.
 
@@ -78,21 +88,23 @@ class Stepper:
         """Begins to step the parts, one of a block at most, side by side in this order."""
         self._began_s = time.perf_counter()
         self._parts = parts
-        num = sum(stop - start for _, start, stop in parts)
-        if len(parts) == 1:
-            turn, start, stop = parts[0]
-            for array, of_block in zip(self._given, turn.block.given, strict=True):
-                array[:num] = of_block[start:stop]
-            read_rows, write_rows = turn.read_rows[start:stop], turn.write_rows[start:stop]
+        num = sum([stop - start for _, start, stop in parts])
+        if num == sum([turn.block.num_rows for turn, _, _ in parts]):  # whole blocks, as a rule
+            given = [turn.block.given for turn, _, _ in parts]
+            read = [turn.read_rows for turn, _, _ in parts]
+            write = [turn.write_rows for turn, _, _ in parts]
         else:
-            given = zip(*map(_given, parts), strict=True)
-            for array, of_blocks in zip(self._given, given, strict=True):
-                np.concatenate(of_blocks, out=array[:num])
-            read_rows = np.concatenate([turn.read_rows[a:b] for turn, a, b in parts])
-            write_rows = np.concatenate([turn.write_rows[a:b] for turn, a, b in parts])
+            given = [tuple([x[a:b] for x in turn.block.given]) for turn, a, b in parts]
+            read = [turn.read_rows[a:b] for turn, a, b in parts]
+            write = [turn.write_rows[a:b] for turn, a, b in parts]
+        for array, of_blocks in zip(self._given, zip(*given, strict=True), strict=True):
+            np.concatenate(of_blocks, out=array[:num])
+        read_rows, write_rows = (
+            rows[0] if len(rows) == 1 else np.concatenate(rows) for rows in (read, write)
+        )
         self._seeds = self._rows.seed[read_rows]
         self._steps = self._rows.step[read_rows]
-        if any(part.turn.has_starts for part in parts):
+        if any(turn.has_starts for turn, _, _ in parts):
             starts = read_rows == self._rows.zero_row
             self._seeds[starts] = self._rows.seed[write_rows[starts]]
         self._write_rows = write_rows
@@ -110,30 +122,28 @@ class Stepper:
         """
         decided, is_finite = self._runtime.collect()
         self._rows.keep(self._write_rows, self._seeds, self._steps, decided)
-        # Before anything moves, as it may fail.
-        states = [
-            self._runtime.read(turn.write_rows)
-            if turn.block.session_id is None and stop == turn.block.num_rows
-            else None
-            for turn, _, stop in self._parts
-        ]
+        states = self._states()  # before anything moves: it may fail
+        if is_finite is not None:
+            self._note_faults(is_finite)
         batch, first = Batch(decided), 0
         settled: list[Answer | ServiceError | None] = []
-        for (turn, start, stop), state in zip(self._parts, states, strict=True):
-            num = stop - start
-            if is_finite is not None and turn.fault is None:
-                faults = np.flatnonzero(~is_finite[first : first + num])
-                turn.fault = start + int(faults[0]) if len(faults) else None
-            if stop < turn.block.num_rows:
+        for turn, start, stop in self._parts:
+            block = turn.block
+            if stop < block.num_rows:
                 settled.append(None)
             elif turn.fault is not None:
                 self.abandon(turn)
                 settled.append(_not_finite(turn))
-            elif start == 0:
-                settled.append(self._commit(turn, batch, first, state))
             else:
-                settled.append(self._commit(turn, self._rows.last(turn.write_rows), 0, state))
-            first += num
+                if block.session_id is None:
+                    self._give_back(turn)
+                else:
+                    self._sessions.commit(turn, self._policy_version)
+                of, at = (batch, first) if start == 0 else (self._rows.last(turn.write_rows), 0)
+                state = states.get(first)
+                version, num_rows = self._policy_version, block.num_rows
+                settled.append(Answer(of, at, num_rows, turn.step, version, state))
+            first += stop - start
         self._observe(first, time.perf_counter() - self._began_s)
         return settled
 
@@ -144,13 +154,22 @@ class Stepper:
         else:
             self._sessions.abandon(turn)
 
-    def _commit(self, turn: Turn, batch: Batch, first: int, state: State | None) -> Answer:
-        block, version = turn.block, self._policy_version
-        if block.session_id is None:
-            self._give_back(turn)
-        else:
-            self._sessions.commit(turn, version)
-        return Answer(batch, first, block.num_rows, turn.step, version, state)
+    def _states(self) -> dict[int, State]:
+        """What stateless blocks go on from, by the place of the part that is their last."""
+        states, first = {}, 0
+        for turn, start, stop in self._parts:
+            if turn.block.session_id is None and stop == turn.block.num_rows:
+                states[first] = self._runtime.read(turn.write_rows)
+            first += stop - start
+        return states
+
+    def _note_faults(self, is_finite: NDArray[np.bool_]) -> None:
+        first = 0
+        for turn, start, stop in self._parts:
+            faults = np.flatnonzero(~is_finite[first : first + stop - start])
+            if turn.fault is None and len(faults):
+                turn.fault = start + int(faults[0])
+            first += stop - start
 
     def _replay(self, session: Session) -> Answer:
         return Answer(
@@ -203,7 +222,7 @@ class Stepper:
             self._rows.give_back(turn.read_rows)
 
     def _make_noise(self, num: int) -> None:
-        if not any(part.turn.block.deterministic for part in self._parts):
+        if not any(turn.block.deterministic for turn, _, _ in self._parts):
             self._noise_ahead.take(self._seeds, self._steps, self._noise[:num])
             return
         self._noise[:num] = 0.0
@@ -215,14 +234,6 @@ class Stepper:
             noise = np.empty((np.count_nonzero(is_sampled), self._noise.shape[1]), np.float32)
             self._noise_ahead.take(self._seeds[is_sampled], self._steps[is_sampled], noise)
             self._noise[:num][is_sampled] = noise
-
-
-def _given(part: Part) -> Sequence[NDArray[np.generic]]:
-    turn, start, stop = part
-    given = turn.block.given
-    if stop - start == turn.block.num_rows:
-        return given
-    return [array[start:stop] for array in given]
 
 
 def _not_finite(turn: Turn) -> Invalid:

@@ -15,6 +15,12 @@ from service.settings import Settings
 
 LONGEST_LENGTH = 18  # digits; as many as an int may have is a way to hold the loop
 
+HEEDED = {
+    *(b"content-type", b"content-length", b"content-encoding", b"transfer-encoding"),
+    *(b"accept", b"expect", b"x-session-id"),
+}
+"""Headers, of which a request has many more."""
+
 
 class Act:
     """The one way from a request's headers and body to the engine and back, for one policy."""
@@ -38,6 +44,8 @@ class Act:
         """Raises why a request with these headers, names in lower case, need not be read."""
         content_type = content_length = accept = None
         for name, value in headers:
+            if name not in HEEDED:
+                continue
             if name == b"content-type":
                 content_type = value
             elif name == b"content-length":

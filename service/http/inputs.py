@@ -27,9 +27,7 @@ class InputReader:
     def __init__(self, spec: PolicySpec) -> None:
         self._spec = spec
         ends = np.cumsum(spec.head_sizes)
-        self._first_columns = [
-            int(end) - size for end, size in zip(ends, spec.head_sizes, strict=True)
-        ]
+        self._first_columns = ends - np.array(spec.head_sizes)
         self.columns = {
             name: slice(int(end) - size, int(end))
             for name, size, end in zip(spec.head_names, spec.head_sizes, ends, strict=True)
@@ -81,8 +79,8 @@ class InputReader:
         return tuple(given)
 
     def _check_mask(self, mask: NDArray[np.bool_], is_vector: bool) -> None:
-        has_one = np.logical_or.reduceat(mask, self._first_columns, axis=1)
-        if not has_one.all():
+        has_one = np.logical_or.reduceat(mask, self._first_columns, 1)
+        if np.count_nonzero(has_one) < has_one.size:  # half the time of `all` for a lone row
             row, head = np.argwhere(~has_one)[0]
             name, where = self._spec.head_names[head], f" in row {row}" if is_vector else ""
             raise Invalid(f"`action_mask.{name}` allows nothing{where}")
@@ -117,7 +115,7 @@ def finite(
     if array.dtype != FLOAT32:
         with np.errstate(over="ignore"):
             floats = array.astype(FLOAT32)
-    if not np.isfinite(floats).all():
+    if np.count_nonzero(np.isfinite(floats)) < floats.size:
         where = _place(np.argwhere(~np.isfinite(floats))[0], is_vector)
         raise Invalid(f"`{name}{where}` is not a finite float32")
     return floats

@@ -54,13 +54,16 @@ class JsonCodec:
             if _has_rows(error):
                 return self._parse_vector(body)
             raise _refusal(error) from error
-        _check_combination(act, act.episode_start, {"episode": act.episode})
+        _check_fields(act)
+        if act.session_id is None or act.state is not None:
+            named = {"episode": act.episode}
+            check_session(act.session_id, act.state is not None, act.episode_start, named)
         if act.episode_start and act.step:
             raise Invalid(f"an episode starts at step 0, not {act.step}")
         given = self._reader.read(
-            _packed(act.observation).reshape(1, -1),
+            _packed(act.observation)[None],
             self._mask(act.action_mask) if act.action_mask else None,
-            *self._more(act, 1),
+            *(self._more(act, 1) if self._own_inputs else ()),
             is_vector=False,
         )
         block = Block(
@@ -76,23 +79,24 @@ class JsonCodec:
         return Request(block, act.timeout_ms)
 
     def write(self, block: Block, answer: Answer) -> bytes:
+        names = self._allowed
+        if block.is_vector:
+            outputs = {name: answer.array(name) for name in answer.batch.arrays}
+            action, log_prob = (outputs[name].T.tolist() for name in ("action", "log_prob"))
+            value = outputs["value"].tolist()
+        else:
+            lists, at = answer.batch.lists, answer.first
+            action, log_prob, value = lists["action"][at], lists["log_prob"][at], lists["value"][at]
         body: dict[str, Any] = {}
         if block.session_id is not None:
             body["session_id"] = block.session_id
         body["step"] = answer.step
-        if block.is_vector:
-            by_head = {name: answer.array(name).T.tolist() for name in ("action", "log_prob")}
-            others = {name: answer.array(name).tolist() for name in ("value", *self._extra)}
-        else:
-            lists, at = answer.batch.lists, answer.first
-            by_head = {"action": lists["action"][at], "log_prob": lists["log_prob"][at]}
-            others = {name: lists[name][at] for name in ("value", *self._extra)}
-        names = self._allowed
-        body["action"] = dict(zip(names, by_head["action"], strict=True))
-        body["log_prob"] = dict(zip(names, by_head["log_prob"], strict=True))
-        body["value"] = others.pop("value")
+        body["action"] = dict(zip(names, action, strict=True))
+        body["log_prob"] = dict(zip(names, log_prob, strict=True))
+        body["value"] = value
         body["policy_version"] = answer.policy_version
-        body |= others
+        for name in self._extra:
+            body[name] = outputs[name].tolist() if block.is_vector else lists[name][at]
         if answer.state is not None:
             h, c = answer.state if block.is_vector else (part[0] for part in answer.state)
             body["state"] = {"h": h.tolist(), "c": c.tolist()}
@@ -108,7 +112,8 @@ class JsonCodec:
             if isinstance(act.episode_start, list)
             else act.episode_start
         )
-        _check_combination(act, starts is not False, {"run": act.run})
+        _check_fields(act)
+        check_session(act.session_id, act.state is not None, starts is not False, {"run": act.run})
         seeds = act.seed if isinstance(act.seed, list) else None
         masks = act.action_mask or {}
         num_rows = len(act.observation)
@@ -143,7 +148,7 @@ class JsonCodec:
         every_head = {**self._allowed, **by_head}
         self._check_heads(every_head)
         flat = bytes(chain.from_iterable(every_head.values()))
-        return np.frombuffer(flat, dtype=np.bool_).reshape(1, -1)
+        return np.frombuffer(flat, dtype=np.bool_)[None]
 
     def _vector_mask(self, by_head: dict[str, Any], num_rows: int) -> NDArray[np.bool_]:
         self._check_heads({**self._allowed, **by_head})
@@ -175,9 +180,7 @@ class JsonCodec:
         return finite_state(("state.h", "state.c"), (h, c), is_vector)
 
 
-def _check_combination(
-    act: ActRequest | VectorActRequest, starts: bool, named: dict[str, str | None]
-) -> None:
+def _check_fields(act: ActRequest | VectorActRequest) -> None:
     if act.model_extra:
         raise _unknown_field("", act.model_extra)
     if not act.observation:
@@ -188,7 +191,6 @@ def _check_combination(
         for name, rows in (("h", act.state.h), ("c", act.state.c)):
             if not rows:
                 raise Malformed(f"`state.{name}` is required")
-    check_session(act.session_id, act.state is not None, starts, named)
 
 
 def _packed(values: list[float]) -> NDArray[Any]:

@@ -9,11 +9,12 @@ import json
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
-from functools import partial
+from math import inf
 from typing import Any, NamedTuple, Self, TypeVar
 
 import httpx
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from export.loaders.protocol import LoadedStep
@@ -29,7 +30,7 @@ from service.errors import ServiceError
 from service.http.app import create_app
 from service.metrics import Metrics
 from service.runtime.host import HostRuntime, HostStates
-from service.runtime.protocol import State
+from service.runtime.protocol import Outputs, Rows, State
 from service.settings import Settings
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -177,8 +178,42 @@ class Stepped(NamedTuple):
         return cls(action, log_prob, value, answer.step, answer.state, answer.is_replay)
 
 
+class Device(HostRuntime):
+    """A runtime that works on a batch for `turns` turns of the loop, or until `finish`.
+
+    It reads its inputs and the states last of all: who writes to them meanwhile spoils the batch.
+    A `failure` is raised where it is asked whether it is done.
+    """
+
+    turns: float = 0
+    failure: Exception | None = None
+    _turns_left: float
+    _rows: tuple[Rows, Rows]
+
+    def launch(self, read_rows: Rows, write_rows: Rows) -> None:
+        self._rows = read_rows.copy(), write_rows.copy()
+        self._turns_left = self.turns
+
+    def is_done(self) -> bool:
+        if self.failure is not None:
+            raise self.failure
+        self._turns_left -= 1
+        return self._turns_left < 0
+
+    def collect(self) -> Outputs:
+        super().launch(*self._rows)
+        return super().collect()
+
+    def finish(self) -> None:
+        self._turns_left = 0
+
+
 class Bench:
-    """A stepper and its sessions over the fake policy, without HTTP or batcher."""
+    """A stepper, its sessions and batchers over the fake policy, without HTTP.
+
+    It runs on a `device` that works for so many turns of the loop, or, with none, on the host.
+    `observed` are the rows of each batch, `settled` the blocks in the order of their answers.
+    """
 
     def __init__(
         self,
@@ -187,21 +222,26 @@ class Bench:
         capacity: int = 8,
         idle_timeout_s: float = 60.0,
         buckets: Sequence[int] = (1, 2, 4, 8),
+        turns: float | None = None,
     ) -> None:
         self.spec = spec
         self.clock = FakeClock()
         self.observed: list[int] = []
+        self.settled: list[Block] = []
         self.loaded = SummingRuntime(spec)
-        num_rows = capacity + 64
-        self.states = HostStates(spec, num_rows)
-        self.runtime = HostRuntime(
+        self.num_rows = capacity + 64
+        self.states = HostStates(spec, self.num_rows)
+        make_runtime = HostRuntime if turns is None else Device
+        self.runtime = make_runtime(
             self.loaded,
             self.states,
             inputs=step_inputs(spec),
             outputs=step_outputs(spec),
             batch_sizes=buckets,
         )
-        self.rows = RowTable(num_rows, step_outputs(spec), largest=64)
+        if isinstance(self.runtime, Device) and turns is not None:
+            self.runtime.turns = turns
+        self.rows = RowTable(self.num_rows, step_outputs(spec), largest=64)
         self.sessions = SessionTable(
             self.rows,
             capacity=capacity,
@@ -220,34 +260,60 @@ class Bench:
             observe=lambda num_rows, seconds: self.observed.append(num_rows),
         )
 
+    @property
+    def device(self) -> Device:
+        assert isinstance(self.runtime, Device)
+        return self.runtime
+
+    def batcher(self) -> Batcher:
+        return Batcher(
+            self.stepper, max_batch_size=self.max_batch_size, max_waiting=1000, clock=self.clock
+        )
+
+    def submit(
+        self, batcher: Batcher, block: Block, *, timeout_s: float = inf
+    ) -> "asyncio.Future[Stepped | ServiceError]":
+        """A future of what the block is answered, or why not."""
+        future: asyncio.Future[Stepped | ServiceError] = asyncio.get_running_loop().create_future()
+
+        def settle(answer: Answer | ServiceError) -> None:
+            self.settled.append(block)
+            future.set_result(Stepped.copy(answer) if isinstance(answer, Answer) else answer)
+
+        batcher.submit(block, settle, is_wanted=lambda: True, timeout_s=timeout_s)
+        return future
+
     def take(self, *blocks: Block) -> list[Stepped | ServiceError]:
         """Submits the blocks at once; what each is answered, in order."""
+        (answers,) = self.take_waves([blocks])
+        return answers
 
-        async def take() -> list[Stepped | ServiceError]:
-            batcher = Batcher(
-                self.stepper, max_batch_size=self.max_batch_size, max_waiting=1000, clock=self.clock
-            )
-            loop = asyncio.get_running_loop()
-            futures: list[asyncio.Future[Stepped | ServiceError]] = [
-                loop.create_future() for _ in blocks
+    def take_waves(self, waves: Sequence[Sequence[Block]]) -> list[list[Stepped | ServiceError]]:
+        """Submits each wave's blocks at once, when those before are answered."""
+
+        async def take() -> list[list[Stepped | ServiceError]]:
+            batcher = self.batcher()
+            return [
+                await asyncio.gather(*[self.submit(batcher, block) for block in wave])
+                for wave in waves
             ]
-            for block, future in zip(blocks, futures, strict=True):
-                batcher.submit(block, partial(self._settle, block, future), is_wanted=lambda: True)
-                if block.session_id is not None:
-                    self.sessions.hold(block.session_id)
-            return [await future for future in futures]
 
         return run(take())
 
-    def _settle(
-        self,
-        block: Block,
-        future: "asyncio.Future[Stepped | ServiceError]",
-        answer: Answer | ServiceError,
-    ) -> None:
-        if block.session_id is not None:
-            self.sessions.release(block.session_id)
-        future.set_result(Stepped.copy(answer) if isinstance(answer, Answer) else answer)
+    def values(self, *blocks: Block) -> list[list[float]]:
+        """The same, where each is answered: the values."""
+        answers = self.take(*blocks)
+        assert all(isinstance(answer, Stepped) for answer in answers), answers
+        return [answer.value for answer in answers if isinstance(answer, Stepped)]
+
+    def check_rows(self) -> None:
+        """With nothing under way, every row is free once, but for those of live sessions."""
+        num_free = self.num_rows - self.sessions.num_rows
+        free = self.rows.reserve(num_free)
+        with pytest.raises(AssertionError):
+            self.rows.reserve(1)
+        assert len(np.unique(free)) == num_free
+        self.rows.give_back(free)
 
     def step(self, x: float = 1.0, session_id: str | None = "a", **fields: Any) -> Stepped:
         """One environment's request by itself; its error is raised."""
