@@ -176,11 +176,6 @@ class JsonCodec:
         return arrays
 
     def _state(self, state: Any, *, is_vector: bool) -> State:
-        if state.model_extra:
-            raise _unknown_field("state.", state.model_extra)
-        for name, rows in (("h", state.h), ("c", state.c)):
-            if not rows:
-                raise Malformed(f"`state.{name}` is required")
         h, c = (_array(rows).reshape(self._state_shape) for rows in (state.h, state.c))
         return finite_state(("state.h", "state.c"), (h, c), is_vector)
 
@@ -190,6 +185,12 @@ def _check_fields(act: ActRequest | VectorActRequest) -> None:
         raise _unknown_field("", act.model_extra)
     if not act.observation:
         raise Malformed("`observation` is required")
+    if act.state is not None:
+        if act.state.model_extra:
+            raise _unknown_field("state.", act.state.model_extra)
+        for name, rows in (("h", act.state.h), ("c", act.state.c)):
+            if not rows:
+                raise Malformed(f"`state.{name}` is required")
 
 
 def _packed(values: list[float]) -> NDArray[Any]:

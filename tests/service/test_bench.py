@@ -13,15 +13,18 @@ import pytest
 
 from export.exporter import export_policy
 from export.loaders.protocol import LoadedStep
-from export.manifest import Manifest
+from export.manifest import Manifest, step_inputs, step_outputs
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from service.bench.batch_sizes import ranges
-from service.bench.load import POOL_SIZE, Pool, Session
-from service.bench.replay import replay
+from service.bench.load import Session
+from service.bench.pool import POOL_SIZE, Pool
+from service.bench.replay import Differences, replay
+from service.bench.wire import JsonWire
 from service.engine.noise import gumbel_noise
+from service.runtime.arrays import allocate
 from service.runtime.load import load_runtime
-from service.runtime.protocol import StepInputs, StepOutputs
+from service.runtime.protocol import STATE_INPUTS, STATE_OUTPUTS
 from tests.random_inputs import random_policy
 from tests.running_server import ROOT, RunningServer, clean_environment, running_server
 
@@ -54,20 +57,30 @@ def bench(*arguments: object) -> "subprocess.CompletedProcess[str]":
     )
 
 
-@pytest.mark.parametrize("loop", [(), ("--rate", "100")], ids=["closed", "open"])
+OF_VECTORS = ("--rows", "3")
+LOADS: dict[str, tuple[str, ...]] = {
+    "closed": (),
+    "open": ("--rate", "100"),
+    "vectors": OF_VECTORS,
+    "files": (*OF_VECTORS, "--wire", "safetensors"),
+}
+
+
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
 def test_every_answer_of_a_real_server_is_the_artifacts_own(
-    loop: tuple[str, ...], server: RunningServer, onnx_artifact: Path
+    load: tuple[str, ...], server: RunningServer, onnx_artifact: Path
 ) -> None:
     done = bench(
-        "--url", server.address, "--artifact", onnx_artifact, "--envs", 5, "--seconds", 0.5,
-        "--json", *loop,
+        "--url", server.address, "--artifact", onnx_artifact, "--envs", 6, "--seconds", 0.5,
+        "--json", *load,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert figures["errors"] == {}
     assert figures["answers"] > 5
+    num_rows = 3 if "--rows" in load else 1
     assert figures["differences"] == {
-        "answers": figures["answers"], "differing": 0, "other_actions": 0, "largest": 0.0,
+        "answers": figures["answers"] * num_rows, "differing": 0, "other_actions": 0, "largest": 0.0,
     }  # fmt: skip
     latency = figures["latency_ms"]
     assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"] <= latency["max"]
@@ -116,24 +129,32 @@ def runtime(onnx_artifact: Path) -> LoadedStep:
 def trajectory(pool: Pool, runtime: LoadedStep, spec: PolicySpec, seed: int) -> Session:
     """What a right server answers to five steps."""
     session = Session(f"env-{seed}", seed)
-    inputs, decided = StepInputs.allocate(spec, 1), StepOutputs.allocate(spec, 1)
-    step_once = runtime.bind(inputs.by_name(), decided.by_name())
+    inputs, decided = allocate(step_inputs(spec), 1), allocate(step_outputs(spec), 1)
+    step_once = runtime.bind(inputs, decided)
     for step in range(5):
         at = (seed + step) % POOL_SIZE
-        inputs.observation[0], inputs.action_mask[0] = pool.observations[at], pool.action_masks[at]
-        inputs.noise[:] = gumbel_noise(
+        for name, array in pool.by_name().items():
+            inputs[name][0] = array[at]
+        inputs["noise"][:] = gumbel_noise(
             np.array([seed], np.uint64), np.array([step], np.uint64), spec.num_choices
         )
         step_once()
-        inputs.h[:], inputs.c[:] = decided.h, decided.c
+        for given, carried in zip(STATE_INPUTS, STATE_OUTPUTS, strict=True):
+            inputs[given][:] = decided[carried]
         session.pool_index.append(at)
         answer = {
-            "action": dict(zip(spec.head_names, decided.action[0].tolist(), strict=True)),
-            "log_prob": dict(zip(spec.head_names, decided.log_prob[0].tolist(), strict=True)),
-            "value": float(decided.value[0]),
+            "action": dict(zip(spec.head_names, decided["action"][0].tolist(), strict=True)),
+            "log_prob": dict(zip(spec.head_names, decided["log_prob"][0].tolist(), strict=True)),
+            "value": float(decided["value"][0]),
         }
         session.answers.append(json.dumps(answer).encode())
     return session
+
+
+def compared(
+    sessions: list[Session], pool: Pool, runtime: LoadedStep, spec: PolicySpec
+) -> Differences:
+    return replay(sessions, pool, JsonWire(spec, pool, None), runtime, spec)
 
 
 def spoil_value(answer: dict[str, Any]) -> None:
@@ -159,12 +180,12 @@ def test_replay_counts_an_answer_that_differs_in_one_bit(
 ) -> None:
     pool = Pool.random(spec, seed=3)
     sessions = [trajectory(pool, runtime, spec, seed) for seed in (1, 2)]
-    assert replay(sessions, pool, runtime, spec) == (10, 0, 0, 0.0)
+    assert compared(sessions, pool, runtime, spec) == (10, 0, 0, 0.0)
     spoilt = copy.deepcopy(sessions)
     answer = json.loads(spoilt[1].answers[3])
     spoil(answer)
     spoilt[1].answers[3] = json.dumps(answer).encode()
-    found = replay(spoilt, pool, runtime, spec)
+    found = compared(spoilt, pool, runtime, spec)
     assert (found.answers, found.differing, found.other_actions) == (10, 1, other_actions)
     if spoil is spoil_log_prob:
         assert found.largest == pytest.approx(0.5)
@@ -174,7 +195,7 @@ def test_replay_finds_a_state_that_was_stepped_twice(runtime: LoadedStep, spec: 
     pool = Pool.random(spec, seed=3)
     session = trajectory(pool, runtime, spec, 1)
     del session.pool_index[2], session.answers[2]
-    assert replay([session], pool, runtime, spec).differing == 2
+    assert compared([session], pool, runtime, spec).differing == 2
 
 
 def test_sizes_are_named_by_their_range() -> None:

@@ -12,12 +12,15 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import uvicorn
+from safetensors.numpy import load, save
 from uvicorn.server import ServerState
 
 from model.spec import PolicySpec
 from service.errors import Overloaded
+from service.http.codec import JSON, SAFETENSORS
 from service.http.connection import LARGEST_HEAD
 from service.http.connections import Connections
 from service.http.incoming import AsgiRequest, DirectRequest
@@ -132,6 +135,14 @@ def scenario(
 
 def body_of(spec: PolicySpec, x: float = 1.0, **fields: Any) -> bytes:
     return json.dumps({"observation": [x] * spec.observation_dim, "seed": 3, **fields}).encode()
+
+
+def file_of(spec: PolicySpec, num_rows: int) -> tuple[bytes, list[float]]:
+    """A stateless request in safetensors, and the values that the fake policy answers."""
+    observation = np.arange(num_rows, dtype=np.float32)[:, None].repeat(spec.observation_dim, 1)
+    file = save({"observation": observation}, {"seed": "3"})
+    assert len(file) > MAX_BODY_BYTES
+    return post(file).replace(JSON.encode(), SAFETENSORS.encode()), observation[:, 0].tolist()
 
 
 def post(body: bytes, *headers: str, target: str = "/act", version: str = "1.1") -> bytes:
@@ -588,6 +599,46 @@ def test_what_is_refused_at_its_headers_still_has_to_arrive(
             return (await connection.answer()).status, await connection.is_closed()
 
     assert scenario(client, play, direct=direct) in [(415, True), (400, True)]
+
+
+@BOTH_WAYS
+def test_a_file_is_read_and_answered_beyond_the_limit_of_json(
+    client: AppClient, spec: PolicySpec, direct: bool
+) -> None:
+    request, observed = file_of(spec, num_rows=200)
+
+    async def play(server: Server) -> list[Answer]:
+        async with server.connect() as connection:
+            answers = []
+            for accept in (SAFETENSORS, JSON):
+                connection.send(request.replace(b"Host:", b"Accept: %b\r\nHost:" % accept.encode()))
+                answers.append(await connection.answer())
+            return answers
+
+    in_file, in_json = scenario(client, play, direct=direct)
+    assert in_file.headers["content-type"] == SAFETENSORS
+    assert in_json.headers["content-type"] == JSON
+    assert load(in_file.content)["value"].tolist() == observed
+    assert json.loads(in_json.content)["value"] == observed
+
+
+@BOTH_WAYS
+def test_a_file_that_is_refused_at_its_headers_ends_no_connection(
+    make_client: MakeClient, spec: PolicySpec, direct: bool
+) -> None:
+    """However much longer it is than a JSON body may be."""
+    client = make_client(max_body_bytes=MAX_BODY_BYTES, is_warm=False)
+    request, _ = file_of(spec, num_rows=200)
+
+    async def play(server: Server) -> list[int]:
+        async with server.connect() as connection:
+            statuses = []
+            for _ in range(3):
+                connection.send(request)
+                statuses.append((await connection.answer()).status)
+            return statuses
+
+    assert scenario(client, play, direct=direct) == [503] * 3
 
 
 @BOTH_WAYS

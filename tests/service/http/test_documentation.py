@@ -27,7 +27,7 @@ from service.http.schemas import (
 from service.settings import Settings
 from tests.service.conftest import MakeClient
 from tests.service.fakes import AppClient, Served, SummingRuntime
-from tests.service.http.bodies import Json, body, observation, vector_body
+from tests.service.http.bodies import Json, body, vector_body
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +102,7 @@ def test_the_documented_answer_is_the_one_that_is_written(
     content = openapi["paths"]["/act"]["post"]["responses"]["200"]["content"]
     assert content.keys() == {JSON, SAFETENSORS}
     assert content[JSON]["schema"]["anyOf"] == one_or_many("Response")
-    of_one = {"observation": observation(spec)}
-    of_many = {"observation": [observation(spec)] * 2}
+    of_one, of_many = body(spec), vector_body(spec, [1, 2])
     models = {"ActResponse": act_response(spec), "VectorActResponse": vector_act_response(spec)}
     for (name, model), plain in zip(models.items(), (of_one, of_many), strict=True):
         documented = openapi["components"]["schemas"][name]
@@ -285,9 +284,9 @@ def test_every_tensor_and_every_word_of_the_metadata_is_documented(
         headers={"Content-Type": SAFETENSORS},
     ).content
     tensors, metadata = read_file(content)
-    for name, tensor in tensors.items():
+    for name, array in tensors.items():
         assert f"`{name}`" in answered
-        assert ", ".join(map(str, ("[n", *tensor.shape[1:]))) + "]" in answered
+        assert ", ".join(map(str, ("[n", *array.shape[1:]))) + "]" in answered
     assert all(f"`{name}`" in answered for name in metadata)
 
 

@@ -19,7 +19,7 @@ from service.errors import Invalid, Malformed
 from service.http.json_codec import JsonCodec
 from service.settings import Settings
 from tests.service.fakes import AppClient, Served, SummingRuntime
-from tests.service.http.bodies import Json, body, error_of, raw
+from tests.service.http.bodies import Json, body, error_of, raw, vector_body
 
 
 def test_an_observation_is_enough(client: AppClient, spec: PolicySpec) -> None:
@@ -249,6 +249,25 @@ def test_a_body_with_many_mistakes_and_no_observation_is_given_up_at_the_first(
     assert num_mistakes_found(spec, fields) <= 1
 
 
+VECTORS_OF_MISTAKES: dict[str, Json] = {
+    "rows of another type": {"observation": [[0.0] * 11] + [[""] * 11] * 1000},
+    "no rows": {"observation": [[0.0] * 11] + [""] * 1000},
+    "starts of another type": {"episode_start": [""] * 1000},
+    "seeds of another type": {"seed": [""] * 1000},
+    "masks of another type": {"action_mask": {"op": [[2] * 6] * 1000}},
+    "masks of many heads": {"action_mask": MANY},
+    "states of another type": {"state": {"h": [[[""] * 10]] * 1000, "c": [ZEROS] * 1000}},
+    "unknown fields": MANY,
+}
+
+
+@pytest.mark.parametrize("fields", VECTORS_OF_MISTAKES.values(), ids=VECTORS_OF_MISTAKES)
+def test_a_vector_with_many_mistakes_is_given_up_at_the_first(
+    spec: PolicySpec, fields: Json
+) -> None:
+    assert num_mistakes_found(spec, vector_body(spec, [0.0] * 1000) | fields) <= 1
+
+
 def test_a_head_that_is_named_a_thousand_times_is_read_once(spec: PolicySpec) -> None:
     heads = ", ".join(['"op": 0'] * 1000)
     content = json.dumps(body(spec)).replace("{", f'{{"action_mask": {{{heads}}}, ', 1)
@@ -257,7 +276,7 @@ def test_a_head_that_is_named_a_thousand_times_is_read_once(spec: PolicySpec) ->
 
 def num_mistakes_found(spec: PolicySpec, request: Json | str) -> int:
     content = request if isinstance(request, str) else json.dumps(request)
-    codec = JsonCodec(spec, max_rows=8, max_body_bytes=0)
+    codec = JsonCodec(spec, max_rows=2000, max_body_bytes=0)
     with pytest.raises((Malformed, Invalid)) as refusal:
         codec.parse(content.encode())
     cause = refusal.value.__cause__
