@@ -209,7 +209,7 @@ class Device(HostRuntime):
 
 
 class Bench:
-    """A stepper, its sessions and batchers over the fake policy, without HTTP.
+    """A stepper, its sessions and batchers over the fake policy or another, without HTTP.
 
     It runs on a `device` that works for so many turns of the loop, or, with none, on the host.
     `observed` are the rows of each batch, `settled` the blocks in the order of their answers.
@@ -223,6 +223,7 @@ class Bench:
         idle_timeout_s: float = 60.0,
         buckets: Sequence[int] = (1, 2, 4, 8),
         turns: float | None = None,
+        over: LoadedStep | None = None,
     ) -> None:
         self.spec = spec
         self.clock = FakeClock()
@@ -233,7 +234,7 @@ class Bench:
         self.states = HostStates(spec, self.num_rows)
         make_runtime = HostRuntime if turns is None else Device
         self.runtime = make_runtime(
-            self.loaded,
+            over or self.loaded,
             self.states,
             inputs=step_inputs(spec),
             outputs=step_outputs(spec),
