@@ -4,6 +4,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,18 +18,19 @@ from export.loaders.load import FORMAT_OF
 from export.loaders.onnx import OnnxStep
 from export.loaders.protocol import LoadedStep
 from export.loaders.torch_formats import load_eager, load_torchscript
-from export.manifest import ArtifactError, Device, File, Manifest
+from export.manifest import ArtifactError, Device, File, Manifest, step_inputs, step_outputs
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
-from service.engine.engine import Engine, StepAnswer, StepRequest
+from service.engine.block import Block
+from service.engine.engine import Engine
 from service.engine.noise import gumbel_noise
-from service.engine.sessions import SessionTable
+from service.runtime.arrays import allocate, allocate_in_a_row
 from service.runtime.load import load_runtime
-from service.runtime.protocol import StepInputs, StepOutputs
+from service.settings import Settings
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL, NaivePolicy
 from tests.random_inputs import packed, random_masks, random_observations, weights_of
 from tests.running_server import ROOT, clean_environment
-from tests.service.fakes import FakeClock
+from tests.service.fakes import Stepped, run, submitted
 
 NUM_SESSIONS = 7
 NUM_STEPS = 12
@@ -55,73 +57,69 @@ def load(
     return load_runtime(artifact, manifest, name=name, device=device, num_threads=1)
 
 
-def engine_over(runtime: LoadedStep, spec: PolicySpec, *buckets: int) -> Engine:
-    sessions = SessionTable(
-        spec,
-        capacity=64,
-        idle_timeout_s=60.0,
-        default_seed=lambda *_: 0,
-        clock=FakeClock(),
-    )
-    return Engine(runtime, sessions, spec, buckets=buckets, seed=0)
+def engine_over(artifact: Path, runtime: LoadedStep) -> Engine:
+    return Engine(Manifest.read(artifact), runtime, Settings(artifact=artifact))
 
 
-def episode_requests(
+def stepped(engine: Engine, blocks: Sequence[Block]) -> list[Stepped]:
+    """What the blocks, submitted at once, are answered."""
+
+    async def step() -> list[Stepped]:
+        futures = [submitted(engine.batcher, block) for block in blocks]
+        return [Stepped.copy(await future) for future in futures]
+
+    return run(step())
+
+
+def episode_blocks(
     spec: PolicySpec, rng: np.random.Generator
-) -> tuple[list[list[StepRequest]], list[dict[str, NDArray[np.bool_]]]]:
-    """`[steps][sessions]` requests, every third session deterministic, and the steps' masks."""
-    requests, step_masks = [], []
+) -> tuple[list[list[Block]], list[dict[str, NDArray[np.bool_]]]]:
+    """`[steps][sessions]` blocks, every third session deterministic, and the steps' masks."""
+    blocks, step_masks = [], []
     for step in range(NUM_STEPS):
         observations = random_observations(spec, rng, NUM_SESSIONS)
         masks = random_masks(spec, rng, NUM_SESSIONS)
         columns = packed(spec, masks)
         step_masks.append(masks)
-        requests.append(
+        blocks.append(
             [
-                StepRequest(
-                    observations[at],
-                    columns[at],
+                Block(
+                    (observations[at : at + 1], columns[at : at + 1]),
                     deterministic=at % 3 == 0,
                     session_id=str(at),
-                    episode_start=step == 0,
+                    starts=step == 0,
                     seed=at if step == 0 else None,
                 )
                 for at in range(NUM_SESSIONS)
             ]
         )
-    return requests, step_masks
-
-
-def answered(answers: list[Any]) -> list[StepAnswer]:
-    assert all(isinstance(answer, StepAnswer) for answer in answers), answers
-    return answers
+    return blocks, step_masks
 
 
 def test_sessions_follow_the_naive_policy_step_by_step(
+    all_formats: Path,
     runtime: LoadedStep,
     spec: PolicySpec,
     policy: FactoredRecurrentActorCritic,
     rng: np.random.Generator,
 ) -> None:
     naive = NaivePolicy(spec, weights_of(policy))
-    engine = engine_over(runtime, spec, 1, 2, 4, 8)
-    requests, step_masks = episode_requests(spec, rng)
+    engine = engine_over(all_formats, runtime)
+    blocks, step_masks = episode_blocks(spec, rng)
     seeds = np.arange(NUM_SESSIONS, dtype=np.uint64)
     h, c = naive.zero_state(NUM_SESSIONS)
-    for step, (batch, masks) in enumerate(zip(requests, step_masks, strict=True)):
-        answers = answered(engine.step(batch))
+    for step, (batch, masks) in enumerate(zip(blocks, step_masks, strict=True)):
+        answers = stepped(engine, batch)
         noise = gumbel_noise(seeds, np.full(NUM_SESSIONS, step, np.uint64), spec.num_choices)
         noise[::3] = 0.0
-        observations = np.stack([request.observation for request in batch])
+        observations = np.concatenate([block.given[0] for block in batch])
         expected = naive.step(observations, masks, noise, h, c)
         h, c = expected.h, expected.c
-        assert [answer.action for answer in answers] == expected.action.tolist()
-        np.testing.assert_allclose(
-            [answer.log_prob for answer in answers], expected.log_prob, atol=LOG_PROB_ATOL
-        )
-        np.testing.assert_allclose(
-            [answer.value for answer in answers], expected.value, atol=FLOAT_ATOL
-        )
+        assert [answer.action[0] for answer in answers] == expected.action.tolist()
+        log_probs = [answer.log_prob[0] for answer in answers]
+        np.testing.assert_allclose(log_probs, expected.log_prob, atol=LOG_PROB_ATOL)
+        values = [answer.value[0] for answer in answers]
+        np.testing.assert_allclose(values, expected.value, atol=FLOAT_ATOL)
 
 
 def test_in_onnx_a_session_is_the_same_bit_for_bit_alone_and_in_company(
@@ -129,53 +127,54 @@ def test_in_onnx_a_session_is_the_same_bit_for_bit_alone_and_in_company(
 ) -> None:
     runtime = load(all_formats, Manifest.read(all_formats), name="onnx")
     assert runtime.name == "onnx"
-    requests, _ = episode_requests(spec, rng)
-    together = engine_over(runtime, spec, 1, 2, 4, 8)
-    alone = engine_over(runtime, spec, 1, 2, 4, 8)
-    for batch in requests:
-        for one, request in zip(answered(together.step(batch)), batch, strict=True):
-            assert answered(alone.step([request])) == [one]
+    blocks, _ = episode_blocks(spec, rng)
+    together, alone = engine_over(all_formats, runtime), engine_over(all_formats, runtime)
+    for batch in blocks:
+        for one, block in zip(stepped(together, batch), batch, strict=True):
+            assert stepped(alone, [block]) == [one]
 
 
 def test_a_session_decides_the_same_alone_and_in_company(
-    runtime: LoadedStep, spec: PolicySpec, rng: np.random.Generator
+    all_formats: Path, runtime: LoadedStep, spec: PolicySpec, rng: np.random.Generator
 ) -> None:
-    requests, _ = episode_requests(spec, rng)
-    together = engine_over(runtime, spec, 1, 2, 4, 8)
-    alone = engine_over(runtime, spec, 1, 2, 4, 8)
-    for batch in requests:
-        for one, request in zip(answered(together.step(batch)), batch, strict=True):
-            (other,) = answered(alone.step([request]))
+    blocks, _ = episode_blocks(spec, rng)
+    together, alone = engine_over(all_formats, runtime), engine_over(all_formats, runtime)
+    for batch in blocks:
+        for one, block in zip(stepped(together, batch), batch, strict=True):
+            (other,) = stepped(alone, [block])
             assert other.action == one.action
             np.testing.assert_allclose(other.log_prob, one.log_prob, atol=LOG_PROB_ATOL)
-            assert other.value == pytest.approx(one.value, abs=FLOAT_ATOL)
+            np.testing.assert_allclose(other.value, one.value, atol=FLOAT_ATOL)
 
 
 def test_a_bound_step_reads_what_its_inputs_hold_by_then_and_leaves_them_alone(
     runtime: LoadedStep, spec: PolicySpec, rng: np.random.Generator
 ) -> None:
-    inputs, outputs = StepInputs.allocate(spec, 2), StepOutputs.allocate(spec, 2)
-    step = runtime.bind(inputs.by_name(), outputs.by_name())
+    inputs = allocate(step_inputs(spec), 2)
+    outputs, other = allocate(step_outputs(spec), 2), allocate(step_outputs(spec), 2)
+    step = runtime.bind(inputs, outputs)
     step()
-    of_zeros = outputs.floats.copy()
-    inputs.observation[:] = rng.normal(size=inputs.observation.shape)
-    inputs.h[:] = 1.0
-    given = [array.copy() for array in inputs.by_name().values()]
+    of_zeros = {name: array.copy() for name, array in outputs.items()}
+    inputs["observation"][:] = rng.normal(size=inputs["observation"].shape)
+    inputs["state_h_in"][:] = 1.0
+    given = {name: array.copy() for name, array in inputs.items()}
     step()
-    assert not np.array_equal(outputs.floats, of_zeros)
-    for array, before in zip(inputs.by_name().values(), given, strict=True):
-        np.testing.assert_array_equal(array, before)
-    other = StepOutputs.allocate(spec, 2)
-    runtime.bind(inputs.by_name(), other.by_name())()
-    np.testing.assert_array_equal(other.floats, outputs.floats)
+    for name in ("log_prob", "value", "state_h_out", "state_c_out"):
+        assert not np.array_equal(outputs[name], of_zeros[name])
+    for name, array in inputs.items():
+        np.testing.assert_array_equal(array, given[name])
+    runtime.bind(inputs, other)()
+    for name, array in outputs.items():
+        np.testing.assert_array_equal(array, other[name])
 
 
-def test_the_outputs_floats_are_all_its_floats(spec: PolicySpec) -> None:
-    outputs = StepOutputs.allocate(spec, 3)
-    for array in (outputs.log_prob, outputs.value, outputs.h, outputs.c):
-        assert not array.any()
-        array += 1
-    assert (outputs.floats == 1).all()
+def test_the_floats_of_outputs_in_a_row_are_all_their_floats(spec: PolicySpec) -> None:
+    outputs, floats = allocate_in_a_row(step_outputs(spec), 3)
+    for name in ("log_prob", "value", "state_h_out", "state_c_out"):
+        assert not outputs[name].any()
+        outputs[name] += 1
+    assert (floats == 1).all()
+    assert not outputs["action"].any()
 
 
 def test_machine_code_for_another_machine_is_an_error(all_formats: Path) -> None:
@@ -234,14 +233,15 @@ def test_torchscript_runs_where_nothing_can_be_written(all_formats: Path) -> Non
         "from pathlib import Path\n"
         "from export.artifact import open_artifact\n"
         "from service.runtime.load import load_runtime\n"
-        "from service.runtime.protocol import StepInputs, StepOutputs\n"
+        "from export.manifest import step_inputs, step_outputs\n"
+        "from service.runtime.arrays import allocate\n"
         "def no_directory(): raise FileNotFoundError('no temporary directory')\n"
         "tempfile._get_default_tempdir = no_directory\n"
         "artifact = open_artifact(Path(sys.argv[1]))\n"
         "options = {'name': 'torchscript', 'device': 'cpu', 'num_threads': 1}\n"
         "manifest = artifact.manifest\n"
         "runtime = load_runtime(artifact.directory, manifest, **options)\n"
-        "arrays = [of.allocate(manifest.spec, 2).by_name() for of in (StepInputs, StepOutputs)]\n"
+        "arrays = [allocate(of(manifest.spec), 2) for of in (step_inputs, step_outputs)]\n"
         "runtime.bind(*arrays)()\n"
     )
     environment = clean_environment()
@@ -271,7 +271,7 @@ def test_the_graph_of_the_pt2_file_moves_to_another_device_whole(
     """Torch's meta device computes shapes only, and refuses what is left on the CPU."""
     content = Manifest.read(all_formats).formats["pt2"].read(all_formats)
     step = load_eager(content, "meta").call
-    arrays = StepInputs.allocate(spec, 3).by_name().values()
+    arrays = allocate(step_inputs(spec), 3).values()
     given = [torch.from_numpy(array).to("meta") for array in arrays]
     assert [output.device.type for output in step(*given)] == ["meta"] * 5
 
