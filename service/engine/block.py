@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh3_128
 
 from service.runtime.protocol import State
 
@@ -42,13 +42,15 @@ class Block:
 
     def __post_init__(self) -> None:
         self.num_rows = len(self.given[0])
-        content = [array.tobytes() for array in self.given]
-        content.append(b"\1" if self.deterministic else b"\0")
+        # Of a client's own requests, so no hash that withstands an enemy: one 60 times as fast.
+        digest = xxh3_128(b"\1" if self.deterministic else b"\0")
+        for array in self.given:
+            digest.update(np.ascontiguousarray(array).data)
         if self.is_vector:
-            content.append(np.asarray(self.starts).tobytes())
+            digest.update(np.asarray(self.starts).data)
             if self.seeds is not None:
-                content.append(self.seeds.tobytes())
-        self.fingerprint = blake2b(b"".join(content), digest_size=16).digest()
+                digest.update(np.ascontiguousarray(self.seeds).data)
+        self.fingerprint = digest.digest()
 
 
 class Batch:

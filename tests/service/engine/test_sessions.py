@@ -418,6 +418,15 @@ def test_a_session_with_a_request_waiting_is_never_given_up(table: Table) -> Non
     assert not table.is_live("a")
 
 
+def test_a_session_that_steps_is_never_given_up(table: Table) -> None:
+    for session_id in "abc":
+        table.start(session_id)
+    turn = table.ask("a")
+    table.start("d")
+    assert table.live("abcd") == "acd"
+    assert table.taken(turn).step == 1
+
+
 def test_a_session_is_held_until_the_last_of_its_requests(table: Table) -> None:
     table.start()
     table.sessions.hold("a")
@@ -664,8 +673,9 @@ def test_seeds_one_a_row_are_read_for_the_rows_that_start(table: Table) -> None:
 def test_another_number_of_rows_is_refused_until_another_run_begins(table: Table) -> None:
     table.start_all(2, run="p")
     for starts, step in ((False, None), (False, 0), (True, 0)):
-        with pytest.raises(Invalid, match=r"'v' has 2 rows in this run, not 3;"):
-            table.ask_all(3, starts=starts, run="p", step=step)
+        for other in (1, 3):
+            with pytest.raises(Invalid, match=rf"'v' has 2 rows in this run, not {other};"):
+                table.ask_all(other, starts=starts, run="p", step=step)
     assert table.take_all(2).step == 1
     assert table.start_all(3, run="q").step == 0
 
