@@ -1,5 +1,6 @@
 """`POST /act` in safetensors: a vector of environments, as arrays, and scalars as metadata."""
 
+import re
 from collections.abc import Mapping
 from math import isfinite, prod
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from service.runtime.protocol import State
 
 LONGEST_IDENTIFIER = 256
 SCALARS = ("session_id", "run", "step", "seed", "deterministic", "timeout_ms")
+NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?")
 BOOLEANS = {"true": True, "false": False}
 
 
@@ -190,10 +192,7 @@ class _Scalars:
         value = self._metadata.get("timeout_ms")
         if value is None:
             return None
-        try:
-            timeout_ms = float(value)
-        except ValueError:
-            timeout_ms = -1.0
+        timeout_ms = float(value) if NUMBER.fullmatch(value) else 0.0
         if not (isfinite(timeout_ms) and timeout_ms > 0):
             raise Malformed("`timeout_ms` is not a number above 0")
         return timeout_ms

@@ -283,7 +283,21 @@ REFUSED: dict[str, tuple[Tensors, dict[str, str], int, str]] = {
     },
     **{
         f"timeout_ms {value!r}": ({}, {"timeout_ms": value}, 400, "`timeout_ms` is not a number a")
-        for value in ("", "0", "-1", "nan", "inf", "1e999", "x")
+        for value in (
+            "",
+            "0",
+            "-1",
+            "nan",
+            "inf",
+            "1e999",
+            "x",
+            "1_0",
+            " 5",
+            "5 ",
+            "٣",
+            "1.",
+            "5\n",
+        )
     },
 }
 
