@@ -374,6 +374,23 @@ def test_a_row_that_is_not_finite_refuses_its_block_by_name_and_moves_none_of_it
     assert bench.values(vector(spec, [10] * 13, "v", step=1)) == [[11] * 13]
 
 
+def test_a_row_that_is_not_finite_is_its_own_block_s_behind_the_rest_of_a_large_one(
+    spec: PolicySpec,
+) -> None:
+    bench = Bench(spec, capacity=16)
+    large, poisoned, other = bench.take(
+        vector(spec, range(13), "v", starts=True),
+        single(spec, 1, "a", starts=True, is_poison=True),
+        single(spec, 2, "b", starts=True),
+    )
+    assert bench.observed == [8, 7]
+    assert isinstance(large, Stepped)
+    assert large.value == list(range(13))
+    assert isinstance(poisoned, Invalid)
+    assert isinstance(other, Stepped)
+    assert other.value == [2]
+
+
 def test_a_start_whose_output_is_not_finite_starts_nothing(bench: Bench) -> None:
     with pytest.raises(Invalid):
         bench.start(1, "a", is_poison=True)
