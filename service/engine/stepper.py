@@ -31,7 +31,7 @@ class Part(NamedTuple):
 class Stepper:
     """Steps one batch at a time; blocks are admitted before and settled after.
 
-    `observe` is told the rows and seconds of each batch that ran.
+    `observe` is told the rows and seconds of each batch in which the policy ran, or failed to.
     """
 
     def __init__(
@@ -109,7 +109,11 @@ class Stepper:
             self._seeds[starts] = self._rows.seed[write_rows[starts]]
         self._write_rows = write_rows
         self._make_noise(num)
-        self._runtime.launch(read_rows, write_rows)
+        try:
+            self._runtime.launch(read_rows, write_rows)
+        except Exception:
+            self._observe(num, time.perf_counter() - self._began_s)
+            raise
 
     def is_done(self) -> bool:
         """Whether `collect` would return at once."""
@@ -120,7 +124,10 @@ class Stepper:
 
         A block is answered, and its session moved, with its last part.
         """
-        decided, is_finite = self._runtime.collect()
+        try:
+            decided, is_finite = self._runtime.collect()
+        finally:
+            self._observe(len(self._write_rows), time.perf_counter() - self._began_s)
         self._rows.keep(self._write_rows, self._seeds, self._steps, decided)
         states = self._states()  # before anything moves: it may fail
         if is_finite is not None:
@@ -144,7 +151,7 @@ class Stepper:
                 version, num_rows = self._policy_version, block.num_rows
                 settled.append(Answer(of, at, num_rows, turn.step, version, state))
             first += stop - start
-        self._observe(first, time.perf_counter() - self._began_s)
+        self._parts = ()
         return settled
 
     def abandon(self, turn: Turn) -> None:

@@ -309,6 +309,7 @@ def test_a_failing_policy_leaves_every_session_as_it_was(
     blocks.append(vector(spec, [10, 10], "v", step=1, starts=np.array([False, True])))
     assert [str(error) for error in bench.take(*blocks)] == ["internal error"] * 4
     assert "out of memory" in caplog.text
+    assert bench.observed[-1] == 5  # a batch that fails is one that was tried
     bench.loaded.failure = None
     assert "new" not in bench.sessions
     bench.check_rows()
