@@ -1,12 +1,12 @@
-"""Exactly once, whatever the network does: 200 environments under faults against one at a time.
+"""Exactly once, whatever the network does: sessions under faults against one at a time.
 
-Clients of raw sockets cut connections before, during and after an answer, send requests twice and
-ahead of their turn, retry, and run out of time. Every session's answers must be, to the last bit,
-those of the same session run alone and undisturbed.
+They are of one environment or of many, in JSON and in safetensors. Clients of raw sockets cut
+connections before, during and after an answer, send requests twice and ahead of their turn, retry,
+and run out of time. Every session's answers must be, to the last bit, those of the same session run
+alone and undisturbed.
 """
 
 import asyncio
-import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -21,6 +21,8 @@ from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from service.runtime.load import load_runtime
 from service.settings import Settings
+from tests.connection import Connection
+from tests.forms import JSON, SAFETENSORS, Form
 from tests.random_inputs import random_masks, random_observations
 from tests.running_server import RunningServer, running_server
 from tests.service.fakes import AppClient, Served
@@ -28,6 +30,10 @@ from tests.service.fakes import AppClient, Served
 NUM_SESSIONS = 200
 NUM_STEPS = 200
 EPISODE_LENGTH = 50
+NUM_VECTORS = 40
+NUM_ROWS = 16
+NUM_VECTOR_STEPS = 100
+START_SHARE = 0.05
 TIMEOUT_S = 240.0
 FAULTS = {
     "none": 70,
@@ -41,16 +47,11 @@ FAULTS = {
 Json = dict[str, Any]
 
 
-class Answer(NamedTuple):
-    status: int
-    content: bytes
-    is_replay: bool
-
-
 class Script(NamedTuple):
     """All one environment will ever ask: its requests' bodies, step by step."""
 
     session_id: str
+    form: Form
     bodies: list[Json]
 
 
@@ -67,53 +68,48 @@ def scripts(spec: PolicySpec, num_sessions: int, num_steps: int) -> list[Script]
                 "session_id": f"env-{index}",
                 "episode": str(episode),
                 "step": step,
-                "observation": observations[at].tolist(),
-                "action_mask": {head: mask[at].tolist() for head, mask in masks.items()},
+                "observation": observations[at],
+                "action_mask": {head: mask[at] for head, mask in masks.items()},
                 "deterministic": index % 5 == 0,
             }
             if step == 0:
                 body |= {"episode_start": True, "seed": index * 1000 + episode}
             bodies.append(body)
-        made.append(Script(f"env-{index}", bodies))
+        made.append(Script(f"env-{index}", JSON, bodies))
     return made
 
 
-class Connection:
-    """Speaks just enough HTTP, and can stop in the middle of it."""
+def vector_scripts(spec: PolicySpec) -> list[Script]:
+    """Runs of vectors whose rows start episodes at random.
 
-    def __init__(self, host: str, port: int) -> None:
-        self._address = (host, port)
-        self._writer: asyncio.StreamWriter | None = None
-
-    async def send(self, body: Json, share: float = 1.0) -> None:
-        """Sends the request, or the first `share` of its bytes."""
-        if self._writer is None:
-            self._reader, self._writer = await asyncio.open_connection(*self._address)
-        content = json.dumps(body).encode()
-        head = (
-            "POST /act HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(content)}\r\n\r\n"
-        )
-        request = head.encode() + content
-        self._writer.write(request[: int(share * len(request))])
-        await self._writer.drain()
-
-    async def receive(self) -> Answer:
-        head = await self._reader.readuntil(b"\r\n\r\n")
-        status_line, *lines = head.decode().strip().split("\r\n")
-        headers = {
-            name.lower(): value for name, _, value in (line.partition(": ") for line in lines)
-        }
-        content = await self._reader.readexactly(int(headers["content-length"]))
-        return Answer(int(status_line.split()[1]), content, "replayed" in headers)
-
-    async def begin_to_receive(self) -> None:
-        await self._reader.readexactly(12)  # HTTP/1.1 200
-
-    def cut(self) -> None:
-        if self._writer is not None:
-            self._writer.transport.abort()
-            self._writer = None
+    Half of them are in either form, and half of those bring a seed for each row that starts.
+    """
+    rng = np.random.default_rng(6)
+    made = []
+    for index in range(NUM_VECTORS):
+        observations = random_observations(spec, rng, NUM_VECTOR_STEPS, NUM_ROWS)
+        masks = random_masks(spec, rng, NUM_VECTOR_STEPS, NUM_ROWS)
+        starts = rng.random((NUM_VECTOR_STEPS, NUM_ROWS)) < START_SHARE
+        starts[0] = True
+        bodies = []
+        for step in range(NUM_VECTOR_STEPS):
+            body: Json = {
+                "session_id": f"vector-{index}",
+                "run": "0",
+                "step": step,
+                "observation": observations[step],
+                "action_mask": {head: mask[step] for head, mask in masks.items()},
+                "deterministic": index % 5 == 0,
+            }
+            if starts[step].any():
+                body["episode_start"] = starts[step]
+                if index % 4 < 2:
+                    body["seed"] = rng.integers(2**64, size=NUM_ROWS, dtype=np.uint64)
+                elif step == 0:
+                    body["seed"] = index
+            bodies.append(body)
+        made.append(Script(f"vector-{index}", (JSON, SAFETENSORS)[index % 2], bodies))
+    return made
 
 
 class Environment:
@@ -123,6 +119,7 @@ class Environment:
         self._script = script
         self._host_and_port = (host, port)
         self._connection = Connection(host, port)
+        self._form = script.form
         self._random = random.Random(script.session_id)
         self._seen = seen
 
@@ -145,15 +142,15 @@ class Environment:
         """The step's answer, or None where the fault has cost it."""
         body = self._script.bodies[at]
         if fault == "cut before the body ends":
-            await self._connection.send(body, share=self._random.uniform(0.1, 0.9))
+            await self._send(body, share=self._random.uniform(0.1, 0.9))
             self._connection.cut()
             return None
         if fault == "cut before the answer":
-            await self._connection.send(body)
+            await self._send(body)
             self._connection.cut()
             return None
         if fault == "cut in the answer":
-            await self._connection.send(body)
+            await self._send(body)
             await self._connection.begin_to_receive()
             self._connection.cut()
             return None
@@ -163,7 +160,7 @@ class Environment:
             await self._ahead(at)
         if fault == "out of time":
             body = body | {"timeout_ms": 1e-6}
-        await self._connection.send(body)
+        await self._send(body)
         answer = await self._connection.receive()
         if fault == "out of time" and answer.status == 504:
             return None
@@ -173,7 +170,8 @@ class Environment:
 
     async def _twice(self, body: Json) -> bytes:
         other = Connection(*self._host_and_port)
-        await asyncio.gather(self._connection.send(body), other.send(body))
+        twice = self._form.content_type, self._form.request(body)
+        await asyncio.gather(self._connection.send(*twice), other.send(*twice))
         one, two = await asyncio.gather(self._connection.receive(), other.receive())
         other.cut()
         assert (one.status, two.status) == (200, 200), (one, two)
@@ -184,10 +182,13 @@ class Environment:
     async def _ahead(self, at: int) -> None:
         """The next step of the episode first: it is not its turn, and nothing comes of it."""
         following = self._script.bodies[at + 1 : at + 2]
-        if following and not following[0].get("episode_start"):
-            await self._connection.send(following[0])
+        if following and following[0]["step"]:
+            await self._send(following[0])
             answer = await self._connection.receive()
             assert answer.status in (404, 409, 410), answer
+
+    async def _send(self, body: Json, share: float = 1.0) -> None:
+        await self._connection.send(self._form.content_type, self._form.request(body), share)
 
 
 def alone(artifact: Path, made: list[Script]) -> list[list[bytes]]:
@@ -195,11 +196,12 @@ def alone(artifact: Path, made: list[Script]) -> list[list[bytes]]:
     manifest = Manifest.read(artifact)
     runtime = load_runtime(artifact, manifest, name="onnx", device="cpu", num_threads=1)
     with AppClient(Served.make(manifest, runtime, Settings(artifact=artifact))) as client:
-        return [[answer_of(client, body) for body in script.bodies] for script in made]
+        return [[answer_of(client, script.form, body) for body in script.bodies] for script in made]
 
 
-def answer_of(client: AppClient, body: Json) -> bytes:
-    answer = client.act(body)
+def answer_of(client: AppClient, form: Form, body: Json) -> bytes:
+    headers = {"Content-Type": form.content_type}
+    answer = client.request("POST", "/act", content=form.request(body), headers=headers)
     assert answer.status_code == 200
     assert "replayed" not in answer.headers
     return answer.content
@@ -220,19 +222,30 @@ def artifact(
     return output
 
 
-def test_every_trajectory_is_bit_for_bit_the_undisturbed_one(
-    artifact: Path, spec: PolicySpec
-) -> None:
-    made = scripts(spec, NUM_SESSIONS, NUM_STEPS)
+def check_under_faults(artifact: Path, made: list[Script], *, at_least: int) -> None:
+    """Every session is told what it is told alone, and each fault came so often at least."""
     with running_server(artifact) as server:
         got, seen = asyncio.run(asyncio.wait_for(disturbed(server, made), TIMEOUT_S))
         assert "Traceback" not in server.log()
     for fault in FAULTS:
-        assert seen[fault] > NUM_SESSIONS, seen
-    assert seen["replayed"] > NUM_SESSIONS, seen  # answers were lost, and given again
+        assert seen[fault] > at_least, seen
+    assert seen["replayed"] > at_least, seen  # answers were lost, and given again
     for script, answers, expected in zip(made, got, alone(artifact, made), strict=True):
         for at, (one, other) in enumerate(zip(answers, expected, strict=True)):
             assert one == other, f"{script.session_id}, step {at}"
+
+
+def test_every_trajectory_is_bit_for_bit_the_undisturbed_one(
+    artifact: Path, spec: PolicySpec
+) -> None:
+    made = scripts(spec, NUM_SESSIONS, NUM_STEPS)
+    check_under_faults(artifact, made, at_least=NUM_SESSIONS)
+
+
+def test_every_trajectory_of_vectors_is_bit_for_bit_the_undisturbed_one(
+    artifact: Path, spec: PolicySpec
+) -> None:
+    check_under_faults(artifact, vector_scripts(spec), at_least=NUM_VECTORS)
 
 
 def test_a_seeded_session_is_the_same_among_256_others_and_after_a_restart(
@@ -245,7 +258,7 @@ def test_a_seeded_session_is_the_same_among_256_others_and_after_a_restart(
             connection = Connection(*server.host_and_port)
             contents = []
             for body in script.bodies:
-                await connection.send(body)
+                await connection.send(script.form.content_type, script.form.request(body))
                 answer = await connection.receive()
                 assert answer.status == 200, answer
                 contents.append(answer.content)
