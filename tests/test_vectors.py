@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -397,6 +397,8 @@ WAYS_OF_FEW: dict[str, Way] = {
 WAYS = {**VECTOR_WAYS, **WAYS_OF_FEW}
 NUMBERS = count()
 """Of trajectories, so that no two are one session's."""
+on_sockets = settings(max_examples=8, phases=(Phase.explicit, Phase.generate))
+"""No failure is made smaller: it takes minutes, and on sockets no order of events comes again."""
 
 
 class Served(NamedTuple):
@@ -438,7 +440,7 @@ def check(trajectory: Trajectory, told: Mapping[str, Sequence[Arrays]], step: Lo
 
 @pytest.mark.parametrize("way", WAYS)
 @given(data=st.data())
-@settings(max_examples=8)
+@on_sockets
 def test_environments_are_told_the_same_bits_however_they_are_sent(
     served: Served, way: str, data: st.DataObject
 ) -> None:
@@ -449,7 +451,7 @@ def test_environments_are_told_the_same_bits_however_they_are_sent(
 
 
 @given(data=st.data())
-@settings(max_examples=8)
+@on_sockets
 def test_environments_are_told_the_same_bits_beside_each_other(
     served: Served, data: st.DataObject
 ) -> None:
