@@ -6,10 +6,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from export.exporter import export_policy
 from export.loaders.protocol import LoadedStep
@@ -20,8 +21,8 @@ from service.bench.batch_sizes import ranges
 from service.bench.load import Session
 from service.bench.pool import POOL_SIZE, Pool
 from service.bench.replay import Differences, replay
-from service.bench.wire import JsonWire
-from service.engine.noise import gumbel_noise
+from service.bench.wire import Arrays, JsonWire, wire_of
+from service.engine.noise import gumbel_noise, row_seed
 from service.runtime.arrays import allocate
 from service.runtime.load import load_runtime
 from service.runtime.protocol import STATE_INPUTS, STATE_OUTPUTS
@@ -29,6 +30,7 @@ from tests.random_inputs import random_policy
 from tests.running_server import ROOT, RunningServer, clean_environment, running_server
 
 TIMEOUT_S = 60.0
+MAX_BATCH_SIZE = 8
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,8 @@ def onnx_artifact(
     policy: FactoredRecurrentActorCritic, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     output = tmp_path_factory.mktemp("bench") / "tiny"
-    export_policy(policy, None, output, name="tiny", formats=("onnx",), max_batch_size=8)
+    formats = ("onnx",)
+    export_policy(policy, None, output, name="tiny", formats=formats, max_batch_size=MAX_BATCH_SIZE)
     return output
 
 
@@ -57,35 +60,43 @@ def bench(*arguments: object) -> "subprocess.CompletedProcess[str]":
     )
 
 
-OF_VECTORS = ("--rows", "3")
-LOADS: dict[str, tuple[str, ...]] = {
-    "closed": (),
-    "open": ("--rate", "100"),
-    "vectors": OF_VECTORS,
-    "files": (*OF_VECTORS, "--wire", "safetensors"),
+class Loaded(NamedTuple):
+    num_rows: int
+    arguments: tuple[str, ...]
+
+
+FILES = "--wire", "safetensors"
+LOADS = {
+    "closed": Loaded(1, ()),
+    "open": Loaded(1, ("--rate", "100")),
+    "vectors": Loaded(3, ("--rows", "3")),
+    "vectors larger than a batch": Loaded(99, ("--rows", "99")),  # some start in every step
+    "files": Loaded(3, ("--rows", "3", *FILES)),
+    "files larger than a batch": Loaded(99, ("--rows", "99", *FILES)),
+    "files of one": Loaded(1, FILES),
 }
 
 
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
 def test_every_answer_of_a_real_server_is_the_artifacts_own(
-    load: tuple[str, ...], server: RunningServer, onnx_artifact: Path
+    load: Loaded, server: RunningServer, onnx_artifact: Path
 ) -> None:
     done = bench(
         "--url", server.address, "--artifact", onnx_artifact, "--envs", 6, "--seconds", 0.5,
-        "--json", *load,
+        "--json", *load.arguments,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert figures["errors"] == {}
     assert figures["answers"] > 5
-    num_rows = 3 if "--rows" in load else 1
-    num_answers = figures["answers"] * num_rows
+    num_answers = figures["answers"] * load.num_rows
     assert figures["differences"] == {
         "answers": num_answers, "differing": 0, "other_actions": 0, "largest": 0.0,
     }  # fmt: skip
     latency = figures["latency_ms"]
     assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"] <= latency["max"]
-    assert sum(figures["batches_by_size"].values()) <= figures["answers"]
+    batches_each = -(-load.num_rows // MAX_BATCH_SIZE)
+    assert sum(figures["batches_by_size"].values()) <= figures["answers"] * batches_each
 
 
 def test_figures_are_shown_to_people_too(server: RunningServer) -> None:
@@ -197,6 +208,112 @@ def test_replay_finds_a_state_that_was_stepped_twice(runtime: LoadedStep, spec: 
     session = trajectory(pool, runtime, spec, 1)
     del session.pool_index[2], session.answers[2]
     assert compared([session], pool, runtime, spec).differing == 2
+
+
+NUM_ROWS, NUM_STEPS = 99, 4
+"""Of a vector: its last rows start an episode in every step but the first."""
+
+
+def vector_outputs(
+    pool: Pool,
+    runtime: LoadedStep,
+    spec: PolicySpec,
+    *,
+    seed_off: int = 0,
+    missed: tuple[int, int] | None = None,
+) -> list[Arrays]:
+    """What a right server tells a vector with seed 5: all its rows in one batch.
+
+    One that is wrong has row 7's seed off by so much, or misses the start of a (step, row).
+    """
+    inputs, decided = allocate(step_inputs(spec), NUM_ROWS), allocate(step_outputs(spec), NUM_ROWS)
+    step_once = runtime.bind(inputs, decided)
+    session, rows = Session("vector", 5, NUM_ROWS), np.arange(NUM_ROWS)
+    seeds = np.zeros(NUM_ROWS, np.uint64)
+    episodes, steps = np.full(NUM_ROWS, -1), np.zeros(NUM_ROWS, np.uint64)
+    told = []
+    for step in range(NUM_STEPS):
+        starts = session.starts(step)
+        assert starts is not None
+        if missed is not None and missed[0] == step:
+            assert starts[missed[1]]
+            starts[missed[1]] = False
+        episodes[starts] += 1
+        steps[starts] = 0
+        seeds[starts] = row_seed(5, rows, episodes)[starts]
+        if step == 0:
+            seeds[7] += np.uint64(seed_off)
+        for name, array in pool.by_name().items():
+            inputs[name][:] = array[(5 + step + rows) % POOL_SIZE]
+        inputs["noise"][:] = gumbel_noise(seeds, steps, spec.num_choices)
+        for given, carried in zip(STATE_INPUTS, STATE_OUTPUTS, strict=True):
+            inputs[given][:] = np.where(starts[:, None, None], 0.0, decided[carried])
+        step_once()
+        steps += np.uint64(1)
+        told.append({name: decided[name].copy() for name in ("action", "log_prob", "value")})
+    return told
+
+
+def written_in_json(outputs: Arrays, spec: PolicySpec) -> bytes:
+    by_head = {
+        name: dict(zip(spec.head_names, outputs[name].T.tolist(), strict=True))
+        for name in ("action", "log_prob")
+    }
+    return json.dumps(by_head | {"value": outputs["value"].tolist()}).encode()
+
+
+def written_in_safetensors(outputs: Arrays, spec: PolicySpec) -> bytes:
+    return save(outputs)
+
+
+Write = Callable[[Arrays, PolicySpec], bytes]
+WRITTEN: dict[str, Write] = {"json": written_in_json, "safetensors": written_in_safetensors}
+
+
+def compared_vector(
+    told: list[Arrays], kind: str, pool: Pool, runtime: LoadedStep, spec: PolicySpec
+) -> Differences:
+    session = Session("vector", 5, NUM_ROWS)
+    session.pool_index = [(5 + step) % POOL_SIZE for step in range(NUM_STEPS)]
+    session.answers = [WRITTEN[kind](outputs, spec) for outputs in told]
+    return replay([session], pool, wire_of(kind, spec, pool, NUM_ROWS), runtime, spec)
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+@pytest.mark.parametrize("name", ["action", "log_prob", "value"])
+def test_replay_counts_a_row_of_a_vector_that_differs_in_one_bit(
+    kind: str, name: str, runtime: LoadedStep, spec: PolicySpec
+) -> None:
+    pool = Pool.random(spec, seed=3)
+    told = vector_outputs(pool, runtime, spec)
+    num_answers = NUM_ROWS * NUM_STEPS
+    assert compared_vector(told, kind, pool, runtime, spec) == (num_answers, 0, 0, 0.0)
+    row = told[2][name][NUM_ROWS - 1 :].view(np.int32)
+    row[..., 0] ^= 1
+    found = compared_vector(told, kind, pool, runtime, spec)
+    assert (found.answers, found.differing) == (num_answers, 1)
+    assert found.other_actions == (name == "action")
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_replay_finds_a_row_whose_start_was_missed(
+    kind: str, runtime: LoadedStep, spec: PolicySpec
+) -> None:
+    pool = Pool.random(spec, seed=3)
+    told = vector_outputs(pool, runtime, spec, missed=(2, 98))
+    found = compared_vector(told, kind, pool, runtime, spec)
+    assert found.differing == NUM_STEPS - 2  # of that row, from there on
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_replay_finds_a_row_whose_seed_is_off(
+    kind: str, runtime: LoadedStep, spec: PolicySpec
+) -> None:
+    pool = Pool.random(spec, seed=3)
+    found = compared_vector(
+        vector_outputs(pool, runtime, spec, seed_off=1), kind, pool, runtime, spec
+    )
+    assert 0 < found.other_actions <= found.differing <= NUM_STEPS
 
 
 def test_sizes_are_named_by_their_range() -> None:
