@@ -28,6 +28,7 @@ STEPS = 50
 """At least; more where it takes more to run every batch size."""
 
 LARGE_STEPS = 8
+RANDOM_LARGE_SIZES = 8
 
 LIFT = 4096.0
 """What noise adds to the one choice it points at: beyond any log-prob, and less than a mask."""
@@ -118,12 +119,14 @@ class Episode(NamedTuple):
 
 
 def episodes(max_batch_size: int, generator: torch.Generator) -> tuple[Episode, ...]:
-    """Every batch size up to 256; beyond, the buckets, the largest and one at random."""
+    """Every batch size up to 256; beyond, the buckets, the largest and some at random."""
     small = Episode(ROWS, tuple(range(1, min(max_batch_size, ROWS) + 1)), STEPS)
     if max_batch_size <= ROWS:
         return (small,)
-    between = int(torch.randint(ROWS + 1, max_batch_size + 1, (), generator=generator))
-    large = {between, *(size for size in bucket_sizes(max_batch_size) if size > ROWS)}
+    between = torch.randint(
+        ROWS + 1, max_batch_size + 1, (RANDOM_LARGE_SIZES,), generator=generator
+    )
+    large = {*between.tolist(), *(size for size in bucket_sizes(max_batch_size) if size > ROWS)}
     return small, Episode(max_batch_size, tuple(sorted(large)), LARGE_STEPS)
 
 
@@ -150,12 +153,10 @@ class EpisodeMaker:
         number = 0
         is_covered = False
         while number < episode.least_steps or not is_covered:
-            batches: list[Tensor] = []
+            batches = []
             rows = torch.randperm(episode.num_rows, generator=self.generator)
             while len(rows) > 0:
-                fitting = [size for size in waiting if size <= len(rows)]
-                # Any first, then what leaves the fewest rows: so that few steps take all sizes.
-                size = fitting[0] if fitting and not batches else max(fitting, default=len(rows))
+                size = next((size for size in waiting if size <= len(rows)), len(rows))
                 if size in waiting:
                     waiting.remove(size)
                 if not waiting:

@@ -110,7 +110,7 @@ class Metrics:
 
 
 class _SessionCollector(Collector):
-    """What is kept, and what became of the rest: live sessions = started - all the rest."""
+    """How many rows are kept, and what became of sessions: live ones are started - all the rest."""
 
     def __init__(self, sessions: Sessions) -> None:
         self._sessions = sessions

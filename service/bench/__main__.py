@@ -129,7 +129,7 @@ async def _drive(
         async with http.get("/policy", raise_for_status=True) as response:
             served = await response.json()
         spec = PolicySpec.model_validate(served["spec"])
-        number = -(-options.envs // (options.rows or 1))
+        number = -(-options.envs // (_rows(options) or 1))
         generator = LoadGenerator(options.url, _wire(options, spec), num_connections=number)
         sessions = new_sessions(max(number, options.sessions or 0), options.seed, _rows(options))
         before = await batch_sizes(http)
@@ -151,8 +151,9 @@ async def _drive(
 
 def _rows(options: argparse.Namespace) -> int | None:
     """Of each session; None is a single environment."""
-    rows: int | None = options.rows
-    return 1 if rows is None and options.wire != "json" else rows
+    if options.rows is None:
+        return 1 if options.wire != "json" else None
+    return min(int(options.rows), int(options.envs))
 
 
 def _wire(options: argparse.Namespace, spec: PolicySpec) -> Wire:

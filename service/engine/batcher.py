@@ -157,7 +157,7 @@ class Batcher:
             raise Draining("the server is shutting down")
         if self._num_rows and self._num_rows + num_rows > self._max_waiting:
             raise Overloaded(
-                f"{self._num_rows} rows wait already; back off and retry",
+                f"{self._num_rows} of {self._max_waiting} rows wait already; back off and retry",
                 retry_after_s=self._num_rows * self._seconds_per_row,
             )
 
@@ -199,7 +199,6 @@ class Batcher:
 
     def _launch(self, now_s: float) -> bool:
         """Forms the next batch of what waits, if anything does, and begins it."""
-        self._batch = []
         parts: list[Part] = []
         room = self._max_batch_size
         waiting = self._partial or self._next(room)

@@ -1,7 +1,9 @@
 """One policy being served: blocks in, answers out. What the HTTP side has to do with."""
 
+import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from export.loaders.protocol import LoadedStep
 from export.manifest import Manifest, bucket_sizes
@@ -30,11 +32,13 @@ class Engine:
         observe: Callable[[int, float], None] = lambda num_rows, seconds: None,
     ) -> None:
         spec = manifest.spec
-        self.max_rows = min(settings.max_rows, settings.max_sessions)
+        self._drain_s = settings.drain_s
+        self.max_rows = min(settings.max_rows, settings.max_sessions, settings.max_waiting)
         self.max_batch_size = min(settings.max_batch_size, manifest.max_batch_size)
-        # What is under way, a block in parts and a batch with it, reads and writes rows of its own,
-        # and may be sessions' before others have given up theirs.
-        num_rows = settings.max_sessions + 3 * (self.max_rows + self.max_batch_size)
+        # Under way is a batch, and two blocks in parts at most, of which the one's last and the
+        # other's first ride in it. A stateless one has rows to read besides those to write. And
+        # what a run begins with is a session's before others have given up theirs.
+        num_rows = settings.max_sessions + 5 * self.max_rows + 3 * self.max_batch_size
         self.runtime = with_states(
             loaded,
             manifest,
@@ -69,9 +73,10 @@ class Engine:
         self.warm_up.start()
 
     async def stop(self) -> None:
-        """Answers everything that waits, then takes nothing more."""
+        """Answers what waits, as far as `--drain-s` goes, and takes nothing more."""
         self.warm_up.stop()
-        await self.batcher.drain()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.batcher.drain(), self._drain_s)
 
     def check_open(self) -> None:
         """Raises what any block would meet now, whatever is in it: then it need not be read."""

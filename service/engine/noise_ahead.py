@@ -57,5 +57,6 @@ class NoiseAhead:
         by_seed = noise.reshape(len(seeds), STEPS_AHEAD, self._num_columns)
         for seed, step, ahead in zip(seeds.tolist(), steps.tolist(), by_seed, strict=True):
             self._kept[seed] = _Kept(step, ahead.copy())
+            self._kept.move_to_end(seed)
             if len(self._kept) > MOST_SEEDS:
                 self._kept.popitem(last=False)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from export.manifest import Array
 from service.engine.block import Batch
+from service.errors import Overloaded
 from service.runtime.arrays import Arrays, allocate
 from service.runtime.protocol import STATE_OUTPUTS, Rows
 
@@ -35,8 +36,9 @@ class RowTable:
         self._num_free = num_rows
 
     def reserve(self, number: int) -> Rows:
-        """Free rows, the last used first; there are always enough, as sessions are bounded."""
-        assert number <= self._num_free
+        """Free rows, the last used first. Raises Overloaded where there are not so many."""
+        if number > self._num_free:
+            raise Overloaded(f"there is no room for {number} rows more just now")
         self._num_free -= number
         return self._free[self._num_free : self._num_free + number].copy()
 

@@ -165,7 +165,9 @@ class SessionTable:
                 f"session {session_id!r} has {len(session.rows)} rows in this run, not "
                 f"{block.num_rows}; to change that, begin another run"
             )
-        step = 0 if block.starts is True and not block.is_vector else block.step
+        step = block.step
+        if step is None and block.starts is True and (block.run is not None or not block.is_vector):
+            step = 0
         if block.run is not None or block.seed is not None:
             self._check_run(session_id, session, block)
         if step is None or step == session.next_step:
@@ -234,10 +236,10 @@ class SessionTable:
         num_more = num_rows - (len(session.rows) if session is not None else 0)
         if num_more > 0:
             self._check_room(num_more, besides=session_id)
-            self._num_reserved += num_more
+        write_rows = self._rows.reserve(num_rows)
         if session is not None:
             session.is_stepping = True
-        write_rows = self._rows.reserve(num_rows)
+        self._num_reserved += max(0, num_more)
         self._rows.seed[write_rows] = first_seeds(block, seed)
         return Turn(
             block,
@@ -333,7 +335,7 @@ class SessionTable:
         if (past is not None and past.is_lost) or (step is not None and step > 0):
             return SessionLost(
                 f"session {session_id!r} has no state here any more (idle, evicted, or the server "
-                "restarted); start a new episode with `episode_start`: true"
+                "restarted); start a new episode at step 0, with `episode_start`: true"
             )
         return UnknownSession(
             f"session {session_id!r} was never started; send its first step with "
@@ -349,18 +351,25 @@ class SessionTable:
             if session_id != besides and self._is_evictable(session_id, session):
                 missing -= len(session.rows)
         if missing > 0:
-            raise Overloaded(f"all {self.capacity} rows are of sessions with a request waiting")
+            raise Overloaded(
+                f"there is no room for {num_rows} rows more: {self.capacity} are kept at most, and "
+                "no session with a request waiting is given up"
+            )
 
     def _evict(self, *, besides: str) -> None:
-        """Makes the room that was found when a run was admitted.
+        """Makes the room that was found when a run was admitted, as far as it can be made by now.
 
-        Who asked for them meanwhile keeps his rows, until others are released.
+        Who came back meanwhile keeps his rows, and the next run has to find more.
         """
-        while self.num_rows > self.capacity:
-            others = (i for i, session in self._live.items() if self._is_evictable(i, session))
-            session_id = next((i for i in others if i != besides), None)
-            if session_id is None:
-                return
+        excess = self.num_rows - self.capacity
+        victims = []
+        for session_id, session in self._live.items():
+            if excess <= 0:
+                break
+            if session_id != besides and self._is_evictable(session_id, session):
+                victims.append(session_id)
+                excess -= len(session.rows)
+        for session_id in victims:
             self._remove(session_id, "evicted")
 
     def _is_evictable(self, session_id: str, session: Session) -> bool:
@@ -420,9 +429,12 @@ def _conflict(session_id: str, session: Session, block: Block, step: int) -> Ste
     other = " with another content" if step == next_step - 1 else ""
     if block.starts is True and step == 0:
         name = "run" if block.is_vector else "episode"
+        advice = f"name another `{name}`"
+        if block.run is None and not block.is_vector:
+            advice += " or leave `step` out"
         return StepConflict(
             f"session {session_id!r} has already started{other}; its next step is {next_step}; to "
-            f"start anew, name another `{name}` or leave `step` out"
+            f"start anew, {advice}"
         )
     if step < next_step:
         return StepConflict(
@@ -436,4 +448,4 @@ def _conflict(session_id: str, session: Session, block: Block, step: int) -> Ste
 
 def _named(session: Session) -> str:
     kind = "run" if session.is_vector else "episode"
-    return f"{kind} {'an unnamed one' if session.run is None else repr(session.run)}"
+    return f"an unnamed {kind}" if session.run is None else f"{kind} {session.run!r}"

@@ -196,13 +196,11 @@ class Stepper:
             seed = derived_seed(self._seed, "", None, self._num_stateless)
         step, num_rows = block.step or 0, block.num_rows
         seeds = first_seeds(block, seed)
-        write_rows = self._rows.reserve(num_rows)
+        carries = block.state is not None or step > 0
+        rows = self._rows.reserve(2 * num_rows if carries else num_rows)
+        write_rows = rows[:num_rows]
+        read_rows = rows[num_rows:] if carries else self._rows.zeros(num_rows)
         self._rows.seed[write_rows] = seeds
-        read_rows = self._rows.zeros(num_rows)
-        if block.state is not None or step:
-            read_rows = self._rows.reserve(num_rows)
-            self._rows.seed[read_rows] = seeds
-            self._rows.step[read_rows] = step
         turn = Turn(
             block,
             session=None,
@@ -213,14 +211,23 @@ class Stepper:
             write_rows=write_rows,
             has_starts=True,
         )
-        if read_rows[0] != self._rows.zero_row:
+        if carries:
             try:
-                zeros = self._runtime.read(self._rows.zeros(num_rows))
-                self._runtime.write(read_rows, block.state or zeros)
+                self._carry(read_rows, block.state, seeds, step)
             except BaseException:
                 self._give_back(turn)
                 raise
         return turn
+
+    def _carry(
+        self, rows: Rows, state: State | None, seeds: int | NDArray[np.uint64], step: int
+    ) -> None:
+        """Puts what a stateless block brings where a step reads it."""
+        self._rows.seed[rows] = seeds
+        self._rows.step[rows] = step
+        if state is None:
+            state = self._runtime.read(self._rows.zeros(len(rows)))
+        self._runtime.write(rows, state)
 
     def _give_back(self, turn: Turn) -> None:
         """The rows of a stateless turn."""

@@ -1,5 +1,6 @@
 """`POST /act` in JSON: of one environment, or of a vector of them."""
 
+import re
 from itertools import chain
 from struct import pack
 from typing import Any
@@ -23,6 +24,9 @@ from service.http.schemas import (
 from service.runtime.protocol import State
 
 WRONG_LENGTH = ("too_short", "too_long")
+OF_ROWS = re.compile(rb'"observation"\s*:\s*\[\s*\[')
+"""What is no observation of one environment is taken for a vector's if it looks like one. The error
+would tell as well, but not without making Python objects of all that is wrong."""
 
 
 class JsonCodec:
@@ -51,7 +55,7 @@ class JsonCodec:
         try:
             act = self._request.model_validate_json(body)
         except ValidationError as error:
-            if _has_rows(error):
+            if OF_ROWS.search(body):
                 return self._parse_vector(body)
             raise _refusal(error) from error
         _check_fields(act)
@@ -116,6 +120,7 @@ class JsonCodec:
         check_session(act.session_id, act.state is not None, starts is not False, {"run": act.run})
         seeds = act.seed if isinstance(act.seed, list) else None
         masks = act.action_mask or {}
+        self._check_heads({**self._allowed, **masks})
         num_rows = len(act.observation)
         by_row: dict[str, Any] = {f"action_mask.{name}": rows for name, rows in masks.items()}
         for name in ("episode_start", "seed", *(name for name, _, _ in self._own_inputs)):
@@ -151,7 +156,6 @@ class JsonCodec:
         return np.frombuffer(flat, dtype=np.bool_)[None]
 
     def _vector_mask(self, by_head: dict[str, Any], num_rows: int) -> NDArray[np.bool_]:
-        self._check_heads({**self._allowed, **by_head})
         mask = np.ones((num_rows, self._spec.num_choices), dtype=np.bool_)
         for name, rows in by_head.items():
             mask[:, self._reader.columns[name]] = rows
@@ -206,14 +210,6 @@ def _array(values: Any, dtype: Any = np.float64) -> NDArray[Any]:
         return np.array(values, dtype=dtype)
     except OverflowError:  # of an integer beyond 64 bits, which is out of the policy's bounds too
         return np.array(values, dtype=object)
-
-
-def _has_rows(error: ValidationError) -> bool:
-    """Whether what should have been numbers are rows of them, as a vector's are."""
-    return any(
-        found["loc"] == ("observation", 0) and isinstance(found["input"], list)
-        for found in error.errors(include_url=False, include_context=False)
-    )
 
 
 def _refusal(error: ValidationError) -> Malformed | Invalid:

@@ -215,7 +215,7 @@ class VectorActRequest(_AnyActRequest):
         Identifier | None,
         Field(
             description="The client's name for all that follows from one first request; makes that "
-            "one safe to retry. Needs a `session_id`."
+            "one safe to retry, with `step` or without. Needs a `session_id`."
         ),
     ] = None
     step: Annotated[
@@ -291,7 +291,8 @@ def vector_act_request(spec: PolicySpec) -> type[VectorActRequest]:
 
 
 def _rows(of: Any) -> Any:
-    return Annotated[list[of], Field(min_length=1), FAIL_FAST]
+    # As many as the observation has; pydantic's own word for none would be of the policy's lengths.
+    return Annotated[list[of], Field(json_schema_extra={"minItems": 1}), FAIL_FAST]
 
 
 def _exactly(length: int, of: Any) -> Any:

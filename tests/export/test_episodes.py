@@ -98,17 +98,11 @@ def test_every_size_to_256_is_run_and_beyond_it_the_buckets_and_the_largest(
     assert run >= {*maker.batch_sizes}
 
 
-def test_a_large_size_that_is_no_bucket_is_run_too(policy: FactoredRecurrentActorCritic) -> None:
+def test_sizes_that_are_no_buckets_are_run_too(policy: FactoredRecurrentActorCritic) -> None:
     sizes = {size for size in maker_of(policy, None, 4096).batch_sizes if size > 256}
-    assert sizes - {*bucket_sizes(4096)}
-
-
-def test_every_size_of_the_largest_batch_is_run_in_few_steps(
-    policy: FactoredRecurrentActorCritic,
-) -> None:
-    maker = maker_of(policy, None, 4096)
-    rows = sum(len(moment.row) for _, moment in moments_of(maker))
-    assert rows < 1.1 * sum(maker.batch_sizes)
+    between = sizes - {*bucket_sizes(4096)}
+    assert len(between) >= 6
+    assert min(between) < 2048 < max(between)
 
 
 @settings(max_examples=6)

@@ -252,10 +252,10 @@ def test_a_full_queue_refuses_more_rows_and_takes_some_again_later() -> None:
         batcher = doubling.batcher(max_waiting=4)
         waiting = [submitted(batcher, block(0, 1)), submitted(batcher, block(2))]
         assert len(batcher) == 3
-        with pytest.raises(Overloaded, match="3 rows wait already"):
+        with pytest.raises(Overloaded, match="3 of 4 rows wait already"):
             submitted(batcher, block(3, 4))
         waiting.append(submitted(batcher, block(3)))
-        with pytest.raises(Overloaded, match="4 rows wait already"):
+        with pytest.raises(Overloaded, match="4 of 4 rows wait already"):
             batcher.check_room()
         assert await told(waiting) == [[0, 2], [4], [6]]
         assert len(batcher) == 0

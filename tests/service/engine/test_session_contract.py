@@ -159,8 +159,8 @@ class Model:
             return Invalid
         if request.run not in (None, running.name) or request.seed not in (None, running.seed):
             return StepConflict
-        if request.starts_all and not request.is_vector:
-            step = 0
+        if request.starts_all and (request.run or not request.is_vector) and step is None:
+            step = 0  # a first request, sent again or late
         if step in (None, running.next_step):
             return running
         is_last = step == running.next_step - 1

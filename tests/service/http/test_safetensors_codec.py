@@ -570,3 +570,10 @@ def test_the_same_vector_gets_the_same_numbers_in_either_form(
     again = act(client, save({"observation": observation, "episode_start": ones(64)}, words))
     assert again.headers["Replayed"] == "true"
     assert values_of(again) == values_of(first)
+
+
+def test_accept_headers_are_one_however_they_are_sent(client: AppClient, spec: PolicySpec) -> None:
+    accepts = [("Accept", "text/html"), ("Accept", SAFETENSORS)]
+    for headers in (accepts, accepts[::-1]):
+        response = client.request("POST", "/act", json=body(spec, 3), headers=headers)
+        assert response.headers["content-type"] == SAFETENSORS
