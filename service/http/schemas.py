@@ -269,7 +269,9 @@ def vector_act_request(spec: PolicySpec) -> type[VectorActRequest]:
     masks = {head.name: _rows(_allowing_one(head.size)) for head in spec.heads}
     states: Any = _rows(_exactly(spec.num_layers, _exactly(spec.hidden_dim, Float)))
     narrower: dict[str, Any] = {
-        "observation": _rows(_exactly(spec.observation_dim, Float)),
+        "observation": Annotated[
+            list[_exactly(spec.observation_dim, Float)], Field(min_length=1), FAIL_FAST
+        ],
         "action_mask": _by_head(
             "VectorActionMask", "What each head may choose, in each row.", masks, total=False
         )
