@@ -266,12 +266,11 @@ def act_request(spec: PolicySpec) -> type[ActRequest]:
 
 def vector_act_request(spec: PolicySpec) -> type[VectorActRequest]:
     """`VectorActRequest` with this policy's lengths and heads, and its own inputs."""
+    observation: Any = _exactly(spec.observation_dim, Float)
     masks = {head.name: _rows(_allowing_one(head.size)) for head in spec.heads}
     states: Any = _rows(_exactly(spec.num_layers, _exactly(spec.hidden_dim, Float)))
     narrower: dict[str, Any] = {
-        "observation": Annotated[
-            list[_exactly(spec.observation_dim, Float)], Field(min_length=1), FAIL_FAST
-        ],
+        "observation": Annotated[list[observation], Field(min_length=1), FAIL_FAST],
         "action_mask": _by_head(
             "VectorActionMask", "What each head may choose, in each row.", masks, total=False
         )
