@@ -151,9 +151,8 @@ async def _drive(
 
 def _rows(options: argparse.Namespace) -> int | None:
     """Of each session; None is a single environment."""
-    if options.rows is None:
-        return 1 if options.wire != "json" else None
-    return min(int(options.rows), int(options.envs))
+    rows: int | None = options.rows
+    return 1 if rows is None and options.wire != "json" else rows
 
 
 def _wire(options: argparse.Namespace, spec: PolicySpec) -> Wire:
