@@ -132,7 +132,7 @@ def fault(body: bytes | bytearray, is_good: bool) -> tuple[str, str]:
         if not sentence.isprintable() or len(sentence) > LONGEST_SENTENCE:
             return f"no sentence: {sentence!r}", kind
         return "", kind
-    except Exception as error:
+    except Exception as error:  # what is looked for: the reader raises Malformed and nothing else
         return f"another exception: {type(error).__name__}", "raised"
     return "" if is_as_the_package_reads(file, bytes(body)) else "content of its own", "read"
 
@@ -140,7 +140,7 @@ def fault(body: bytes | bytearray, is_good: bool) -> tuple[str, str]:
 def is_as_the_package_reads(file: SafetensorsFile, body: bytes) -> bool:
     try:
         expected = load(body)
-    except Exception:
+    except Exception:  # whatever the package raises: it does not read what we read
         return False
     length = int.from_bytes(body[:8], "little")
     return (

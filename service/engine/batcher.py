@@ -218,7 +218,7 @@ class Batcher:
         self._batch_began_s = now_s
         try:
             self._steps.launch(parts)
-        except Exception:
+        except Exception:  # of the runtime, whatever it is: the server goes on
             self._fail()
         return True
 
@@ -245,7 +245,7 @@ class Batcher:
                 admitted = self._steps.admit(waiting.block)
             except ServiceError as error:
                 result = error
-            except Exception:
+            except Exception:  # a bug of ours in one block is not to cost the others theirs
                 logger.exception("a block could not be admitted")
                 result = ServiceError("internal error")
             else:
@@ -265,7 +265,7 @@ class Batcher:
                 return
             results = self._steps.collect()
             batch = list(zip(self._batch, results, strict=True))
-        except Exception:
+        except Exception:  # of the runtime, as above
             self._fail()
             return
         self._batch = []

@@ -111,7 +111,7 @@ class Stepper:
         self._make_noise(num)
         try:
             self._runtime.launch(read_rows, write_rows)
-        except Exception:
+        except Exception:  # it was tried, and is counted; the batcher says what becomes of it
             self._observe(num, time.perf_counter() - self._began_s)
             raise
 
@@ -251,7 +251,5 @@ class Stepper:
 
 
 def _not_finite(turn: Turn) -> Invalid:
-    row = f" of row {turn.fault}" if turn.block.is_vector else ""
-    return Invalid(
-        f"the policy's output for this observation{row} is not finite; the session has not moved"
-    )
+    what = f"`observation[{turn.fault}]`" if turn.block.is_vector else "this observation"
+    return Invalid(f"the policy's output for {what} is not finite; the session has not moved")

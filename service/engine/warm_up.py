@@ -44,7 +44,7 @@ class WarmUp:
         error: Exception | None = None
         try:
             self._run(lambda: not done.done())
-        except Exception as failure:
+        except Exception as failure:  # whoever waits for `done` is told
             error = failure
 
         def settle() -> None:

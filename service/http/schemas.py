@@ -69,6 +69,21 @@ def _config(**schema: Any) -> ConfigDict:
     return ConfigDict(strict=True, extra="allow", json_schema_extra=extra)
 
 
+def _of_a_session_or_stateless(absent: dict[str, Any]) -> list[dict[str, Any]]:
+    """A request's two kinds; `absent`: a session's own fields, and what each is without one."""
+    return [
+        {
+            "title": "A step of a session",
+            "required": ["session_id"],
+            "properties": {"session_id": {"type": "string"}, "state": {"type": "null"}},
+        },
+        {
+            "title": "A stateless step",
+            "properties": {"session_id": {"type": "null"}, **absent},
+        },
+    ]
+
+
 class HiddenStateBody(BaseModel):
     """A recurrent state the client carries itself: each `[layers][hidden]`."""
 
@@ -109,21 +124,9 @@ class ActRequest(_AnyActRequest):
 
     model_config = _config(
         required=["observation"],
-        oneOf=[
-            {
-                "title": "A step of a session",
-                "required": ["session_id"],
-                "properties": {"session_id": {"type": "string"}, "state": {"type": "null"}},
-            },
-            {
-                "title": "A stateless step",
-                "properties": {
-                    "session_id": {"type": "null"},
-                    "episode": {"type": "null"},
-                    "episode_start": {"const": False},
-                },
-            },
-        ],
+        oneOf=_of_a_session_or_stateless(
+            {"episode": {"type": "null"}, "episode_start": {"const": False}}
+        ),
         **{
             "not": {
                 "title": "An episode starts at step 0",
@@ -188,21 +191,12 @@ class VectorActRequest(_AnyActRequest):
 
     model_config = _config(
         required=["observation"],
-        oneOf=[
+        oneOf=_of_a_session_or_stateless(
             {
-                "title": "A step of a session",
-                "required": ["session_id"],
-                "properties": {"session_id": {"type": "string"}, "state": {"type": "null"}},
-            },
-            {
-                "title": "A stateless step",
-                "properties": {
-                    "session_id": {"type": "null"},
-                    "run": {"type": "null"},
-                    "episode_start": {"anyOf": [NO_START, {"type": "array", "items": NO_START}]},
-                },
-            },
-        ],
+                "run": {"type": "null"},
+                "episode_start": {"anyOf": [NO_START, {"type": "array", "items": NO_START}]},
+            }
+        ),
     )
 
     observation: Annotated[

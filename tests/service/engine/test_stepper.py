@@ -370,7 +370,7 @@ def test_a_row_that_is_not_finite_refuses_its_block_by_name_and_moves_none_of_it
     )
     assert isinstance(answers[0], Stepped)
     assert isinstance(answers[1], Invalid)
-    assert f"this observation of row {at} is not finite" in str(answers[1])
+    assert f"`observation[{at}]` is not finite" in str(answers[1])
     bench.check_rows()
     assert bench.values(vector(spec, [10] * 13, "v", step=1)) == [[11] * 13]
 
