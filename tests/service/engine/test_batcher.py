@@ -847,3 +847,19 @@ def test_a_block_is_held_from_its_submission_until_it_is_settled() -> None:
 def refuse_nine(numbers: list[int]) -> None:
     if 9 in numbers:
         raise Invalid("nine")
+
+
+def test_those_that_came_late_keep_their_order_when_others_before_them_expire() -> None:
+    async def scenario() -> None:
+        clock = FakeClock()
+        doubling = Doubling()
+        batcher = doubling.batcher(max_batch_size=4, clock=clock)
+        first = [submitted(batcher, block(n, session_id=s)) for n, s in enumerate("abcd")]
+        expiring = [submitted(batcher, block(9, session_id=s), timeout_s=5.0) for s in "ad"]
+        behind = [submitted(batcher, block(n, session_id=s)) for n, s in ((4, "b"), (5, "c"))]
+        await asyncio.sleep(0)
+        clock.now_s += 10.0
+        await told([*first, *expiring, *behind])
+        assert doubling.batches == [[0, 1, 2, 3], [4, 5]]
+
+    run(scenario())

@@ -285,7 +285,7 @@ def test_a_row_whose_output_is_not_finite_refuses_all_and_nothing_moves(
     poison = vector_body(spec, [1, 10], session_id="v", step=1)
     poison["observation"][1][-1] = POISON
     sentence = error_of(client.act(poison), 422, "invalid")
-    assert "row 1" in sentence
+    assert "observation[1]" in sentence
     assert "has not moved" in sentence
     step = vector_body(spec, [1, 10], session_id="v", step=1)
     assert client.act(step).json()["value"] == [2, 20]
