@@ -34,6 +34,9 @@ ACCEPTS_A_TURN = 16
 """libuv accepts one connection for each listening descriptor and turn of its loop, and a turn may
 hold a whole batch: with one descriptor, the last of 256 new clients would wait for 256 batches."""
 
+SWITCH_INTERVAL_S = 0.0002
+"""For a step's thread to tell that it is done, it may have to wait while the loop reads requests."""
+
 
 class _Server(uvicorn.Server):
     """Uvicorn, and one line with a working request once `/act` is open."""
@@ -140,15 +143,14 @@ def serve(
         # drained. Before that, these tell it to end as soon as it has begun; afterwards, nothing.
         signal.signal(number, server.stop)
     server.should_exit = bool(asked_to_stop)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
         listener = config.bind_socket()
         server.run(sockets=[listener, *(listener.dup() for _ in range(ACCEPTS_A_TURN - 1))])
     except SystemExit:
         _fail(f"cannot listen on {settings.host}:{settings.port}")
     exit_code = 1 if server.has_failed else 0
-    if engine.warm_up.is_running():
-        # In the middle of a step, which nothing can stop, and which the interpreter's end would
-        # wait for, or crash.
+    if engine.is_stepping():  # the interpreter's end would wait for it, or crash
         logging.shutdown()
         sys.stdout.flush()
         os._exit(exit_code)

@@ -3,10 +3,9 @@
 The next batch is whatever waits when the model is free: a lone block never waits, and while a batch
 runs the next one gathers by itself. There is no timer. Knows nothing of HTTP or of arrays.
 
-A batch may hold the event loop, and what arrives meanwhile is read only afterwards. So in the turns
-of the loop that follow a batch, a block counts as having waited since that batch began; and if it
-was a long one, the block's own batch forms one turn later than it could: by then the loop has read,
-too, whether its client hung up.
+A short batch runs on the event loop, and what arrives meanwhile is read afterwards; a long one runs
+beside it, and its end is told by `wake`. One that has enough rows is launched before that end, so
+that the model goes on at once.
 """
 
 import asyncio
@@ -18,30 +17,29 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import chain
 from math import inf
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from service.engine.block import Answer, Block
 from service.engine.sessions import Turn
 from service.engine.stepper import Part
 from service.errors import DeadlineExceeded, Disconnected, Draining, Overloaded, ServiceError
+from service.runtime.protocol import MOST_UNDER_WAY
 
 logger = logging.getLogger(__name__)
 
 PACE_WEIGHT = 0.1
 """Of the latest batch, in the pace that a `Retry-After` is told from."""
-TURNS_BEHIND = 3
-"""Turns of the loop after a batch in which it reads what arrived while the batch ran: a new
-connection is accepted in one and read in the next. An idle loop goes through them in microseconds.
-"""
-LONG_BATCH_S = 0.005
-"""After a shorter one the turn would cost all more than a row costs that nobody waits for: 4 % of
-the answers with 32 clients."""
+
+
+ENOUGH_ROWS = 64
+"""A batch of more costs each row hardly less: so many need not wait for others to ride with them."""
 
 
 class Steps(Protocol):
-    """What takes the turns of blocks, a batch at a time; `service.engine.stepper` says how.
+    """What takes the turns of blocks, batch after batch; `service.engine.stepper` says how.
 
-    `hold` is told of a block that waits from now on, `release` that it waits no more.
+    `hold` is told of a block that waits from now on, `release` that it waits no more. `look_ahead`
+    does what the next batches will need, while nobody waits for the event loop.
     """
 
     def hold(self, block: Block) -> None: ...
@@ -56,6 +54,8 @@ class Steps(Protocol):
 
     def collect(self) -> Sequence[Answer | ServiceError | None]: ...
 
+    def look_ahead(self) -> None: ...
+
     def abandon(self, turn: Turn) -> None: ...
 
 
@@ -66,12 +66,16 @@ class _Waiting:
     is_wanted: Callable[[], bool]
     number: int
     deadline_s: float
-    read_in_turn: int
     turn: Turn | None = None
     num_run: int = 0
 
     def __lt__(self, other: "_Waiting") -> bool:
         return self.number < other.number
+
+
+class _Batch(NamedTuple):
+    blocks: list[_Waiting]
+    num_rows: int
 
 
 class Batcher:
@@ -99,15 +103,10 @@ class Batcher:
         self._late: list[_Waiting] = []
         self._behind: dict[str, deque[_Waiting] | None] = {}
         self._partial: _Waiting | None = None  # its rows so far have run, or run now
-        self._batch: list[_Waiting] = []  # runs now
-        self._batch_rows = 0
+        self._under_way: deque[_Batch] = deque()
         self._num_rows = 0  # that wait
         self._num_submitted = 0
         self._first_deadline_s = inf  # of all that wait, or earlier
-        self._turn = 0
-        self._turns_behind = 0
-        self._looks_again = False
-        self._batch_began_s = 0.0
         self._seconds_per_row = 0.0  # of late, while there was always more to do
         self._busy_since_s: float | None = None
         self._is_scheduled = False
@@ -131,12 +130,11 @@ class Batcher:
         and Draining after `drain`; then nothing is called.
         """
         self.check_room(block.num_rows)
-        arrived_s = self._batch_began_s if self._turns_behind else self._clock()
-        deadline_s = arrived_s + timeout_s
+        deadline_s = self._clock() + timeout_s
         if deadline_s < self._first_deadline_s:
             self._first_deadline_s = deadline_s
         self._num_submitted += 1
-        waiting = _Waiting(block, settle, is_wanted, self._num_submitted, deadline_s, self._turn)
+        waiting = _Waiting(block, settle, is_wanted, self._num_submitted, deadline_s)
         session_id = block.session_id
         if session_id is None or session_id not in self._behind:
             self._waiting.append(waiting)
@@ -149,7 +147,7 @@ class Batcher:
         self._steps.hold(block)
         self._num_rows += block.num_rows
         self._drained.clear()
-        self._schedule(asyncio.get_running_loop())
+        self._schedule()
 
     def check_room(self, num_rows: int = 1) -> None:
         """Raises what `submit` would for so many rows, before there is a block to submit."""
@@ -165,48 +163,61 @@ class Batcher:
         """How many rows wait."""
         return self._num_rows
 
+    def wake(self) -> None:
+        """A batch that was under way is done. On the event loop."""
+        self._run_turn()
+
     async def drain(self) -> None:
         """Takes no new blocks and returns once every waiting one has its answer."""
         self._is_closed = True
         await self._drained.wait()
 
-    def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _schedule(self) -> None:
         # Called back after all I/O that is ready now: what arrived together rides together.
-        if not self._is_scheduled:
+        if not self._is_scheduled and self._may_launch():
             self._is_scheduled = True
-            loop.call_soon(self._run_turn, loop)
+            asyncio.get_running_loop().call_soon(self._run_turn)
 
-    def _run_turn(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _run_turn(self) -> None:
         self._is_scheduled = False
-        self._turn += 1
         now_s = self._clock()
         if now_s >= self._first_deadline_s:
             self._expire(now_s)
-        if self._batch:
-            self._collect()
-        if not self._batch and self._launch(now_s):
-            if self._batch:
-                self._collect()
-            self._turns_behind = TURNS_BEHIND
-            self._looks_again = self._clock() - now_s >= LONG_BATCH_S
-        elif self._turns_behind:
-            self._turns_behind -= 1
-            self._looks_again = self._looks_again and self._turns_behind > 0
-        if self._num_rows or self._batch or self._turns_behind:
-            self._schedule(loop)
-        if not (self._num_rows or self._batch):
-            self._drained.set()
+        settled = self._collect()
+        while self._may_launch() and self._launch():
+            pass
+        # Only now, where the model has more to do: it is not to wait until answers are written.
+        for waiting, result in (*settled, *self._collect()):
+            self._settle(waiting, result)
+        if not self._under_way:
+            if self._num_rows:
+                self._schedule()
+            else:
+                self._drained.set()
+        if self._under_way or not self._num_rows:
+            self._steps.look_ahead()
 
-    def _launch(self, now_s: float) -> bool:
-        """Forms the next batch of what waits, if anything does, and begins it."""
+    def _may_launch(self) -> bool:
+        if not self._under_way:
+            return self._num_rows > 0
+        return (
+            len(self._under_way) < MOST_UNDER_WAY
+            and self._num_rows >= ENOUGH_ROWS
+            and self._partial is None  # a part under way may fail, and its block with it
+            and not self._steps.is_done()
+        )
+
+    def _launch(self) -> bool:
+        """Forms the next batch of what waits, if anything may run, and launches it."""
         parts: list[Part] = []
+        blocks: list[_Waiting] = []
         room = self._max_batch_size
         waiting = self._partial or self._next(room)
         while waiting is not None:
             assert waiting.turn is not None
             stop = min(waiting.block.num_rows, waiting.num_run + room)
             parts.append(Part(waiting.turn, waiting.num_run, stop))
-            self._batch.append(waiting)
+            blocks.append(waiting)
             room -= stop - waiting.num_run
             self._num_rows -= stop - waiting.num_run
             waiting.num_run = stop
@@ -214,12 +225,12 @@ class Batcher:
             waiting = self._next(room)
         if not parts:
             return False
-        self._batch_rows = self._max_batch_size - room
-        self._batch_began_s = now_s
         try:
             self._steps.launch(parts)
         except Exception:  # of the runtime, whatever it is: the server goes on
-            self._fail()
+            self._fail(blocks)
+        else:
+            self._under_way.append(_Batch(blocks, self._max_batch_size - room))
         return True
 
     def _next(self, room: int) -> _Waiting | None:
@@ -232,8 +243,6 @@ class Batcher:
             waiting = self._late[0] if is_late else self._waiting[0]
             if room < waiting.block.num_rows <= self._max_batch_size:
                 return None
-            if self._looks_again and waiting.read_in_turn == self._turn - 1:
-                return None  # its client may have hung up since, which the loop reads in this turn
             if is_late:
                 heappop(self._late)
             else:
@@ -258,34 +267,34 @@ class Batcher:
             self._settle(waiting, result)
         return None
 
-    def _collect(self) -> None:
-        """Settles what the batch under way has answered, once it is done."""
-        try:
-            if not self._steps.is_done():
-                return
-            results = self._steps.collect()
-            batch = list(zip(self._batch, results, strict=True))
-        except Exception:  # of the runtime, as above
-            self._fail()
-            return
-        self._batch = []
-        for waiting, result in batch:
-            if result is not None:
-                self._release(waiting)
-                self._settle(waiting, result)
-        self._measure(self._batch_rows)
+    def _collect(self) -> list[tuple[_Waiting, Answer | ServiceError]]:
+        """Whom the batches that are done answer, and with what."""
+        settled: list[tuple[_Waiting, Answer | ServiceError]] = []
+        while self._under_way and self._steps.is_done():
+            blocks, num_rows = self._under_way.popleft()
+            try:
+                results = list(zip(blocks, self._steps.collect(), strict=True))
+            except Exception:  # of the runtime, as above
+                self._fail(blocks)
+                continue
+            for waiting, result in results:
+                if result is not None:
+                    self._release(waiting)
+                    settled.append((waiting, result))
+            self._measure(num_rows)
+        return settled
 
-    def _fail(self) -> None:
+    def _fail(self, blocks: Sequence[_Waiting]) -> None:
         """Nothing of the batch has moved: all its blocks are refused."""
-        logger.exception("a batch of %d failed", len(self._batch))
-        batch, self._batch = self._batch, []
-        for waiting in batch:
+        logger.exception("a batch of %d failed", len(blocks))
+        for waiting in blocks:
             assert waiting.turn is not None
             self._num_rows -= waiting.block.num_rows - waiting.num_run
             self._steps.abandon(waiting.turn)
             self._release(waiting)
             self._settle(waiting, ServiceError("internal error"))
-        self._partial = None
+            if waiting is self._partial:
+                self._partial = None
 
     def _release(self, waiting: _Waiting) -> None:
         """A session's first block is through: its next may run, in the place it came in."""
@@ -305,7 +314,7 @@ class Batcher:
             seconds = (now_s - self._busy_since_s) / num_rows
             known = self._seconds_per_row or seconds
             self._seconds_per_row = known + PACE_WEIGHT * (seconds - known)
-        self._busy_since_s = now_s if self._num_rows else None
+        self._busy_since_s = now_s if self._num_rows or self._under_way else None
 
     def _expire(self, now_s: float) -> None:
         """Settles all whose time is up, wherever they wait: they are in nobody's way any more."""

@@ -54,10 +54,7 @@ class Block:
 
 
 class Batch:
-    """What the policy decided for the rows of a batch: the step's outputs but the states, by name.
-
-    Good until the next batch is launched.
-    """
+    """What the policy decided for the rows of a batch: the step's outputs but the states, by name."""
 
     def __init__(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         self.arrays = arrays

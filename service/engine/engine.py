@@ -35,10 +35,10 @@ class Engine:
         self._drain_s = settings.drain_s
         self.max_rows = min(settings.max_rows, settings.max_sessions, settings.max_waiting)
         self.max_batch_size = min(settings.max_batch_size, manifest.max_batch_size)
-        # Under way is a batch, and two blocks in parts at most, of which the one's last and the
-        # other's first ride in it. A stateless one has rows to read besides those to write. And
-        # what a run begins with is a session's before others have given up theirs.
-        num_rows = settings.max_sessions + 5 * self.max_rows + 3 * self.max_batch_size
+        # Under way are two batches, and two blocks in parts at most, of which the one's last and
+        # the other's first ride in them. A stateless one has rows to read besides those to write.
+        # And what a run begins with is a session's before others have given up theirs.
+        num_rows = settings.max_sessions + 5 * self.max_rows + 5 * self.max_batch_size
         self.runtime = with_states(
             loaded,
             manifest,
@@ -69,8 +69,19 @@ class Engine:
         self.warm_up = WarmUp(lambda is_wanted: self.runtime.warm_up(is_wanted=is_wanted))
 
     def start(self) -> None:
-        """Warms up; blocks are taken once that has ended well."""
+        """Warms up; blocks are taken once that has ended well. On the event loop."""
+        loop = asyncio.get_running_loop()
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # the loop has ended meanwhile, and nobody waits
+                loop.call_soon_threadsafe(self.batcher.wake)
+
+        self.runtime.when_done = wake
         self.warm_up.start()
+
+    def is_stepping(self) -> bool:
+        """Whether a thread is in the middle of a step, which nothing can stop."""
+        return self.warm_up.is_running() or not self.runtime.is_done()
 
     async def stop(self) -> None:
         """Answers what waits, as far as `--drain-s` goes, and takes nothing more."""

@@ -1,7 +1,8 @@
-"""Noise of the steps to come, for batches of few rows: eight steps' costs little more than one's.
+"""Noise of the steps to come, made before they are asked for.
 
-What a step's noise is, `service.engine.noise` alone says: it depends on (seed, step), not on when
-it is made. This only decides when.
+Eight steps of a few rows cost little more than one does; many rows' next step is drawn for while
+their environments step, or the model steps others. What a step's noise is, `service.engine.noise`
+alone says: it depends on (seed, step), not on when it is made. This only decides when.
 """
 
 from collections import OrderedDict
@@ -11,11 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.engine.noise import gumbel_noise
+from service.runtime.protocol import Rows
 
 STEPS_AHEAD = 8
 FEW = 8
-"""Rows. Of more, each costs so little that keeping noise costs more."""
+"""Rows. Of more, each step costs so much that eight at once would hold up who waits."""
 MOST_SEEDS = 1024
+MOST_ROWS = 16_384
+"""Whose next step's noise is kept: 2.5 MB of it with Tamiyo's first policy."""
 
 
 class _Kept(NamedTuple):
@@ -24,19 +28,68 @@ class _Kept(NamedTuple):
 
 
 class NoiseAhead:
-    """Gumbel noise of `num_columns`, that of the last `MOST_SEEDS` seeds of small batches kept."""
+    """Gumbel noise of `num_columns` for `num_rows` rows of states.
 
-    def __init__(self, num_columns: int) -> None:
+    Kept are windows of steps for the last `MOST_SEEDS` seeds of small batches, and one step for the
+    last `MOST_ROWS` rows that `look_ahead` was told of.
+    """
+
+    def __init__(self, num_columns: int, num_rows: int) -> None:
         self._num_columns = num_columns
         self._kept: OrderedDict[int, _Kept] = OrderedDict()
+        self._slots = np.zeros(num_rows, dtype=np.int32)  # where each row's is, if it still is
+        self._seeds, self._steps = np.zeros((2, MOST_ROWS), dtype=np.uint64)
+        self._noise: NDArray[np.float32] | None = None
+        self._num_told = 0
+
+    def look_ahead(
+        self, rows: Rows, seeds: NDArray[np.uint64], steps: NDArray[np.uint64]
+    ) -> None:
+        """Makes the noise of a step that these rows, `MOST_ROWS` at most, will take next."""
+        if self._noise is None:  # and each slot has, from the start, what it says it has
+            self._noise = gumbel_noise(self._seeds[:1], self._steps[:1], self._num_columns)
+            self._noise = self._noise.repeat(MOST_ROWS, axis=0)
+        first = self._num_told if self._num_told + len(rows) <= MOST_ROWS else 0
+        self._num_told = first + len(rows)
+        slots = slice(first, self._num_told)
+        self._noise[slots] = gumbel_noise(seeds, steps, self._num_columns)
+        self._seeds[slots], self._steps[slots] = seeds, steps
+        self._slots[rows] = np.arange(first, self._num_told, dtype=np.int32)
 
     def take(
+        self,
+        rows: Rows,
+        seeds: NDArray[np.uint64],
+        steps: NDArray[np.uint64],
+        out: NDArray[np.float32],
+    ) -> None:
+        """Writes into `out`, `[rows, num_columns]`, what the rows draw with at these steps."""
+        if len(seeds) > FEW:
+            self._take_many(rows, seeds, steps, out)
+        else:
+            self._take_few(seeds, steps, out)
+
+    def _take_many(
+        self,
+        rows: Rows,
+        seeds: NDArray[np.uint64],
+        steps: NDArray[np.uint64],
+        out: NDArray[np.float32],
+    ) -> None:
+        slots = self._slots[rows]
+        is_kept = (self._seeds[slots] == seeds) & (self._steps[slots] == steps)
+        num_kept = np.count_nonzero(is_kept) if self._noise is not None else 0
+        if self._noise is None or num_kept == 0:
+            out[:] = gumbel_noise(seeds, steps, self._num_columns)
+        elif num_kept == len(rows):
+            self._noise.take(slots, axis=0, out=out, mode="clip")
+        else:
+            out[is_kept] = self._noise[slots[is_kept]]
+            out[~is_kept] = gumbel_noise(seeds[~is_kept], steps[~is_kept], self._num_columns)
+
+    def _take_few(
         self, seeds: NDArray[np.uint64], steps: NDArray[np.uint64], out: NDArray[np.float32]
     ) -> None:
-        """Writes each row's noise into `out`, `[rows, num_columns]`."""
-        if len(seeds) > FEW:
-            out[:] = gumbel_noise(seeds, steps, self._num_columns)
-            return
         rows = list(zip(seeds.tolist(), steps.tolist(), strict=True))
         if missing := [at for at, (seed, step) in enumerate(rows) if not self._has(seed, step)]:
             self._make(seeds[missing], steps[missing])

@@ -5,6 +5,7 @@ step it. Knows nothing of HTTP or of how batches form.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,11 +14,15 @@ from numpy.typing import NDArray
 
 from model.spec import PolicySpec
 from service.engine.block import Answer, Batch, Block
-from service.engine.noise_ahead import NoiseAhead
+from service.engine.noise_ahead import FEW, NoiseAhead
 from service.engine.rows import RowTable
 from service.engine.sessions import Session, SessionTable, Turn, derived_seed, first_seeds
 from service.errors import Invalid, ServiceError
 from service.runtime.protocol import Rows, Runtime, State
+
+
+BLOCK_S = 0.00005
+"""What a request takes to read and to answer, about."""
 
 
 class Part(NamedTuple):
@@ -28,8 +33,18 @@ class Part(NamedTuple):
     stop: int
 
 
+class _Batch(NamedTuple):
+    """A batch that was launched: of each row where it will be, and what it draws with."""
+
+    parts: Sequence[Part]
+    rows: Rows
+    seeds: NDArray[np.uint64]
+    steps: NDArray[np.uint64]
+    began_s: float
+
+
 class Stepper:
-    """Steps one batch at a time; blocks are admitted before and settled after.
+    """Steps batches in order; blocks are admitted before and settled after.
 
     `observe` is told the rows and seconds of each batch in which the policy ran, or failed to.
     """
@@ -48,18 +63,13 @@ class Stepper:
         self._runtime = runtime
         self._rows = rows
         self._sessions = sessions
-        self._noise_ahead = NoiseAhead(spec.num_choices)
+        self._noise_ahead = NoiseAhead(spec.num_choices, rows.zero_row + 1)
         self._policy_version = policy_version
         self._seed = seed
         self._observe = observe
         self._num_stateless = 0
-        self._noise = runtime.inputs["noise"]
-        self._given = [array for name, array in runtime.inputs.items() if name != "noise"]
-        self._parts: Sequence[Part] = ()
-        self._seeds: NDArray[np.uint64]
-        self._steps: NDArray[np.uint64]
-        self._write_rows: Rows
-        self._began_s = 0.0
+        self._launched: deque[_Batch] = deque()
+        self._collected: list[_Batch] = []
 
     def hold(self, block: Block) -> None:
         """The block waits from now on: its session is kept."""
@@ -86,8 +96,7 @@ class Stepper:
 
     def launch(self, parts: Sequence[Part]) -> None:
         """Begins to step the parts, one of a block at most, side by side in this order."""
-        self._began_s = time.perf_counter()
-        self._parts = parts
+        began_s = time.perf_counter()
         num = sum([stop - start for _, start, stop in parts])
         if num == sum([turn.block.num_rows for turn, _, _ in parts]):  # whole blocks, as a rule
             given = [turn.block.given for turn, _, _ in parts]
@@ -97,44 +106,48 @@ class Stepper:
             given = [tuple([x[a:b] for x in turn.block.given]) for turn, a, b in parts]
             read = [turn.read_rows[a:b] for turn, a, b in parts]
             write = [turn.write_rows[a:b] for turn, a, b in parts]
-        for array, of_blocks in zip(self._given, zip(*given, strict=True), strict=True):
+        inputs = self._runtime.inputs
+        arrays = [array for name, array in inputs.items() if name != "noise"]
+        for array, of_blocks in zip(arrays, zip(*given, strict=True), strict=True):
             np.concatenate(of_blocks, out=array[:num])
         read_rows, write_rows = (
             rows[0] if len(rows) == 1 else np.concatenate(rows) for rows in (read, write)
         )
-        self._seeds = self._rows.seed[read_rows]
-        self._steps = self._rows.step[read_rows]
+        seeds, steps = self._rows.seed[read_rows], self._rows.step[read_rows]
         if any(turn.has_starts for turn, _, _ in parts):
             starts = read_rows == self._rows.zero_row
-            self._seeds[starts] = self._rows.seed[write_rows[starts]]
-        self._write_rows = write_rows
-        self._make_noise(num)
+            seeds[starts] = self._rows.seed[write_rows[starts]]
+        self._make_noise(parts, read_rows, seeds, steps, inputs["noise"][:num])
         try:
-            self._runtime.launch(read_rows, write_rows)
+            self._runtime.launch(read_rows, write_rows, busy_s=BLOCK_S * len(parts))
         except Exception:  # it was tried, and is counted; the batcher says what becomes of it
-            self._observe(num, time.perf_counter() - self._began_s)
+            self._observe(num, time.perf_counter() - began_s)
             raise
+        self._launched.append(_Batch(parts, write_rows, seeds, steps, began_s))
 
     def is_done(self) -> bool:
-        """Whether `collect` would return at once."""
+        """Whether the first batch that is not collected yet has ended."""
         return self._runtime.is_done()
 
     def collect(self) -> list[Answer | ServiceError | None]:
-        """For each launched part its block's answer, the error in its stead, or None: more to run.
+        """For each part of that batch its block's answer, the error in its stead, or None: more
+        to run.
 
         A block is answered, and its session moved, with its last part.
         """
+        launched = self._launched.popleft()
+        parts, rows, seeds, steps, began_s = launched
         try:
             decided, is_finite = self._runtime.collect()
         finally:
-            self._observe(len(self._write_rows), time.perf_counter() - self._began_s)
-        self._rows.keep(self._write_rows, self._seeds, self._steps, decided)
-        states = self._states()  # before anything moves: it may fail
+            self._observe(len(rows), time.perf_counter() - began_s)
+        self._rows.keep(rows, seeds, steps, decided)
+        states = self._states(parts)  # before anything moves: it may fail
         if is_finite is not None:
-            self._note_faults(is_finite)
+            _note_faults(parts, is_finite)
         batch, first = Batch(decided), 0
         settled: list[Answer | ServiceError | None] = []
-        for turn, start, stop in self._parts:
+        for turn, start, stop in parts:
             block = turn.block
             if stop < block.num_rows:
                 settled.append(None)
@@ -151,8 +164,21 @@ class Stepper:
                 version, num_rows = self._policy_version, block.num_rows
                 settled.append(Answer(of, at, num_rows, turn.step, version, state))
             first += stop - start
-        self._parts = ()
+        if len(parts) < len(rows):  # where they are not all single environments
+            self._collected.append(launched)
         return settled
+
+    def look_ahead(self) -> None:
+        """Makes the noise that the blocks collected last will draw with next, if not done yet."""
+        for parts, rows, seeds, steps, _ in self._collected:
+            first = 0
+            for turn, start, stop in parts:
+                of = slice(first, first + stop - start)
+                block = turn.block
+                if stop - start > FEW and block.session_id is not None and not block.deterministic:
+                    self._noise_ahead.look_ahead(rows[of], seeds[of], steps[of] + np.uint64(1))
+                first = of.stop
+        self._collected.clear()
 
     def abandon(self, turn: Turn) -> None:
         """The turn will not be taken, or not to its end: nothing has moved."""
@@ -161,22 +187,14 @@ class Stepper:
         else:
             self._sessions.abandon(turn)
 
-    def _states(self) -> dict[int, State]:
+    def _states(self, parts: Sequence[Part]) -> dict[int, State]:
         """What stateless blocks go on from, by the place of the part that is their last."""
         states, first = {}, 0
-        for turn, start, stop in self._parts:
+        for turn, start, stop in parts:
             if turn.block.session_id is None and stop == turn.block.num_rows:
                 states[first] = self._runtime.read(turn.write_rows)
             first += stop - start
         return states
-
-    def _note_faults(self, is_finite: NDArray[np.bool_]) -> None:
-        first = 0
-        for turn, start, stop in self._parts:
-            faults = np.flatnonzero(~is_finite[first : first + stop - start])
-            if turn.fault is None and len(faults):
-                turn.fault = start + int(faults[0])
-            first += stop - start
 
     def _replay(self, session: Session) -> Answer:
         return Answer(
@@ -235,19 +253,36 @@ class Stepper:
         if turn.read_rows[0] != self._rows.zero_row:
             self._rows.give_back(turn.read_rows)
 
-    def _make_noise(self, num: int) -> None:
-        if not any(turn.block.deterministic for turn, _, _ in self._parts):
-            self._noise_ahead.take(self._seeds, self._steps, self._noise[:num])
+    def _make_noise(
+        self,
+        parts: Sequence[Part],
+        rows: Rows,
+        seeds: NDArray[np.uint64],
+        steps: NDArray[np.uint64],
+        noise: NDArray[np.float32],
+    ) -> None:
+        if not any(turn.block.deterministic for turn, _, _ in parts):
+            self._noise_ahead.take(rows, seeds, steps, noise)
             return
-        self._noise[:num] = 0.0
+        noise[:] = 0.0
         is_sampled = np.repeat(
-            [not turn.block.deterministic for turn, _, _ in self._parts],
-            [stop - start for _, start, stop in self._parts],
+            [not turn.block.deterministic for turn, _, _ in parts],
+            [stop - start for _, start, stop in parts],
         )
         if is_sampled.any():
-            noise = np.empty((np.count_nonzero(is_sampled), self._noise.shape[1]), np.float32)
-            self._noise_ahead.take(self._seeds[is_sampled], self._steps[is_sampled], noise)
-            self._noise[:num][is_sampled] = noise
+            drawn = np.empty((np.count_nonzero(is_sampled), noise.shape[1]), np.float32)
+            of = rows[is_sampled], seeds[is_sampled], steps[is_sampled]
+            self._noise_ahead.take(*of, drawn)
+            noise[is_sampled] = drawn
+
+
+def _note_faults(parts: Sequence[Part], is_finite: NDArray[np.bool_]) -> None:
+    first = 0
+    for turn, start, stop in parts:
+        faults = np.flatnonzero(~is_finite[first : first + stop - start])
+        if turn.fault is None and len(faults):
+            turn.fault = start + int(faults[0])
+        first += stop - start
 
 
 def _not_finite(turn: Turn) -> Invalid:

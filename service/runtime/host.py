@@ -3,7 +3,12 @@
 Serves every format on a CPU. On a GPU the step's own loader copies each batch there and back.
 """
 
+import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +18,19 @@ from export.loaders.protocol import LoadedStep
 from export.manifest import Array
 from model.spec import PolicySpec
 from service.runtime.arrays import Arrays, allocate, allocate_in_a_row, first
-from service.runtime.protocol import STATE_INPUTS, STATE_OUTPUTS, Outputs, Rows, State
+from service.runtime.protocol import (
+    MOST_UNDER_WAY,
+    STATE_INPUTS,
+    STATE_OUTPUTS,
+    Outputs,
+    Rows,
+    State,
+)
+
+SHORT_STEP_S = 0.00025
+"""A step that takes less has ended before a thread has taken it and told so: some 50 us."""
+LONG_STEP_S = 0.002
+"""A step that takes as long holds nobody up but its own batch."""
 
 
 class HostStates:
@@ -52,8 +69,31 @@ class _BatchSize(NamedTuple):
     floats: NDArray[np.float32]
 
 
+class _Lane:
+    """The arrays of one batch at a time, and the step bound to them at every batch size."""
+
+    def __init__(
+        self,
+        loaded: LoadedStep,
+        inputs: Sequence[Array],
+        outputs: Sequence[Array],
+        batch_sizes: Sequence[int],
+    ) -> None:
+        batch = allocate(inputs, max(batch_sizes))
+        self.h, self.c = (batch[name] for name in STATE_INPUTS)
+        self.inputs = {name: array for name, array in batch.items() if name not in STATE_INPUTS}
+        self.batch_sizes = []
+        for size in batch_sizes:
+            decided, floats = allocate_in_a_row(outputs, size)
+            step = loaded.bind(first(batch, size), decided)
+            self.batch_sizes.append(_BatchSize(step, decided, floats))
+
+
 class HostRuntime:
-    """A `Runtime` whose launch does it all. Its arrays are its own; the states may be shared."""
+    """A `Runtime` of a step that runs on the caller's thread, or beside it where that is worth it.
+
+    Its arrays are its own; the states may be shared.
+    """
 
     def __init__(
         self,
@@ -67,37 +107,58 @@ class HostRuntime:
         self.name = loaded.name
         self.device = loaded.device
         self.zero_row = states.zero_row
+        self.when_done: Callable[[], None] = lambda: None
         self._states = states
-        batch = allocate(inputs, max(batch_sizes))
-        self._h, self._c = (batch[name] for name in STATE_INPUTS)
-        self.inputs: Mapping[str, NDArray[Any]] = {
-            name: array for name, array in batch.items() if name not in STATE_INPUTS
-        }
-        self._batch_sizes = []
+        sizes = sorted(batch_sizes)
+        self._step_s = [0.0] * len(sizes)  # as they were warmed up
         self._by_num_rows = [0]  # which of the batch sizes a batch of so many rows takes
-        for at, size in enumerate(sorted(batch_sizes)):
-            decided, floats = allocate_in_a_row(outputs, size)
-            step = loaded.bind(first(batch, size), decided)
-            self._batch_sizes.append(_BatchSize(step, decided, floats))
+        for at, size in enumerate(sizes):
             self._by_num_rows += [at] * (size + 1 - len(self._by_num_rows))
-        self._launched: tuple[_BatchSize, int] | None = None
+        self._lanes = deque(_Lane(loaded, inputs, outputs, sizes) for _ in range(MOST_UNDER_WAY))
+        self._under_way: deque[Future[Outputs]] = deque()
+        self._beside = ThreadPoolExecutor(1, "step")
 
-    def launch(self, read_rows: Rows, write_rows: Rows) -> None:
-        num = len(read_rows)
-        batch_size = self._batch_sizes[self._by_num_rows[num]]
-        self._states.gather(read_rows, self._h, self._c)
-        batch_size.step()
-        h, c = (batch_size.outputs[name] for name in STATE_OUTPUTS)
-        self._states.scatter(write_rows, h, c)
-        self._launched = batch_size, num
+    @property
+    def inputs(self) -> Mapping[str, NDArray[Any]]:
+        return self._lanes[0].inputs
+
+    def launch(self, read_rows: Rows, write_rows: Rows, *, busy_s: float = 0.0) -> None:
+        lane = self._lanes[0]
+        at = self._by_num_rows[len(read_rows)]
+        self._states.gather(read_rows, lane.h, lane.c)
+        run = partial(self._run, lane.batch_sizes[at], write_rows)
+        if self._under_way:
+            self._run_beside(run)
+        elif self._step_s[at] >= min(max(busy_s, SHORT_STEP_S), LONG_STEP_S):
+            begun = Lock()
+            begun.acquire()
+            self._run_beside(partial(_tell, begun, run))
+            # The other thread needs the interpreter to begin, and would get it by chance.
+            begun.acquire()
+        else:
+            done: Future[Outputs] = Future()
+            done.set_result(run())
+            self._under_way.append(done)
+
+    def _run_beside(self, run: Callable[[], Outputs]) -> None:
+        future = self._beside.submit(run)
+        self._lanes.rotate()
+        self._under_way.append(future)
+        future.add_done_callback(lambda _: self.when_done())
 
     def is_done(self) -> bool:
-        return True
+        return not self._under_way or self._under_way[0].done()
 
     def collect(self) -> Outputs:
-        assert self._launched is not None
-        (_, outputs, floats), num = self._launched
-        arrays = {name: a[:num] for name, a in outputs.items() if name not in STATE_OUTPUTS}
+        return self._under_way.popleft().result()
+
+    def _run(self, batch_size: _BatchSize, write_rows: Rows) -> Outputs:
+        step, outputs, floats = batch_size
+        step()
+        h, c = (outputs[name] for name in STATE_OUTPUTS)
+        self._states.scatter(write_rows, h, c)
+        num = len(write_rows)
+        arrays = {name: a[:num].copy() for name, a in outputs.items() if name not in STATE_OUTPUTS}
         if np.isfinite(floats).all():  # as a rule; padding is what former batches were
             return Outputs(arrays)
         parts = [a[:num].reshape(num, -1) for a in outputs.values() if a.dtype == np.float32]
@@ -111,7 +172,16 @@ class HostRuntime:
         self._states.scatter(rows, *state)
 
     def warm_up(self, times: int = 3, *, is_wanted: Callable[[], bool] = lambda: True) -> None:
-        for batch_size in self._batch_sizes:
+        for at, batch_size in enumerate(self._lanes[0].batch_sizes):
+            seconds = []
             for _ in range(times):
                 if is_wanted():
+                    began_s = time.perf_counter()
                     batch_size.step()
+                    seconds.append(time.perf_counter() - began_s)
+            self._step_s[at] = min(seconds, default=0.0)
+
+
+def _tell(begun: Lock, run: Callable[[], Outputs]) -> Outputs:
+    begun.release()
+    return run()

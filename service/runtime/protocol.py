@@ -16,11 +16,15 @@ STATE_INPUTS = ("state_h_in", "state_c_in")
 STATE_OUTPUTS = ("state_h_out", "state_c_out")
 
 
+MOST_UNDER_WAY = 2
+"""Batches that may be launched and not collected yet: one that runs, and one that follows it."""
+
+
 class Outputs(NamedTuple):
     """What a step gave for a batch: `[rows, ...]` of each of its outputs but the states, by name.
 
-    `is_finite` says of which rows, states included; None is all of them. Host arrays, good until
-    the next launch.
+    `is_finite` says of which rows, states included; None is all of them. Host arrays, which are the
+    caller's.
     """
 
     arrays: Mapping[str, NDArray[Any]]
@@ -38,19 +42,24 @@ class Runtime(Protocol):
     zero_row: int
     inputs: Mapping[str, NDArray[Any]]
     """Where the next batch is written before its launch, from its first row on: all of the step's
-    inputs but the states, `[largest batch, ...]`, by name."""
+    inputs but the states, `[largest batch, ...]`, by name. Other arrays after each launch."""
 
-    def launch(self, read_rows: Rows, write_rows: Rows) -> None:
+    when_done: Callable[[], None]
+    """Called, from any thread, when a step has ended that its launch did not wait for."""
+
+    def launch(self, read_rows: Rows, write_rows: Rows, *, busy_s: float = 0.0) -> None:
         """Begins to step the first rows of `inputs`, from the states in `read_rows`.
 
-        The new states go to `write_rows`, of which none is read by the same batch.
+        The new states go to `write_rows`, which no batch under way reads or writes. The caller
+        has about `busy_s` of work with this batch besides, which may go on beside a longer step.
+        Raises what went wrong with a step that it waited for; then nothing was launched.
         """
 
     def is_done(self) -> bool:
-        """Whether `collect` would return at once. True after the launch where that does it all."""
+        """Whether the first batch that is not collected yet has ended. True where there is none."""
 
     def collect(self) -> Outputs:
-        """What the launched step gave. Raises what went wrong with it."""
+        """What that batch's step gave. Raises what went wrong with it."""
 
     def read(self, rows: Rows) -> State:
         """Copies of the states in these rows."""
