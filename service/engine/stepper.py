@@ -21,8 +21,14 @@ from service.errors import Invalid, ServiceError
 from service.runtime.protocol import Rows, Runtime, State
 
 
+SHORT_STEP_S = 0.00025
+"""Of less, the fifth that it takes for another thread to begin a step and to tell its end costs
+more than what can be done meanwhile."""
 BLOCK_S = 0.00005
-"""What a request takes to read and to answer, about."""
+"""What it takes to read and to answer a request: with as many requests as take longer than their
+step, the clients need the other core."""
+LONG_STEP_S = 0.002
+"""Nobody waits so long for the event loop."""
 
 
 class Part(NamedTuple):
@@ -68,6 +74,8 @@ class Stepper:
         self._seed = seed
         self._observe = observe
         self._num_stateless = 0
+        self._given = [name for name in runtime.inputs if name != "noise"]
+        self._alone: str | None = None  # whose block was all of the last batch
         self._launched: deque[_Batch] = deque()
         self._collected: list[_Batch] = []
 
@@ -107,9 +115,8 @@ class Stepper:
             read = [turn.read_rows[a:b] for turn, a, b in parts]
             write = [turn.write_rows[a:b] for turn, a, b in parts]
         inputs = self._runtime.inputs
-        arrays = [array for name, array in inputs.items() if name != "noise"]
-        for array, of_blocks in zip(arrays, zip(*given, strict=True), strict=True):
-            np.concatenate(of_blocks, out=array[:num])
+        for name, of_blocks in zip(self._given, zip(*given, strict=True), strict=True):
+            np.concatenate(of_blocks, out=inputs[name][:num])
         read_rows, write_rows = (
             rows[0] if len(rows) == 1 else np.concatenate(rows) for rows in (read, write)
         )
@@ -119,11 +126,19 @@ class Stepper:
             seeds[starts] = self._rows.seed[write_rows[starts]]
         self._make_noise(parts, read_rows, seeds, steps, inputs["noise"][:num])
         try:
-            self._runtime.launch(read_rows, write_rows, busy_s=BLOCK_S * len(parts))
+            self._runtime.launch(read_rows, write_rows, beside_s=self._beside_s(parts))
         except Exception:  # it was tried, and is counted; the batcher says what becomes of it
             self._observe(num, time.perf_counter() - began_s)
             raise
         self._launched.append(_Batch(parts, write_rows, seeds, steps, began_s))
+
+    def _beside_s(self, parts: Sequence[Part]) -> float:
+        """How long a step is not to hold the event loop."""
+        alone = parts[0].turn.block.session_id if len(parts) == 1 else None
+        is_still_alone, self._alone = alone is not None and alone == self._alone, alone
+        if is_still_alone:  # its client waits for this answer, and nobody else is there
+            return LONG_STEP_S
+        return min(max(BLOCK_S * len(parts), SHORT_STEP_S), LONG_STEP_S)
 
     def is_done(self) -> bool:
         """Whether the first batch that is not collected yet has ended."""

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from math import inf
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -26,11 +26,6 @@ from service.runtime.protocol import (
     Rows,
     State,
 )
-
-SHORT_STEP_S = 0.00025
-"""A step that takes less has ended before a thread has taken it and told so: some 50 us."""
-LONG_STEP_S = 0.002
-"""A step that takes as long holds nobody up but its own batch."""
 
 
 class HostStates:
@@ -115,6 +110,7 @@ class HostRuntime:
         for at, size in enumerate(sizes):
             self._by_num_rows += [at] * (size + 1 - len(self._by_num_rows))
         self._lanes = deque(_Lane(loaded, inputs, outputs, sizes) for _ in range(MOST_UNDER_WAY))
+        self._outputs: Outputs | None = None  # of a step that was waited for
         self._under_way: deque[Future[Outputs]] = deque()
         self._beside = ThreadPoolExecutor(1, "step")
 
@@ -122,43 +118,44 @@ class HostRuntime:
     def inputs(self) -> Mapping[str, NDArray[Any]]:
         return self._lanes[0].inputs
 
-    def launch(self, read_rows: Rows, write_rows: Rows, *, busy_s: float = 0.0) -> None:
+    def launch(self, read_rows: Rows, write_rows: Rows, *, beside_s: float = inf) -> None:
         lane = self._lanes[0]
+        self._lanes.rotate()
         at = self._by_num_rows[len(read_rows)]
         self._states.gather(read_rows, lane.h, lane.c)
-        run = partial(self._run, lane.batch_sizes[at], write_rows)
-        if self._under_way:
-            self._run_beside(run)
-        elif self._step_s[at] >= min(max(busy_s, SHORT_STEP_S), LONG_STEP_S):
-            begun = Lock()
-            begun.acquire()
-            self._run_beside(partial(_tell, begun, run))
+        batch_size = lane.batch_sizes[at]
+        if self._step_s[at] < beside_s and not self._under_way:
+            self._outputs = self._run(batch_size, write_rows)
+            return
+        begun = Lock()
+        begun.acquire()
+        future = self._beside.submit(self._run, batch_size, write_rows, begun.release)
+        future.add_done_callback(lambda _: self.when_done())
+        if not self._under_way:
             # The other thread needs the interpreter to begin, and would get it by chance.
             begun.acquire()
-        else:
-            done: Future[Outputs] = Future()
-            done.set_result(run())
-            self._under_way.append(done)
-
-    def _run_beside(self, run: Callable[[], Outputs]) -> None:
-        future = self._beside.submit(run)
-        self._lanes.rotate()
         self._under_way.append(future)
-        future.add_done_callback(lambda _: self.when_done())
 
     def is_done(self) -> bool:
         return not self._under_way or self._under_way[0].done()
 
     def collect(self) -> Outputs:
-        return self._under_way.popleft().result()
+        outputs, self._outputs = self._outputs, None
+        return self._under_way.popleft().result() if outputs is None else outputs
 
-    def _run(self, batch_size: _BatchSize, write_rows: Rows) -> Outputs:
+    def _run(
+        self,
+        batch_size: _BatchSize,
+        write_rows: Rows,
+        begin: Callable[[], None] = lambda: None,
+    ) -> Outputs:
         step, outputs, floats = batch_size
+        begin()
         step()
         h, c = (outputs[name] for name in STATE_OUTPUTS)
         self._states.scatter(write_rows, h, c)
         num = len(write_rows)
-        arrays = {name: a[:num].copy() for name, a in outputs.items() if name not in STATE_OUTPUTS}
+        arrays = {name: a[:num] for name, a in outputs.items() if name not in STATE_OUTPUTS}
         if np.isfinite(floats).all():  # as a rule; padding is what former batches were
             return Outputs(arrays)
         parts = [a[:num].reshape(num, -1) for a in outputs.values() if a.dtype == np.float32]
@@ -180,8 +177,3 @@ class HostRuntime:
                     batch_size.step()
                     seconds.append(time.perf_counter() - began_s)
             self._step_s[at] = min(seconds, default=0.0)
-
-
-def _tell(begun: Lock, run: Callable[[], Outputs]) -> Outputs:
-    begun.release()
-    return run()

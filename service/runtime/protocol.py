@@ -1,6 +1,7 @@
 """What runs batches where the recurrent states live: all that the engine knows of a device."""
 
 from collections.abc import Callable, Mapping
+from math import inf
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -23,8 +24,8 @@ MOST_UNDER_WAY = 2
 class Outputs(NamedTuple):
     """What a step gave for a batch: `[rows, ...]` of each of its outputs but the states, by name.
 
-    `is_finite` says of which rows, states included; None is all of them. Host arrays, which are the
-    caller's.
+    `is_finite` says of which rows, states included; None is all of them. Host arrays, good until
+    `MOST_UNDER_WAY` more batches are launched.
     """
 
     arrays: Mapping[str, NDArray[Any]]
@@ -47,12 +48,12 @@ class Runtime(Protocol):
     when_done: Callable[[], None]
     """Called, from any thread, when a step has ended that its launch did not wait for."""
 
-    def launch(self, read_rows: Rows, write_rows: Rows, *, busy_s: float = 0.0) -> None:
+    def launch(self, read_rows: Rows, write_rows: Rows, *, beside_s: float = inf) -> None:
         """Begins to step the first rows of `inputs`, from the states in `read_rows`.
 
-        The new states go to `write_rows`, which no batch under way reads or writes. The caller
-        has about `busy_s` of work with this batch besides, which may go on beside a longer step.
-        Raises what went wrong with a step that it waited for; then nothing was launched.
+        The new states go to `write_rows`, which no batch under way reads or writes. It is not to
+        wait for a step that takes `beside_s`. Raises what went wrong with one that it waited for;
+        then nothing was launched.
         """
 
     def is_done(self) -> bool:
