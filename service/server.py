@@ -35,7 +35,7 @@ ACCEPTS_A_TURN = 16
 hold a whole batch: with one descriptor, the last of 256 new clients would wait for 256 batches."""
 
 SWITCH_INTERVAL_S = 0.0002
-"""For a step's thread to tell that it is done, it may have to wait while the loop reads requests."""
+"""How long a step that is done may have to wait for the loop to let its thread say so."""
 
 
 class _Server(uvicorn.Server):

@@ -32,7 +32,7 @@ PACE_WEIGHT = 0.1
 
 
 ENOUGH_ROWS = 64
-"""A batch of more costs each row hardly less: so many need not wait for others to ride with them."""
+"""A batch of more costs each row hardly less: so many need not wait for company."""
 
 
 class Steps(Protocol):
@@ -105,6 +105,7 @@ class Batcher:
         self._partial: _Waiting | None = None  # its rows so far have run, or run now
         self._under_way: deque[_Batch] = deque()
         self._num_rows = 0  # that wait
+        self._num_behind = 0  # of them, whose session has another block before
         self._num_submitted = 0
         self._first_deadline_s = inf  # of all that wait, or earlier
         self._seconds_per_row = 0.0  # of late, while there was always more to do
@@ -143,6 +144,7 @@ class Batcher:
         else:
             behind = self._behind[session_id] or deque()
             behind.append(waiting)
+            self._num_behind += block.num_rows
             self._behind[session_id] = behind
         self._steps.hold(block)
         self._num_rows += block.num_rows
@@ -202,7 +204,7 @@ class Batcher:
             return self._num_rows > 0
         return (
             len(self._under_way) < MOST_UNDER_WAY
-            and self._num_rows >= ENOUGH_ROWS
+            and self._num_rows - self._num_behind >= min(ENOUGH_ROWS, self._max_batch_size)
             and self._partial is None  # a part under way may fail, and its block with it
             and not self._steps.is_done()
         )
@@ -303,7 +305,9 @@ class Batcher:
             return
         behind = self._behind[session_id]
         if behind:
-            heappush(self._late, behind.popleft())
+            late = behind.popleft()
+            self._num_behind -= late.block.num_rows
+            heappush(self._late, late)
         else:
             del self._behind[session_id]
 
@@ -329,9 +333,12 @@ class Batcher:
         self._waiting = deque(w for w in self._waiting if w.deadline_s > now_s)
         self._late = [w for w in self._late if w.deadline_s > now_s]
         heapify(self._late)
+        self._num_behind = 0
         for session_id, behind in self._behind.items():
             if behind:
-                self._behind[session_id] = deque(w for w in behind if w.deadline_s > now_s)
+                in_time_behind = deque(w for w in behind if w.deadline_s > now_s)
+                self._behind[session_id] = in_time_behind
+                self._num_behind += sum(w.block.num_rows for w in in_time_behind)
         for waiting in of_first:
             self._release(waiting)
         for waiting in expired:

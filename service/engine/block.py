@@ -54,7 +54,7 @@ class Block:
 
 
 class Batch:
-    """What the policy decided for the rows of a batch: the step's outputs but the states, by name."""
+    """What the policy decided for the rows of a batch: what a step gives but the states."""
 
     def __init__(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         self.arrays = arrays

@@ -42,9 +42,7 @@ class NoiseAhead:
         self._noise: NDArray[np.float32] | None = None
         self._num_told = 0
 
-    def look_ahead(
-        self, rows: Rows, seeds: NDArray[np.uint64], steps: NDArray[np.uint64]
-    ) -> None:
+    def look_ahead(self, rows: Rows, seeds: NDArray[np.uint64], steps: NDArray[np.uint64]) -> None:
         """Makes the noise of a step that these rows, `MOST_ROWS` at most, will take next."""
         if self._noise is None:  # and each slot has, from the start, what it says it has
             self._noise = gumbel_noise(self._seeds[:1], self._steps[:1], self._num_columns)

@@ -18,8 +18,7 @@ from service.engine.noise_ahead import FEW, NoiseAhead
 from service.engine.rows import RowTable
 from service.engine.sessions import Session, SessionTable, Turn, derived_seed, first_seeds
 from service.errors import Invalid, ServiceError
-from service.runtime.protocol import Rows, Runtime, State
-
+from service.runtime.protocol import MOST_UNDER_WAY, Rows, Runtime, State
 
 SHORT_STEP_S = 0.00025
 """Of less, the fifth that it takes for another thread to begin a step and to tell its end costs
@@ -77,7 +76,7 @@ class Stepper:
         self._given = [name for name in runtime.inputs if name != "noise"]
         self._alone: str | None = None  # whose block was all of the last batch
         self._launched: deque[_Batch] = deque()
-        self._collected: list[_Batch] = []
+        self._collected: deque[_Batch] = deque(maxlen=MOST_UNDER_WAY)
 
     def hold(self, block: Block) -> None:
         """The block waits from now on: its session is kept."""
@@ -184,7 +183,7 @@ class Stepper:
         return settled
 
     def look_ahead(self) -> None:
-        """Makes the noise that the blocks collected last will draw with next, if not done yet."""
+        """Makes the noise that the vectors collected last will draw with next."""
         for parts, rows, seeds, steps, _ in self._collected:
             first = 0
             for turn, start, stop in parts:

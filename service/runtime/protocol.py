@@ -41,12 +41,17 @@ class Runtime(Protocol):
     name: str
     device: str
     zero_row: int
-    inputs: Mapping[str, NDArray[Any]]
-    """Where the next batch is written before its launch, from its first row on: all of the step's
-    inputs but the states, `[largest batch, ...]`, by name. Other arrays after each launch."""
 
     when_done: Callable[[], None]
     """Called, from any thread, when a step has ended that its launch did not wait for."""
+
+    @property
+    def inputs(self) -> Mapping[str, NDArray[Any]]:
+        """Where the next batch is written before its launch, from its first row on.
+
+        All of the step's inputs but the states, `[largest batch, ...]`, by name. Other arrays
+        after each launch.
+        """
 
     def launch(self, read_rows: Rows, write_rows: Rows, *, beside_s: float = inf) -> None:
         """Begins to step the first rows of `inputs`, from the states in `read_rows`.
@@ -57,7 +62,7 @@ class Runtime(Protocol):
         """
 
     def is_done(self) -> bool:
-        """Whether the first batch that is not collected yet has ended. True where there is none."""
+        """Whether the first batch that is not collected yet has ended, well or not."""
 
     def collect(self) -> Outputs:
         """What that batch's step gave. Raises what went wrong with it."""

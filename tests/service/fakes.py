@@ -7,8 +7,9 @@ a clock that is set by hand; and a synchronous face on the application.
 import asyncio
 import json
 import threading
+from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from math import inf
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -29,7 +30,7 @@ from service.engine.stepper import Stepper
 from service.errors import Overloaded, ServiceError
 from service.http.app import create_app
 from service.metrics import Metrics
-from service.runtime.host import HostRuntime, HostStates
+from service.runtime.host import HostRuntime, HostStates, _Lane
 from service.runtime.protocol import Outputs, Rows, State
 from service.settings import Settings
 
@@ -178,40 +179,66 @@ class Stepped(NamedTuple):
         return cls(action, log_prob, value, answer.step, answer.state, answer.is_replay)
 
 
+class Beside(HostRuntime):
+    """A runtime whose steps all run on another thread, however short they are."""
+
+    def launch(self, read_rows: Rows, write_rows: Rows, *, beside_s: float = inf) -> None:
+        super().launch(read_rows, write_rows, beside_s=0.0)
+
+
 class Device(HostRuntime):
-    """A runtime that works on a batch for `turns` turns of the loop, or until `finish`.
+    """A runtime that works on each batch for `turns` turns of the loop, or until `finish`.
 
     It reads its inputs and the states last of all: who writes to them meanwhile spoils the batch.
-    A `failure` is raised where it is asked whether it is done.
+    `beside_s` is what the last launch was told.
     """
 
     turns: float = 0
-    failure: Exception | None = None
-    _turns_left: float
-    _rows: tuple[Rows, Rows]
+    beside_s: float
 
-    def launch(self, read_rows: Rows, write_rows: Rows) -> None:
-        self._rows = read_rows.copy(), write_rows.copy()
-        self._turns_left = self.turns
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._queue: deque[tuple[_Lane, Rows, Rows]] = deque()
+        self._num_done = 0
+
+    def launch(self, read_rows: Rows, write_rows: Rows, *, beside_s: float = inf) -> None:
+        self.beside_s = beside_s
+        self._queue.append((self._lanes[0], read_rows.copy(), write_rows.copy()))
+        self._lanes.rotate()
+        if len(self._queue) == 1:
+            self._work(self.turns)
+
+    def _work(self, turns: float) -> None:
+        if turns == 0:
+            self.finish()
+        elif turns < inf:
+            asyncio.get_running_loop().call_soon(self._work, turns - 1)
 
     def is_done(self) -> bool:
-        if self.failure is not None:
-            raise self.failure
-        self._turns_left -= 1
-        return self._turns_left < 0
+        return self._num_done > 0
 
     def collect(self) -> Outputs:
-        super().launch(*self._rows)
+        lane, read_rows, write_rows = self._queue.popleft()
+        self._num_done -= 1
+        lanes, self._lanes = self._lanes, deque([lane])
+        try:
+            super().launch(read_rows, write_rows)
+        finally:
+            self._lanes = lanes
+        if self._queue:
+            self._work(self.turns)
         return super().collect()
 
     def finish(self) -> None:
-        self._turns_left = 0
+        self._num_done += 1
+        self.when_done()
 
 
 class Bench:
     """A stepper, its sessions and batchers over the fake policy or another, without HTTP.
 
-    It runs on a `device` that works for so many turns of the loop, or, with none, on the host.
+    It runs on a `device` that works for so many turns of the loop, or, with none, on the host; then
+    `over` which step, and by which `host`.
     `observed` are the rows of each batch, `settled` the blocks in the order of their answers.
     """
 
@@ -224,6 +251,7 @@ class Bench:
         buckets: Sequence[int] = (1, 2, 4, 8),
         turns: float | None = None,
         over: LoadedStep | None = None,
+        host: type[HostRuntime] = HostRuntime,
     ) -> None:
         self.spec = spec
         self.clock = FakeClock()
@@ -232,7 +260,7 @@ class Bench:
         self.loaded = SummingRuntime(spec)
         self.num_rows = capacity + 64
         self.states = HostStates(spec, self.num_rows)
-        make_runtime = HostRuntime if turns is None else Device
+        make_runtime = host if turns is None else Device
         self.runtime = make_runtime(
             over or self.loaded,
             self.states,
@@ -267,9 +295,17 @@ class Bench:
         return self.runtime
 
     def batcher(self) -> Batcher:
-        return Batcher(
+        batcher = Batcher(
             self.stepper, max_batch_size=self.max_batch_size, max_waiting=1000, clock=self.clock
         )
+        loop = asyncio.get_running_loop()
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # the batch was collected, and the loop has ended
+                loop.call_soon_threadsafe(batcher.wake)
+
+        self.runtime.when_done = wake
+        return batcher
 
     def submit(
         self, batcher: Batcher, block: Block, *, timeout_s: float = inf

@@ -1,8 +1,9 @@
 import asyncio
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.batcher import LONG_BATCH_S, TURNS_BEHIND, Batcher
+from service.engine.batcher import Batcher
 from service.engine.block import Answer, Batch, Block
 from service.engine.sessions import Turn
 from service.engine.stepper import Part
@@ -32,29 +33,33 @@ class Doubling:
     """Steps that double their rows' numbers, and keep which rode together.
 
     `admitting` and `stepping` are called with a block's, or a batch's, numbers: what they raise
-    goes wrong. A batch is done once it was asked for more than `turns` times.
+    goes wrong. A batch takes `turns` turns of the loop once the one before it is collected, or,
+    with `inf`, until `end`. `num_collected` were, when each batch was launched.
     """
 
-    def __init__(self, *, turns: int = 0) -> None:
+    def __init__(self, *, turns: float = 0) -> None:
         self.batches: list[list[int]] = []
+        self.num_collected: list[int] = []
+        self.looked_ahead_at: list[int] = []
         self.abandoned: list[list[int]] = []
         self.admitting: Callable[[list[int]], Answer | None] = lambda numbers: None
         self.stepping: Callable[[list[int]], object] = lambda numbers: None
         self.collecting: Callable[[list[Any]], list[Any]] = lambda results: results
         self.held: Counter[int] = Counter()
         self.turns = turns
-        self._turns_left = 0
-        self._parts: Sequence[Part] = ()
+        self._under_way: deque[Sequence[Part]] = deque()
+        self._num_done = 0
 
     def batcher(
         self, *, max_batch_size: int = 8, max_waiting: int = 100, clock: FakeClock | None = None
     ) -> Batcher:
-        return Batcher(
+        self._batcher = Batcher(
             self,
             max_batch_size=max_batch_size,
             max_waiting=max_waiting,
             clock=clock or FakeClock(),
         )
+        return self._batcher
 
     def hold(self, block: Block) -> None:
         self.held.update(numbers_of(block))
@@ -78,22 +83,44 @@ class Doubling:
         return turn if answer is None else answer
 
     def launch(self, parts: Sequence[Part]) -> None:
-        self._parts, self._turns_left = parts, self.turns
         numbers = [n for turn, start, stop in parts for n in numbers_of(turn.block)[start:stop]]
+        self.num_collected.append(len(self.batches) - len(self._under_way))
         self.batches.append(numbers)
         self.stepping(numbers)
+        self._under_way.append(parts)
+        if len(self._under_way) == 1:
+            self._work(self.turns)
+
+    def _work(self, turns: float) -> None:
+        if turns == 0:
+            self._num_done += 1
+        elif turns == 1:
+            asyncio.get_running_loop().call_soon(self.end)
+        elif turns < inf:
+            asyncio.get_running_loop().call_soon(self._work, turns - 1)
+
+    def end(self) -> None:
+        """The first batch under way is done."""
+        self._num_done += 1
+        self._batcher.wake()
 
     def is_done(self) -> bool:
-        self._turns_left -= 1
-        return self._turns_left < 0
+        return self._num_done > 0
 
     def collect(self) -> Sequence[Answer | ServiceError | None]:
+        parts = self._under_way.popleft()
+        self._num_done -= 1
+        if self._under_way:
+            self._work(self.turns)
         return self.collecting(
             [
                 doubled(turn.block) if stop == turn.block.num_rows else None
-                for turn, _, stop in self._parts
+                for turn, _, stop in parts
             ]
         )
+
+    def look_ahead(self) -> None:
+        self.looked_ahead_at.append(len(self.batches))
 
     def abandon(self, turn: Turn) -> None:
         self.abandoned.append(numbers_of(turn.block))
@@ -334,45 +361,6 @@ def test_a_block_that_began_in_time_goes_on_to_its_end() -> None:
     run(scenario())
 
 
-def test_the_time_of_the_batch_before_counts_for_what_is_read_after_it() -> None:
-    async def scenario() -> None:
-        clock, doubling = FakeClock(), Doubling()
-        doubling.stepping = taking(clock, 0.5)
-        batcher = doubling.batcher(clock=clock)
-        for _ in range(2):
-            assert await told([submitted(batcher, block(0))]) == [[0]]
-            late, patient = (submitted(batcher, block(1), timeout_s=s) for s in (0.5, 0.75))
-            assert await told([late, patient]) == [DeadlineExceeded, [2]]
-            for _ in range(2 * TURNS_BEHIND):  # an idle loop has read all there was
-                await asyncio.sleep(0)
-        assert await told([submitted(batcher, block(2), timeout_s=0.25)]) == [[4]]
-
-    run(scenario())
-
-
-@pytest.mark.parametrize("is_long", [True, False])
-def test_what_is_read_right_after_a_long_batch_is_looked_at_once_more_before_it_runs(
-    is_long: bool,
-) -> None:
-    async def scenario() -> None:
-        clock, doubling = FakeClock(), Doubling()
-        doubling.stepping = taking(clock, LONG_BATCH_S * (2 if is_long else 0.5))
-        batcher = doubling.batcher(clock=clock)
-        assert await told([submitted(batcher, block(1))]) == [[2]]
-        leaves, stays = submitted(batcher, block(2)), submitted(batcher, block(3))
-        await asyncio.sleep(0)
-        leaves.cancel()
-        assert await told([stays]) == [[6]]
-        assert doubling.batches == ([[1], [3]] if is_long else [[1], [2, 3]])
-        for _ in range(2 * TURNS_BEHIND):  # an idle loop has read all there was
-            await asyncio.sleep(0)
-        lone = submitted(batcher, block(4))
-        await asyncio.sleep(0)
-        assert lone.done()
-
-    run(scenario())
-
-
 def test_whose_time_is_up_is_told_at_the_next_batch_wherever_it_waits() -> None:
     """Ahead in the queue, behind others, or behind another one of its session."""
 
@@ -427,11 +415,6 @@ def test_those_behind_others_whose_time_is_up_keep_their_order() -> None:
         assert doubling.batches == [[2], [3]]
 
     run(scenario())
-
-
-def test_a_batch_of_ten_milliseconds_is_a_long_one() -> None:
-    """So long that a client may leave meanwhile; one of two is not."""
-    assert 0.002 < LONG_BATCH_S < 0.01
 
 
 def test_a_late_block_does_not_hold_up_its_session() -> None:
@@ -688,6 +671,149 @@ def test_blocks_that_arrive_while_a_batch_runs_form_the_next_one() -> None:
     run(scenario())
 
 
+def test_a_batch_of_enough_rows_is_launched_before_the_one_under_way_is_done() -> None:
+    async def scenario() -> None:
+        doubling = Doubling(turns=inf)
+        batcher = doubling.batcher(max_batch_size=4)
+        first = submitted(batcher, block(1, session_id="a"))
+        await asyncio.sleep(0)
+        few = [submitted(batcher, block(n)) for n in (2, 3)]
+        await asyncio.sleep(0)
+        assert doubling.batches == [[1]]
+        more = [submitted(batcher, block(n)) for n in (4, 5, 6)]
+        await asyncio.sleep(0)
+        assert doubling.batches == [[1], [2, 3, 4, 5]]
+        more += [submitted(batcher, block(n)) for n in range(7, 11)]
+        await asyncio.sleep(0)
+        assert len(doubling.batches) == 2  # never more than two
+        doubling.end()
+        assert doubling.batches == [[1], [2, 3, 4, 5], [6, 7, 8, 9]]
+        assert (first.done(), few[0].done()) == (True, False)
+        for _ in range(3):
+            doubling.end()
+        assert await told([first, *few, *more]) == [[2 * n] for n in range(1, 11)]
+
+    run(scenario())
+
+
+def test_sixty_four_rows_are_enough_for_a_batch_of_any_size() -> None:
+    async def scenario() -> None:
+        doubling = Doubling(turns=inf)
+        batcher = doubling.batcher(max_batch_size=256, max_waiting=1000)
+        futures = [submitted(batcher, block(0))]
+        await asyncio.sleep(0)
+        futures.append(submitted(batcher, block(*range(63))))
+        await asyncio.sleep(0)
+        assert len(doubling.batches) == 1
+        futures.append(submitted(batcher, block(63)))
+        await asyncio.sleep(0)
+        assert doubling.batches[1:] == [list(range(64))]
+        for _ in range(2):
+            doubling.end()
+        await told(futures)
+
+    run(scenario())
+
+
+def test_nothing_is_launched_beside_a_block_of_which_more_is_to_come() -> None:
+    """Its part may fail, and its rows are then given to others."""
+
+    async def scenario() -> None:
+        doubling = Doubling(turns=inf)
+        batcher = doubling.batcher(max_batch_size=2)
+        large = submitted(batcher, block(*range(4)))
+        others = submitted(batcher, block(4, 5))
+        await asyncio.sleep(0)
+        assert doubling.batches == [[0, 1]]
+        doubling.end()
+        assert doubling.batches == [[0, 1], [2, 3], [4, 5]]
+        for _ in range(2):
+            doubling.end()
+        assert await told([large, others]) == [[0, 2, 4, 6], [8, 10]]
+
+    run(scenario())
+
+
+def test_a_batch_that_fails_leaves_the_large_block_behind_it_to_go_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario() -> None:
+        doubling = Doubling(turns=inf)
+        batcher = doubling.batcher(max_batch_size=2)
+        failing = submitted(batcher, block(0))
+        await asyncio.sleep(0)
+        large = submitted(batcher, block(*range(1, 6)))
+        await asyncio.sleep(0)
+        assert doubling.batches == [[0], [1, 2]]
+        doubling.collecting = failing_collect
+        doubling.end()
+        doubling.collecting = lambda results: results
+        for _ in range(3):
+            doubling.end()
+        assert await told([failing, large]) == [ServiceError, [2, 4, 6, 8, 10]]
+        assert doubling.batches == [[0], [1, 2], [3, 4], [5]]
+
+    run(scenario())
+
+
+def failing_collect(results: list[Any]) -> list[Any]:
+    raise RuntimeError("broken")
+
+
+def test_the_model_goes_on_before_answers_are_written() -> None:
+    async def scenario() -> None:
+        doubling = Doubling(turns=inf)
+        batcher = doubling.batcher()
+        num_launched: list[int] = []
+        first, second = submitted(batcher, block(1)), None
+        batcher.submit(
+            block(2),
+            lambda answer: num_launched.append(len(doubling.batches)),
+            is_wanted=lambda: True,
+        )
+        await asyncio.sleep(0)
+        second = submitted(batcher, block(3))
+        doubling.end()
+        assert num_launched == [2]
+        doubling.end()
+        assert await told([first, second]) == [[2], [6]]
+
+    run(scenario())
+
+
+def test_a_session_s_next_block_never_runs_beside_the_one_before() -> None:
+    async def scenario() -> None:
+        doubling = Doubling(turns=inf)
+        batcher = doubling.batcher(max_batch_size=2)
+        futures = [submitted(batcher, block(n, session_id="a")) for n in range(4)]
+        for number in range(4):
+            await asyncio.sleep(0)
+            assert doubling.batches[number:] == [[number]]
+            doubling.end()
+        assert await told(futures) == [[0], [2], [4], [6]]
+
+    run(scenario())
+
+
+def test_it_looks_ahead_while_a_batch_runs_or_nobody_waits_and_not_before_others_run() -> None:
+    async def scenario() -> None:
+        doubling = Doubling()
+        batcher = doubling.batcher(max_batch_size=1)
+        await told([submitted(batcher, block(n)) for n in range(3)])
+        assert doubling.looked_ahead_at == [3]
+        beside = Doubling(turns=inf)
+        batcher = beside.batcher(max_batch_size=1)
+        futures = [submitted(batcher, block(n)) for n in range(3)]
+        await asyncio.sleep(0)
+        assert beside.looked_ahead_at == [2]
+        for _ in range(3):
+            beside.end()
+        await told(futures)
+        assert beside.looked_ahead_at == [2, 3, 3, 3]
+
+    run(scenario())
+
+
 def test_drain_answers_everybody_and_then_refuses() -> None:
     async def scenario() -> None:
         doubling = Doubling(turns=2)
@@ -824,14 +950,15 @@ def test_every_row_runs_once_and_in_order_and_nobody_is_overtaken_but_for_his_se
         )
         assert batches[0] >= free_from
         overtaking = [at for at in range(number + 1, len(blocks)) if batch_of[10 * at] < batches[0]]
-        assert all(batch_of[10 * at] < free_from for at in overtaking)
+        launched = [doubling.num_collected[batch_of[10 * at]] for at in overtaking]
+        assert all(num_collected < free_from for num_collected in launched)
 
 
 def test_a_block_is_held_from_its_submission_until_it_is_settled() -> None:
     async def scenario() -> None:
         doubling = Doubling(turns=2)
         doubling.admitting = refuse_nine
-        batcher = doubling.batcher(max_batch_size=2, max_waiting=5)
+        batcher = doubling.batcher(max_batch_size=3, max_waiting=5)
         futures = [submitted(batcher, block(n, session_id=f"{n}")) for n in (1, 2, 3, 9)]
         with pytest.raises(Overloaded):
             submitted(batcher, block(5, 5))

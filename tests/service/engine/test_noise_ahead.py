@@ -1,34 +1,118 @@
+from collections.abc import Sequence
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
+from service.engine import noise_ahead
 from service.engine.noise import gumbel_noise
 from service.engine.noise_ahead import FEW, STEPS_AHEAD, NoiseAhead
 
 NUM_COLUMNS = 7
 LARGEST = 2**64 - 1
-rows = st.tuples(
+NUM_ROWS = 40
+draws = st.tuples(
     st.sampled_from([0, 1, 2, LARGEST]),
     st.one_of(st.integers(0, 3 * STEPS_AHEAD), st.sampled_from([LARGEST - 1, LARGEST])),
 )
-batches = st.lists(st.lists(rows, min_size=1, max_size=FEW + 2), max_size=12)
+batches = st.lists(
+    st.tuples(
+        st.booleans(),
+        st.permutations(range(NUM_ROWS)),
+        st.lists(draws, min_size=1, max_size=2 * FEW),
+    ),
+    max_size=12,
+)
 
 
+class Counting:
+    """Noise, and for how many rows it was made."""
+
+    def __init__(self) -> None:
+        self.num_made = 0
+
+    def __call__(
+        self, seeds: NDArray[np.uint64], steps: NDArray[np.uint64], num_columns: int
+    ) -> NDArray[np.float32]:
+        self.num_made += len(seeds)
+        return gumbel_noise(seeds, steps, num_columns)
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> Counting:
+    counting = Counting()
+    monkeypatch.setattr(noise_ahead, "gumbel_noise", counting)
+    return counting
+
+
+def numbers(values: Sequence[int]) -> NDArray[np.uint64]:
+    return np.array(values, dtype=np.uint64)
+
+
+def taken(
+    ahead: NoiseAhead, rows: Sequence[int], seeds: Sequence[int], steps: Sequence[int]
+) -> NDArray[np.float32]:
+    out = np.full((len(rows), NUM_COLUMNS), np.nan, dtype=np.float32)
+    ahead.take(np.array(rows), numbers(seeds), numbers(steps), out)
+    return out
+
+
+@pytest.mark.parametrize("most_rows", [2 * FEW, 3 * FEW, 1000])
 @given(batches)
-def test_noise_is_that_of_seed_and_step_whatever_was_taken_before(
-    batches: list[list[tuple[int, int]]],
+def test_noise_is_that_of_seed_and_step_whatever_was_made_before(
+    most_rows: int, batches: list[tuple[bool, list[int], list[tuple[int, int]]]]
 ) -> None:
-    ahead = NoiseAhead(NUM_COLUMNS)
-    for batch in batches:
-        seeds, steps = (np.array(column, dtype=np.uint64) for column in zip(*batch, strict=True))
-        out = np.full((len(batch), NUM_COLUMNS), np.nan, dtype=np.float32)
-        ahead.take(seeds, steps, out)
-        assert np.array_equal(out, gumbel_noise(seeds, steps, NUM_COLUMNS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(noise_ahead, "MOST_ROWS", most_rows)
+        ahead = NoiseAhead(NUM_COLUMNS, NUM_ROWS)
+        for is_ahead, rows, batch in batches:
+            seeds, steps = zip(*batch, strict=True)
+            rows = rows[: len(batch)]
+            if is_ahead:
+                ahead.look_ahead(np.array(rows), numbers(seeds), numbers(steps))
+            expected = gumbel_noise(numbers(seeds), numbers(steps), NUM_COLUMNS)
+            assert np.array_equal(taken(ahead, rows, seeds, steps), expected)
+
+
+def test_what_was_made_ahead_is_not_made_again(counting: Counting) -> None:
+    ahead = NoiseAhead(NUM_COLUMNS, NUM_ROWS)
+    rows, seeds, steps = range(20), range(100, 120), [7] * 20
+    ahead.look_ahead(np.array(rows), numbers(seeds), numbers(steps))
+    counting.num_made = 0
+    backwards = taken(ahead, rows[::-1], seeds[::-1], steps)
+    assert counting.num_made == 0
+    assert np.array_equal(backwards, gumbel_noise(numbers(seeds[::-1]), numbers(steps), 7))
+    taken(ahead, range(5, 25), range(105, 125), steps)
+    assert counting.num_made == 5
+
+
+def test_the_last_rows_that_were_told_of_are_kept(
+    counting: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(noise_ahead, "MOST_ROWS", 30)
+    ahead = NoiseAhead(NUM_COLUMNS, NUM_ROWS)
+    for first in (0, 10, 20, 30):
+        rows = range(first, first + 10)
+        ahead.look_ahead(np.array(rows), numbers(rows), numbers([3] * 10))
+    counting.num_made = 0
+    for first, num_made in ((30, 0), (10, 0), (20, 0), (0, 10)):
+        rows = range(first, first + 10)
+        counting.num_made = 0
+        taken(ahead, rows, rows, [3] * 10)
+        assert counting.num_made == num_made
+
+
+def test_a_few_rows_draw_for_eight_steps_at_once(counting: Counting) -> None:
+    ahead = NoiseAhead(NUM_COLUMNS, NUM_ROWS)
+    for step in range(STEPS_AHEAD):
+        taken(ahead, range(FEW), range(FEW), [step] * FEW)
+    assert counting.num_made == STEPS_AHEAD * FEW
 
 
 def test_what_is_kept_is_bounded() -> None:
-    ahead = NoiseAhead(NUM_COLUMNS)
-    out = np.empty((1, NUM_COLUMNS), dtype=np.float32)
+    ahead = NoiseAhead(NUM_COLUMNS, NUM_ROWS)
     for seed in range(1100):
-        ahead.take(np.array([seed], np.uint64), np.array([0], np.uint64), out)
+        taken(ahead, [0], [seed], [0])
     assert len(ahead._kept) == 1024

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from model.spec import PolicySpec
+from service.engine import noise_ahead
 from service.engine.block import Block
 from service.engine.noise import gumbel_noise, row_seed
 from service.engine.sessions import Session
+from service.engine.stepper import BLOCK_S, LONG_STEP_S, SHORT_STEP_S
 from service.errors import (
     Invalid,
     Overloaded,
@@ -520,3 +522,54 @@ def test_all_at_once_equals_one_by_one(spec: PolicySpec, plan: Plan, sizes: list
 def one_by_one(spec: PolicySpec, plan: Plan) -> list[Stepped | ServiceError]:
     answers = Bench(spec).take_waves([[block] for block in blocks_of(spec, plan)])
     return list(chain.from_iterable(answers))
+
+
+def test_a_step_runs_beside_the_loop_where_its_requests_take_less(spec: PolicySpec) -> None:
+    """But not for a lone client, who has nothing else to do than wait for it."""
+    bench = Bench(spec, capacity=1000, buckets=(256,), turns=0)
+
+    def beside_s(*blocks: Block) -> float:
+        bench.take(*blocks)
+        return bench.device.beside_s
+
+    def start(name: str) -> Block:
+        return single(spec, 1, name, starts=True)
+
+    assert beside_s(start("a")) == SHORT_STEP_S
+    assert beside_s(single(spec, 1, "a")) == LONG_STEP_S
+    assert beside_s(vector(spec, range(64), "v", starts=True)) == SHORT_STEP_S
+    assert beside_s(vector(spec, range(64), "v")) == LONG_STEP_S
+    assert beside_s(single(spec, 1, "a")) == SHORT_STEP_S
+    assert beside_s(start("a"), start("b")) == SHORT_STEP_S
+    assert beside_s(single(spec, 1, "a")) == SHORT_STEP_S
+    assert beside_s(single(spec)) == beside_s(single(spec)) == SHORT_STEP_S
+    assert beside_s(*[start(f"{n}") for n in range(20)]) == 20 * BLOCK_S
+    assert beside_s(*[start(f"{n}") for n in range(200)]) == LONG_STEP_S
+
+
+def test_noise_of_a_vector_s_next_step_is_made_when_it_was_answered(
+    spec: PolicySpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def counting(
+        seeds: NDArray[np.uint64], steps: NDArray[np.uint64], num_columns: int
+    ) -> NDArray[np.float32]:
+        made.append(len(seeds))
+        return gumbel_noise(seeds, steps, num_columns)
+
+    monkeypatch.setattr(noise_ahead, "gumbel_noise", counting)
+    bench = Bench(spec, capacity=100, buckets=(64,))
+    xs = [1.0] * 20
+    bench.only(vector(spec, xs, "v", starts=True))
+    assert made.count(20) == 2
+    made.clear()
+    bench.only(vector(spec, xs, "v"))
+    assert made == [20]  # of the step after
+    made.clear()
+    bench.only(vector(spec, xs, "v", starts=np.arange(20) < 3))
+    assert made == [3, 20]
+    made.clear()
+    bench.only(vector(spec, xs, "v", deterministic=True))
+    bench.only(vector(spec, xs))
+    assert made == [20]  # nobody knows what a stateless one does next

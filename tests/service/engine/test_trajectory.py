@@ -16,7 +16,7 @@ from service.engine.block import Block
 from service.engine.noise import gumbel_noise, row_seed
 from service.errors import Invalid, ServiceError, StepConflict
 from service.runtime.protocol import State
-from tests.service.fakes import POISON, Bench, Stepped
+from tests.service.fakes import POISON, Bench, Beside, Stepped
 
 MAX_ROWS = 6
 SEEDS = st.integers(0, 2**64 - 1)
@@ -217,6 +217,18 @@ def as_one_vector_session(trajectory: Trajectory) -> list[list[Decided]]:
     return in_vector_session(Bench(trajectory.spec), trajectory, lambda number: ([], []))
 
 
+def as_one_vector_session_beside_the_loop(trajectory: Trajectory) -> list[list[Decided]]:
+    """And others with it, in batches smaller than the block."""
+    buckets = range(1, 2 + trajectory.num_rows // 2)
+    bench = Bench(trajectory.spec, capacity=4 * MAX_ROWS, buckets=buckets, host=Beside)
+
+    def company(number: int) -> tuple[list[Block], list[Block]]:
+        before, behind = (vector_block(trajectory, number, name) for name in "wx")
+        return [before], [behind]
+
+    return in_vector_session(bench, trajectory, company)
+
+
 def in_vector_session(
     bench: Bench,
     trajectory: Trajectory,
@@ -303,6 +315,7 @@ def stateless(
 WAYS = (
     as_single_sessions,
     as_one_vector_session,
+    as_one_vector_session_beside_the_loop,
     in_parts_beside_others,
     stateless_one_by_one,
     stateless_together,

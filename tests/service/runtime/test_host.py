@@ -1,6 +1,8 @@
 """States in host memory, and the fake policy stepping them."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from export.manifest import step_inputs, step_outputs
 from model.spec import PolicySpec
 from service.runtime.host import HostRuntime, HostStates
 from service.runtime.protocol import STATE_INPUTS, STATE_OUTPUTS, Outputs, Rows
-from tests.service.fakes import POISON, Arrays, SummingRuntime
+from tests.service.fakes import POISON, TIMEOUT_S, Arrays, SummingRuntime
 
 NUM_ROWS = 12
 BATCH_SIZES = (4, 1, 8, 2)
@@ -243,3 +245,93 @@ def test_one_warms_up_while_another_serves_the_same_states(spec: PolicySpec, hos
     other.warm_up()
     assert host.runtime.collect().arrays["value"].tolist() == [101, 103]
     assert host.h()[2:4] == [101, 103]
+
+
+class Gated:
+    """A host whose steps beside the caller's thread each wait to be let go."""
+
+    def __init__(self, spec: PolicySpec) -> None:
+        self.host = Host(spec)
+        self.runtime = self.host.runtime
+        self.gate = self.host.loaded.gate = threading.Event()
+        self.done: SimpleQueue[int] = SimpleQueue()
+        self.runtime.when_done = lambda: self.done.put(threading.get_ident())
+
+    def launch(self, read: list[int], write: list[int], xs: list[float], **how: float) -> None:
+        self.runtime.inputs["observation"][: len(xs), 0] = xs
+        self.runtime.launch(rows_of(read), rows_of(write), **how)
+
+    def values(self) -> list[float]:
+        told: list[float] = self.runtime.collect().arrays["value"].tolist()
+        return told
+
+    def wait(self) -> int:
+        """For the end of a step; the thread it ran on."""
+        return self.done.get(timeout=TIMEOUT_S)
+
+
+@pytest.fixture
+def gated(spec: PolicySpec) -> Iterator[Gated]:
+    gated = Gated(spec)
+    yield gated
+    gated.gate.set()
+
+
+def test_a_step_that_takes_so_long_is_not_waited_for(gated: Gated) -> None:
+    gated.launch([0, 1], [2, 3], [10, 20], beside_s=0.0)
+    assert not gated.runtime.is_done()
+    assert gated.done.empty()
+    gated.gate.set()
+    assert gated.wait() != threading.get_ident()
+    assert gated.runtime.is_done()
+    assert gated.values() == [110, 121]
+    assert gated.host.h()[2:4] == [110, 121]
+
+
+def test_a_shorter_step_is_done_by_its_launch_and_nobody_is_told(gated: Gated) -> None:
+    gated.gate.set()
+    gated.runtime.warm_up()
+    for how in ({}, {"beside_s": 1e9}):
+        gated.launch([0], [1], [1], **how)
+        assert gated.runtime.is_done()
+        assert gated.values() == [101]
+    assert gated.done.empty()
+    gated.launch([0], [1], [1], beside_s=1e-12)  # it took longer than that to warm up
+    gated.wait()
+    assert gated.values() == [101]
+
+
+def test_one_batch_may_follow_another_and_each_has_arrays_of_its_own(gated: Gated) -> None:
+    gated.launch([0, 1], [2, 3], [10, 20], beside_s=0.0)
+    gated.launch([4], [5], [30])  # behind the other, however short it is
+    assert not gated.runtime.is_done()
+    gated.gate.set()
+    gated.wait()
+    first = gated.runtime.collect()
+    gated.wait()
+    gated.launch([6], [7], [40], beside_s=0.0)
+    assert gated.values() == [134]
+    gated.wait()
+    assert first.arrays["value"].tolist() == [110, 121]
+    assert gated.values() == [146]
+    assert gated.host.h()[:8] == [100, 101, 110, 121, 104, 134, 106, 146]
+
+
+def test_a_step_that_fails_beside_is_raised_where_it_is_collected(gated: Gated) -> None:
+    before = gated.host.h()
+    gated.host.loaded.failure = RuntimeError("out of memory")
+    gated.launch([0], [1], [1], beside_s=0.0)
+    gated.gate.set()
+    gated.wait()
+    assert gated.runtime.is_done()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        gated.runtime.collect()
+    assert gated.host.h() == before
+    gated.host.loaded.failure = None
+    gated.launch([0], [1], [1], beside_s=0.0)
+    gated.wait()
+    assert gated.values() == [101]
+
+
+def test_with_nothing_under_way_it_is_done(gated: Gated) -> None:
+    assert gated.runtime.is_done()
