@@ -104,6 +104,7 @@ class Batcher:
         self._behind: dict[str, deque[_Waiting] | None] = {}
         self._partial: _Waiting | None = None  # its rows so far have run, or run now
         self._under_way: deque[_Batch] = deque()
+        self._to_settle: deque[tuple[_Waiting, Answer | ServiceError]] = deque()
         self._num_rows = 0  # that wait
         self._num_behind = 0  # of them, whose session has another block before
         self._num_submitted = 0
@@ -185,12 +186,12 @@ class Batcher:
         now_s = self._clock()
         if now_s >= self._first_deadline_s:
             self._expire(now_s)
-        settled = self._collect()
+        self._collect()
         while self._may_launch() and self._launch():
             pass
         # Only now, where the model has more to do: it is not to wait until answers are written.
-        for waiting, result in (*settled, *self._collect()):
-            self._settle(waiting, result)
+        self._collect()
+        self._settle()
         if not self._under_way:
             if self._num_rows:
                 self._schedule()
@@ -266,12 +267,11 @@ class Batcher:
                 result = admitted
             self._num_rows -= waiting.block.num_rows
             self._release(waiting)
-            self._settle(waiting, result)
+            self._tell(waiting, result)
         return None
 
-    def _collect(self) -> list[tuple[_Waiting, Answer | ServiceError]]:
-        """Whom the batches that are done answer, and with what."""
-        settled: list[tuple[_Waiting, Answer | ServiceError]] = []
+    def _collect(self) -> None:
+        """Has those whose batches are done settled next."""
         while self._under_way and self._steps.is_done():
             blocks, num_rows = self._under_way.popleft()
             try:
@@ -282,9 +282,8 @@ class Batcher:
             for waiting, result in results:
                 if result is not None:
                     self._release(waiting)
-                    settled.append((waiting, result))
+                    self._to_settle.append((waiting, result))
             self._measure(num_rows)
-        return settled
 
     def _fail(self, blocks: Sequence[_Waiting]) -> None:
         """Nothing of the batch has moved: all its blocks are refused."""
@@ -294,7 +293,7 @@ class Batcher:
             self._num_rows -= waiting.block.num_rows - waiting.num_run
             self._steps.abandon(waiting.turn)
             self._release(waiting)
-            self._settle(waiting, ServiceError("internal error"))
+            self._tell(waiting, ServiceError("internal error"))
             if waiting is self._partial:
                 self._partial = None
 
@@ -344,11 +343,18 @@ class Batcher:
         for waiting in expired:
             self._num_rows -= waiting.block.num_rows
             error = DeadlineExceeded("the time allowed passed before the model was free")
-            self._settle(waiting, error)
+            self._tell(waiting, error)
 
-    def _settle(self, waiting: _Waiting, result: Answer | ServiceError) -> None:
-        self._steps.release(waiting.block)
-        try:
-            waiting.settle(result)
-        except Exception:  # a bug of ours in one answer is not to cost the others theirs
-            logger.exception("an answer could not be given")
+    def _tell(self, waiting: _Waiting, result: Answer | ServiceError) -> None:
+        """Settles the block, after those that are through already."""
+        self._to_settle.append((waiting, result))
+        self._settle()
+
+    def _settle(self) -> None:
+        while self._to_settle:
+            waiting, result = self._to_settle.popleft()
+            self._steps.release(waiting.block)
+            try:
+                waiting.settle(result)
+            except Exception:  # a bug of ours in one answer is not to cost the others theirs
+                logger.exception("an answer could not be given")

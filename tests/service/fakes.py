@@ -225,8 +225,8 @@ class Device(HostRuntime):
             super().launch(read_rows, write_rows)
         finally:
             self._lanes = lanes
-        if self._queue:
-            self._work(self.turns)
+            if self._queue:
+                self._work(self.turns)
         return super().collect()
 
     def finish(self) -> None:
