@@ -36,6 +36,12 @@ from service.runtime.load import load_runtime
 CLIENTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 LIVE_SESSIONS = (10, 100, 1_000, 10_000, 100_000)
 ENVS = 64
+ROWS = 64
+"""Of each vector in the soak."""
+VECTOR_CLIENTS = 4
+VECTORS_PER_S = 25.0
+WIRE = ("json", "safetensors")
+"""Of single environments and of vectors."""
 MAX_WAITING = 256
 SEED = 0
 
@@ -46,10 +52,14 @@ class Server:
     def __init__(self, url: str, manifest: Manifest) -> None:
         self.url = url
         self._spec = manifest.spec
-        self._wire = wire_of("json", manifest.spec, Pool.random(manifest.spec, SEED), None)
+        self._pool = Pool.random(manifest.spec, SEED)
 
-    def clients(self, num_envs: int, patience_s: float = 60.0) -> LoadGenerator:
-        return LoadGenerator(self.url, self._wire, num_connections=num_envs, patience_s=patience_s)
+    def clients(
+        self, num_envs: int, patience_s: float = 60.0, num_rows: int | None = None
+    ) -> LoadGenerator:
+        """Of single environments in JSON, or of vectors of `num_rows` in safetensors."""
+        wire = wire_of(WIRE[num_rows is not None], self._spec, self._pool, num_rows)
+        return LoadGenerator(self.url, wire, num_connections=num_envs, patience_s=patience_s)
 
     async def metrics(self) -> dict[str, float]:
         async with aiohttp.ClientSession() as http, http.get(f"{self.url}/metrics") as response:
@@ -141,29 +151,41 @@ async def overload(artifact: Path, seconds: float) -> dict[str, Any]:
 
 
 async def soak(artifact: Path, seconds: float) -> dict[str, Any]:
-    """Open loop at 80 % of the peak; sessions start all the time, half are ended, half expire."""
+    """Open loop at half of the peak, and vectors of `ROWS` beside.
+
+    Sessions start all the time, half are ended, half expire.
+    """
     slice_s = 20.0
     rounds = round(seconds / slice_s)
     everything: list[Session] = []
+    vectors: list[Session] = []
     errors: Counter[str] = Counter()
     latencies_ms: list[float] = []
+    vector_latencies_ms: list[float] = []
     samples: list[dict[str, float]] = []
     async with serving(artifact, "--session-idle-s", "30") as server:
         clients = server.clients(ENVS)
+        vector_clients = server.clients(VECTOR_CLIENTS, num_rows=ROWS)
         warm = new_sessions(ENVS, SEED)
         await clients.closed(warm, 3.0)
         peak = await clients.closed(warm, 10.0)
-        rate = 0.8 * peak.num_answers / peak.elapsed_s
+        peak_per_s = peak.num_answers / peak.elapsed_s
         everything += warm
         await asyncio.sleep(1.0)
         idle = await server.metrics()
         for round_ in range(rounds):
             sessions = new_sessions(4 * ENVS, SEED + len(everything))
-            load = await clients.open(sessions, slice_s, rate)
+            of_vectors = new_sessions(2 * VECTOR_CLIENTS, SEED + len(vectors), ROWS)
+            load, vector_load = await asyncio.gather(
+                clients.open(sessions, slice_s, 0.5 * peak_per_s),
+                vector_clients.open(of_vectors, slice_s, VECTORS_PER_S),
+            )
             everything += sessions
-            errors += load.errors
+            vectors += of_vectors
+            errors += load.errors + vector_load.errors
             latencies_ms += load.latencies_ms
-            await server.end(sessions[::2])
+            vector_latencies_ms += vector_load.latencies_ms
+            await server.end(sessions[::2] + of_vectors[::2])
             samples.append(await server.metrics())
             _note({"round": round_, "resident_mib": _mib(samples[-1]), **_figures(load)})
         await asyncio.sleep(31.0)
@@ -175,16 +197,18 @@ async def soak(artifact: Path, seconds: float) -> dict[str, Any]:
         if name.startswith("tamiyo_session_events_total")
     }
     return {
-        "peak_per_s": rate / 0.8,
-        "rate_per_s": rate,
+        "peak_per_s": peak_per_s,
         "answers": len(latencies_ms),
         "latency_ms": _percentiles(latencies_ms),
+        "vector_answers": len(vector_latencies_ms),
+        "vector_latency_ms": _percentiles(vector_latencies_ms),
         "errors": dict(errors),
         "resident_mib": [_mib(sample) for sample in samples],
         "idle_before": {name: idle[name] for name in kept},
         "idle_after": {name: end[name] for name in kept},
         "session_events": events,
         **_checked(artifact, everything),
+        "vectors": _checked(artifact, vectors, ROWS),
     }
 
 
@@ -210,11 +234,13 @@ def _percentiles(latencies_ms: list[float]) -> dict[str, float]:
     return {f"p{p}": float(np.percentile(latencies_ms, p)) for p in (50, 99)}
 
 
-def _checked(artifact: Path, sessions: list[Session]) -> dict[str, Any]:
+def _checked(
+    artifact: Path, sessions: list[Session], num_rows: int | None = None
+) -> dict[str, Any]:
     manifest = Manifest.read(artifact)
     runtime = load_runtime(artifact, manifest, name="onnx", device="cpu", num_threads=1)
     pool = Pool.random(manifest.spec, SEED)
-    wire = wire_of("json", manifest.spec, pool, None)
+    wire = wire_of(WIRE[num_rows is not None], manifest.spec, pool, num_rows)
     return {"differences": replay(sessions, pool, wire, runtime, manifest.spec)._asdict()}
 
 
