@@ -8,10 +8,14 @@ import json
 import re
 from collections.abc import Callable
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
 
 from model.spec import PolicySpec
-from service.bench.pool import Pool
+from service.bench.pool import POOL_SIZE, Pool
 
 NUM_NAMES = 64
 LAST = b"GET /healthz HTTP/1.1\r\nHost: fuzz\r\nConnection: close\r\n\r\n"
@@ -29,6 +33,7 @@ ODD_VALUES = [
     *("[]", "[[]]", "[null]", "[0,1]", "{}", '{"op":[]}', '{"op":[2]}', '{"x":null}', "[" * 300),
     *('{"h":[[0]],"c":[[0]]}', '{"h":[],"c":[],"x":0}', "", "nul", "//", "'x'", "1 2"),
 ]
+ODD_TENSORS = ["observation", "seed", "state_h", "state_c", "action_mask.op", "noise", "x"]
 ODD_TARGETS = [
     *("/act?x=1", "/%61ct", "//act", "/act/", "/act%00", "/act#x", "*", "act", "", "/../act"),
     *("http://fuzz/act", "http://[/act", "/sessions/%0A", "/sessions/", "/sessions/%ff%fe"),
@@ -71,7 +76,9 @@ class Fuzzer:
 
     def __init__(self, spec: PolicySpec, seed: str) -> None:
         self._random = Random(seed)
-        bodies = Pool.random(spec, 0).bodies(spec)
+        pool = Pool.random(spec, 0)
+        self._arrays = pool.by_name()
+        bodies = pool.bodies(spec)
         self._inputs = [
             [(name, json.dumps(value)) for name, value in json.loads(b"{%b}" % body).items()]
             for body in bodies
@@ -98,6 +105,8 @@ class Fuzzer:
     def _request(self, is_broken: bool) -> bytes:
         choose = self._random
         method, target, body = "POST", "/act", self._text(self._members())
+        if choose.random() < 0.3:
+            return self._vector(is_broken and choose.random() < 0.8)
         if choose.random() < 0.15:
             method, body = choose.choice((("GET", ""), ("DELETE", "")))
             target = f"/sessions/{self._name()}"
@@ -132,6 +141,69 @@ class Fuzzer:
                     version = choose.choice((version, "HTTP/1.0", "HTTP/2.0", "HTTP/9.9", "X", ""))
         lines = [f"{method} {target} {version}", *headers, *head, "", ""]
         return "\r\n".join(lines).encode() + content
+
+    def _vector(self, is_broken: bool) -> bytes:
+        """A request of several environments, in safetensors."""
+        choose = self._random
+        num_rows = choose.choice((1, 2, 3, 8, 40))
+        first = choose.randrange(POOL_SIZE)
+        rows = (first + np.arange(num_rows)) % POOL_SIZE
+        tensors = {name: array[rows] for name, array in self._arrays.items()}
+        metadata = {}
+        if choose.random() < 0.7:
+            # The number of rows, which is fixed for a run, in the name.
+            metadata["session_id"] = f"fuzz-{num_rows}-{choose.randrange(NUM_NAMES)}"
+            if choose.random() < 0.5:
+                tensors["episode_start"] = np.ones(num_rows, dtype=np.bool_)
+                metadata["run"] = f"{choose.randrange(3)}"
+            elif choose.random() < 0.7:
+                metadata["step"] = f"{choose.randrange(1, 4)}"
+                tensors["episode_start"] = rows % 7 == 0
+        if choose.random() < 0.3:
+            metadata["seed"] = choose.choice(("0", "7", f"{2**64 - 1}"))
+        if choose.random() < 0.2:
+            metadata["deterministic"] = choose.choice(("true", "false"))
+        if is_broken:
+            with np.errstate(all="ignore"):
+                self._make_odd(tensors, metadata)
+        content = save({name: np.ascontiguousarray(a) for name, a in tensors.items()}, metadata)
+        if is_broken and choose.random() < 0.5:
+            content = damaged(choose, content)
+        lines = [
+            "POST /act HTTP/1.1",
+            "Host: fuzz",
+            "Content-Type: application/vnd.safetensors",
+            *choose.choice(([], ["Accept: application/json"])),
+            f"Content-Length: {len(content)}",
+            *("", ""),
+        ]
+        return "\r\n".join(lines).encode() + content
+
+    def _make_odd(self, tensors: dict[str, NDArray[Any]], metadata: dict[str, str]) -> None:
+        choose = self._random
+        for _ in range(choose.choice((1, 1, 2, 4))):
+            name = choose.choice([*tensors, *ODD_TENSORS])
+            array = tensors.get(name, np.zeros(3, dtype=np.float32))
+            match choose.randrange(8):
+                case 0:
+                    tensors.pop(name, None)
+                case 1:
+                    tensors[name] = array.astype(
+                        choose.choice(["f8", "f4", "f2", "i8", "u8", "u1", "?"])
+                    )
+                case 2:
+                    tensors[name] = array[: choose.randrange(len(array) + 1)]
+                case 3:
+                    tensors[name] = array.repeat(choose.choice((2, 60)), axis=0)
+                case 4:
+                    tensors[name] = array.reshape(choose.choice(((-1,), (1, -1), (-1, 1))))
+                case 5:
+                    tensors[name] = np.full_like(array, choose.choice((0, 1, 77)))
+                case 6 if array.dtype == np.float32:
+                    tensors[name] = array * np.float32(choose.choice(("nan", "inf", "1e38")))
+                case _:
+                    field = choose.choice(("session_id", "run", "step", "seed", "timeout_ms", "x"))
+                    metadata[field] = choose.choice(ODD_VALUES)
 
     def _name(self) -> str:
         return f"fuzz-{self._random.randrange(NUM_NAMES)}"
