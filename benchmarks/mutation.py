@@ -33,6 +33,7 @@ ODD_VALUES = [
     *("[]", "[[]]", "[null]", "[0,1]", "{}", '{"op":[]}', '{"op":[2]}', '{"x":null}', "[" * 300),
     *('{"h":[[0]],"c":[[0]]}', '{"h":[],"c":[],"x":0}', "", "nul", "//", "'x'", "1 2"),
 ]
+ODD_DTYPES = ["f8", "f4", "f2", "i8", "u8", "u1", "?"]
 ODD_TENSORS = ["observation", "seed", "state_h", "state_c", "action_mask.op", "noise", "x"]
 ODD_TARGETS = [
     *("/act?x=1", "/%61ct", "//act", "/act/", "/act%00", "/act#x", "*", "act", "", "/../act"),
@@ -189,7 +190,7 @@ class Fuzzer:
                     tensors.pop(name, None)
                 case 1:
                     tensors[name] = array.astype(
-                        choose.choice(["f8", "f4", "f2", "i8", "u8", "u1", "?"])
+                        choose.choice(ODD_DTYPES)
                     )
                 case 2:
                     tensors[name] = array[: choose.randrange(len(array) + 1)]
