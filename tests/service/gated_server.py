@@ -2,8 +2,9 @@
 
 `python -m tests.service.gated_server MODE FLAGS` is `python -m service FLAGS`, but a step says on
 stdout `step N settled`, for N rows and where the garbage of the start is, and waits for a line
-on stdin: in MODE `gated` the steps of requests do, in `warm-up` those of the warm-up. In `broken`
-none does, and all fail; in `asked` the server has been asked to stop before it runs.
+on stdin: in MODE `gated` the steps of requests do, beside the event loop, in `held` they hold it,
+in `warm-up` those of the warm-up wait. In `broken` none does, and all fail; in `asked` the server
+has been asked to stop before it runs.
 """
 
 import gc
@@ -18,6 +19,7 @@ from pydantic_settings import CliApp
 from export.manifest import Manifest
 from model.spec import PolicySpec
 from service.artifact import find_artifact
+from service.engine import stepper
 from service.server import serve
 from service.settings import Settings
 from tests.service.fakes import Arrays, SummingRuntime
@@ -34,7 +36,7 @@ class GatedRuntime(SummingRuntime):
         step = super().bind(inputs, outputs)
 
         def run() -> None:
-            is_warm_up = threading.current_thread() is not threading.main_thread()
+            is_warm_up = threading.current_thread().name == "warm-up"
             if is_warm_up == self.waits_in_warm_up:
                 settled = "settled" if gc.get_freeze_count() else "unsettled"
                 sys.stdout.write(f"step {len(inputs['observation'])} {settled}\n")
@@ -47,6 +49,8 @@ class GatedRuntime(SummingRuntime):
 
 def main() -> int:
     mode = sys.argv.pop(1)
+    if mode != "held":  # the warm-up does not show how long they are
+        stepper.SHORT_STEP_S = stepper.LONG_STEP_S = 0.0
     settings = CliApp.run(Settings)
     logging.basicConfig(level=logging.INFO, stream=sys.stdout)
     manifest = Manifest.read(find_artifact(settings.artifact))
