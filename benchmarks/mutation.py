@@ -189,9 +189,7 @@ class Fuzzer:
                 case 0:
                     tensors.pop(name, None)
                 case 1:
-                    tensors[name] = array.astype(
-                        choose.choice(ODD_DTYPES)
-                    )
+                    tensors[name] = array.astype(choose.choice(ODD_DTYPES))
                 case 2:
                     tensors[name] = array[: choose.randrange(len(array) + 1)]
                 case 3:

@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 PACE_WEIGHT = 0.1
 """Of the latest batch, in the pace that a `Retry-After` is told from."""
-
-
 ENOUGH_ROWS = 64
 """A batch of more costs each row hardly less: so many need not wait for company."""
 
@@ -79,7 +77,7 @@ class _Batch(NamedTuple):
 
 
 class Batcher:
-    """Has `steps` run on the event loop, with at most `max_batch_size` rows at a time.
+    """Has `steps` run, with at most `max_batch_size` rows at a time. On the event loop.
 
     Blocks run in the order they came, two of one session never in one batch. One that is larger
     than a batch runs in several, which may have room for others.
@@ -126,8 +124,9 @@ class Batcher:
     ) -> None:
         """Has `settle` called once, later, with the block's answer or the error in its stead.
 
-        That is DeadlineExceeded where `timeout_s` passes before the block's first batch forms, and
-        Disconnected where `is_wanted` says no by then: such blocks do not run. Raises Overloaded
+        That is DeadlineExceeded where `timeout_s` passes before the block's first batch is
+        launched, and Disconnected where `is_wanted` says no by then: such blocks do not run. An
+        answer may come later than that, after a batch or two. Raises Overloaded
         where it makes more than `max_waiting` rows wait, with the time it takes to work them off,
         and Draining after `drain`; then nothing is called.
         """
@@ -167,8 +166,9 @@ class Batcher:
         return self._num_rows
 
     def wake(self) -> None:
-        """A batch that was under way is done. On the event loop."""
-        self._run_turn()
+        """A batch that was under way is done, and may have been collected already."""
+        if self._under_way:
+            self._run_turn()
 
     async def drain(self) -> None:
         """Takes no new blocks and returns once every waiting one has its answer."""
@@ -296,6 +296,7 @@ class Batcher:
             self._tell(waiting, ServiceError("internal error"))
             if waiting is self._partial:
                 self._partial = None
+        self._busy_since_s = None  # no pace
 
     def _release(self, waiting: _Waiting) -> None:
         """A session's first block is through: its next may run, in the place it came in."""

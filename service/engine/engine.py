@@ -36,9 +36,9 @@ class Engine:
         self.max_rows = min(settings.max_rows, settings.max_sessions, settings.max_waiting)
         self.max_batch_size = min(settings.max_batch_size, manifest.max_batch_size)
         # Under way are two batches, and two blocks in parts at most, of which the one's last and
-        # the other's first ride in them. A stateless one has rows to read besides those to write.
-        # And what a run begins with is a session's before others have given up theirs.
-        num_rows = settings.max_sessions + 5 * self.max_rows + 5 * self.max_batch_size
+        # the other's first ride in them. A stateless block has rows to read besides those to
+        # write. And as many rows may have become a session's before others have given up theirs.
+        num_rows = settings.max_sessions + 6 * (self.max_rows + self.max_batch_size)
         self.runtime = with_states(
             loaded,
             manifest,
@@ -81,7 +81,7 @@ class Engine:
 
     def is_stepping(self) -> bool:
         """Whether a thread is in the middle of a step, which nothing can stop."""
-        return self.warm_up.is_running() or not self.runtime.is_done()
+        return self.warm_up.is_running() or not self.runtime.is_idle()
 
     async def stop(self) -> None:
         """Answers what waits, as far as `--drain-s` goes, and takes nothing more."""

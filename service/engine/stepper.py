@@ -73,6 +73,7 @@ class Stepper:
         self._seed = seed
         self._observe = observe
         self._num_stateless = 0
+        self._ended_s = 0.0
         self._given = [name for name in runtime.inputs if name != "noise"]
         self._alone: str | None = None  # whose block was all of the last batch
         self._launched: deque[_Batch] = deque()
@@ -127,7 +128,7 @@ class Stepper:
         try:
             self._runtime.launch(read_rows, write_rows, beside_s=self._beside_s(parts))
         except Exception:  # it was tried, and is counted; the batcher says what becomes of it
-            self._observe(num, time.perf_counter() - began_s)
+            self._observe_since(began_s, num)
             raise
         self._launched.append(_Batch(parts, write_rows, seeds, steps, began_s))
 
@@ -135,7 +136,7 @@ class Stepper:
         """How long a step is not to hold the event loop."""
         alone = parts[0].turn.block.session_id if len(parts) == 1 else None
         is_still_alone, self._alone = alone is not None and alone == self._alone, alone
-        if is_still_alone:  # its client waits for this answer, and nobody else is there
+        if is_still_alone:  # its client waits for this answer, and no other session is there
             return LONG_STEP_S
         return min(max(BLOCK_S * len(parts), SHORT_STEP_S), LONG_STEP_S)
 
@@ -154,7 +155,7 @@ class Stepper:
         try:
             decided, is_finite = self._runtime.collect()
         finally:
-            self._observe(len(rows), time.perf_counter() - began_s)
+            self._observe_since(began_s, len(rows))
         self._rows.keep(rows, seeds, steps, decided)
         states = self._states(parts)  # before anything moves: it may fail
         if is_finite is not None:
@@ -181,6 +182,11 @@ class Stepper:
         if len(parts) < len(rows):  # where they are not all single environments
             self._collected.append(launched)
         return settled
+
+    def _observe_since(self, began_s: float, num_rows: int) -> None:
+        """Time is not counted twice where a batch was launched behind another."""
+        began_s, self._ended_s = max(began_s, self._ended_s), time.perf_counter()
+        self._observe(num_rows, self._ended_s - began_s)
 
     def look_ahead(self) -> None:
         """Makes the noise that the vectors collected last will draw with next."""

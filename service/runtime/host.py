@@ -120,13 +120,12 @@ class HostRuntime:
 
     def launch(self, read_rows: Rows, write_rows: Rows, *, beside_s: float = inf) -> None:
         lane = self._lanes[0]
-        self._lanes.rotate()
         at = self._by_num_rows[len(read_rows)]
         self._states.gather(read_rows, lane.h, lane.c)
         batch_size = lane.batch_sizes[at]
         if self._step_s[at] < beside_s and not self._under_way:
             self._outputs = self._run(batch_size, write_rows)
-            return
+            return  # and the lane is free again
         begun = Lock()
         begun.acquire()
         future = self._beside.submit(self._run, batch_size, write_rows, begun.release)
@@ -135,9 +134,13 @@ class HostRuntime:
             # The other thread needs the interpreter to begin, and would get it by chance.
             begun.acquire()
         self._under_way.append(future)
+        self._lanes.rotate()
 
     def is_done(self) -> bool:
         return not self._under_way or self._under_way[0].done()
+
+    def is_idle(self) -> bool:
+        return not self._under_way or self._under_way[-1].done()
 
     def collect(self) -> Outputs:
         outputs, self._outputs = self._outputs, None
@@ -155,7 +158,8 @@ class HostRuntime:
         h, c = (outputs[name] for name in STATE_OUTPUTS)
         self._states.scatter(write_rows, h, c)
         num = len(write_rows)
-        arrays = {name: a[:num] for name, a in outputs.items() if name not in STATE_OUTPUTS}
+        # Copies: answers are written from them when others have been launched.
+        arrays = {name: a[:num].copy() for name, a in outputs.items() if name not in STATE_OUTPUTS}
         if np.isfinite(floats).all():  # as a rule; padding is what former batches were
             return Outputs(arrays)
         parts = [a[:num].reshape(num, -1) for a in outputs.values() if a.dtype == np.float32]
@@ -168,12 +172,13 @@ class HostRuntime:
     def write(self, rows: Rows, state: State) -> None:
         self._states.scatter(rows, *state)
 
-    def warm_up(self, times: int = 3, *, is_wanted: Callable[[], bool] = lambda: True) -> None:
-        for at, batch_size in enumerate(self._lanes[0].batch_sizes):
+    def warm_up(self, *, is_wanted: Callable[[], bool] = lambda: True) -> None:
+        self._beside.submit(int).result()  # it is now that a thread too many is to be told
+        for at in range(len(self._step_s)):
             seconds = []
-            for _ in range(times):
+            for lane in (self._lanes[0], *self._lanes):
                 if is_wanted():
                     began_s = time.perf_counter()
-                    batch_size.step()
+                    lane.batch_sizes[at].step()
                     seconds.append(time.perf_counter() - began_s)
             self._step_s[at] = min(seconds, default=0.0)

@@ -24,8 +24,8 @@ MOST_UNDER_WAY = 2
 class Outputs(NamedTuple):
     """What a step gave for a batch: `[rows, ...]` of each of its outputs but the states, by name.
 
-    `is_finite` says of which rows, states included; None is all of them. Host arrays, good until
-    `MOST_UNDER_WAY` more batches are launched.
+    `is_finite` says of which rows, states included; None is all of them. Host arrays, which are the
+    caller's.
     """
 
     arrays: Mapping[str, NDArray[Any]]
@@ -49,8 +49,8 @@ class Runtime(Protocol):
     def inputs(self) -> Mapping[str, NDArray[Any]]:
         """Where the next batch is written before its launch, from its first row on.
 
-        All of the step's inputs but the states, `[largest batch, ...]`, by name. Other arrays
-        after each launch.
+        All of the step's inputs but the states, `[largest batch, ...]`, by name. They may be other
+        arrays after a launch.
         """
 
     def launch(self, read_rows: Rows, write_rows: Rows, *, beside_s: float = inf) -> None:
@@ -64,6 +64,9 @@ class Runtime(Protocol):
     def is_done(self) -> bool:
         """Whether the first batch that is not collected yet has ended, well or not."""
 
+    def is_idle(self) -> bool:
+        """Whether no step runs, nor waits to."""
+
     def collect(self) -> Outputs:
         """What that batch's step gave. Raises what went wrong with it."""
 
@@ -73,7 +76,7 @@ class Runtime(Protocol):
     def write(self, rows: Rows, state: State) -> None:
         """Sets the states in these rows."""
 
-    def warm_up(self, times: int = 3, *, is_wanted: Callable[[], bool] = lambda: True) -> None:
+    def warm_up(self, *, is_wanted: Callable[[], bool] = lambda: True) -> None:
         """Runs every batch size, so that no batch pays for a first run; until it is not wanted.
 
         It touches no state and no batch but its own: another step may serve meanwhile.

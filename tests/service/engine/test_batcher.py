@@ -715,6 +715,81 @@ def test_sixty_four_rows_are_enough_for_a_batch_of_any_size() -> None:
     run(scenario())
 
 
+def test_rows_behind_others_of_their_session_are_not_enough() -> None:
+    async def scenario() -> None:
+        clock, doubling = FakeClock(), Doubling(turns=inf)
+        batcher = doubling.batcher(max_batch_size=3, clock=clock)
+        futures = [submitted(batcher, block(0, session_id="a"))]
+        await asyncio.sleep(0)
+        behind = submitted(batcher, block(1, session_id="a"))
+        late = submitted(batcher, block(2), timeout_s=0.5)
+        futures.append(submitted(batcher, block(3)))
+        await asyncio.sleep(0)
+        assert len(doubling.batches) == 1
+        clock.now_s += 1.0
+        futures.append(submitted(batcher, block(4)))
+        await asyncio.sleep(0)
+        assert isinstance(late.exception(), DeadlineExceeded)
+        assert len(doubling.batches) == 1
+        doubling.end()
+        assert doubling.batches == [[0], [1, 3, 4]]
+        futures += [submitted(batcher, block(5)) for _ in range(3)]
+        await asyncio.sleep(0)
+        assert doubling.batches == [[0], [1, 3, 4], [5, 5, 5]]
+        for _ in range(2):
+            doubling.end()
+        assert await told([behind]) == [[2]]
+        await told(futures)
+
+    run(scenario())
+
+
+def test_what_needs_no_model_is_told_after_those_that_came_before() -> None:
+    async def scenario() -> None:
+        doubling = Doubling(turns=inf)
+        batcher = doubling.batcher()
+        doubling.admitting = lambda numbers: doubled(block(9)) if numbers == [9] else None
+        order: list[int] = []
+
+        def note(number: int, future: "asyncio.Future[Answer]") -> None:
+            order.append(number)
+
+        futures = []
+        for number in (1, 9):
+            futures.append(submitted(batcher, block(number, session_id="a")))
+            futures[-1].add_done_callback(partial(note, number))
+            await asyncio.sleep(0)
+        doubling.end()
+        await told(futures)
+        assert order == [1, 9]
+
+    run(scenario())
+
+
+def test_the_pace_is_known_where_none_waits_but_two_batches_are_under_way() -> None:
+    async def scenario() -> None:
+        clock, doubling = FakeClock(), Doubling(turns=inf)
+        batcher = doubling.batcher(max_batch_size=2, max_waiting=2, clock=clock)
+        futures = []
+        for number in range(2):
+            futures.append(submitted(batcher, block(number, number)))
+            await asyncio.sleep(0)
+        for _ in range(2):
+            clock.now_s += 10.0
+            doubling.end()
+        for number in range(3):
+            futures.append(submitted(batcher, block(number, number)))
+            await asyncio.sleep(0)
+        with pytest.raises(Overloaded) as caught:
+            submitted(batcher, block(3))
+        assert caught.value.headers["Retry-After"] == "10"
+        for _ in range(3):
+            doubling.end()
+        await told(futures)
+
+    run(scenario())
+
+
 def test_nothing_is_launched_beside_a_block_of_which_more_is_to_come() -> None:
     """Its part may fail, and its rows are then given to others."""
 
@@ -930,6 +1005,7 @@ def test_every_row_runs_once_and_in_order_and_nobody_is_overtaken_but_for_his_se
         return await told(futures)
 
     assert run(scenario()) == [[2 * n for n in numbers_of(one)] for one in blocks]
+    assert len(doubling._batcher) == doubling._batcher._num_behind == 0
     assert all(1 <= len(batch) <= max_batch_size for batch in doubling.batches)
     ran = [number for batch in doubling.batches for number in batch]
     assert sorted(ran) == [number for one in blocks for number in numbers_of(one)]

@@ -13,8 +13,8 @@ from model.spec import PolicySpec
 from service.engine import noise_ahead
 from service.engine.block import Block
 from service.engine.noise import gumbel_noise, row_seed
-from service.engine.sessions import Session
-from service.engine.stepper import BLOCK_S, LONG_STEP_S, SHORT_STEP_S
+from service.engine.sessions import Session, Turn
+from service.engine.stepper import BLOCK_S, LONG_STEP_S, SHORT_STEP_S, Part
 from service.errors import (
     Invalid,
     Overloaded,
@@ -573,3 +573,48 @@ def test_noise_of_a_vector_s_next_step_is_made_when_it_was_answered(
     bench.only(vector(spec, xs, "v", deterministic=True))
     bench.only(vector(spec, xs))
     assert made == [20]  # nobody knows what a stateless one does next
+
+
+def test_noise_is_made_ahead_for_every_vector_of_the_batches_just_collected(
+    spec: PolicySpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def counting(
+        seeds: NDArray[np.uint64], steps: NDArray[np.uint64], num_columns: int
+    ) -> NDArray[np.float32]:
+        made.append(len(seeds))
+        return gumbel_noise(seeds, steps, num_columns)
+
+    monkeypatch.setattr(noise_ahead, "gumbel_noise", counting)
+    bench = Bench(spec, capacity=200, buckets=(64,), turns=0)
+    stepper = bench.stepper
+    for names in (["v", "w"], ["x"]):
+        turns = [stepper.admit(vector(spec, [1.0] * 20, name, starts=True)) for name in names]
+        stepper.launch([Part(turn, 0, 20) for turn in turns if isinstance(turn, Turn)])
+    made.clear()
+    for _ in range(2):
+        stepper.collect()
+    assert made == []
+    stepper.look_ahead()
+    stepper.look_ahead()
+    assert [num for num in made if num > 1] == [20, 20, 20]
+
+
+def test_seconds_of_a_batch_behind_another_begin_where_that_one_ended(
+    spec: PolicySpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(spec, capacity=200, turns=0)
+    stepper, observed = bench.stepper, []
+    monkeypatch.setattr(stepper, "_observe", lambda num_rows, seconds: observed.append(seconds))
+    now_s = 100.0
+    monkeypatch.setattr("service.engine.stepper.time.perf_counter", lambda: now_s)
+    for name in "ab":
+        turn = stepper.admit(single(spec, 1, name, starts=True))
+        assert isinstance(turn, Turn)
+        stepper.launch([Part(turn, 0, 1)])
+        now_s += 1
+    for _ in range(2):
+        now_s += 5
+        stepper.collect()
+    assert observed == [7.0, 5.0]

@@ -2,6 +2,8 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from itertools import chain, count
+from math import inf
 from queue import SimpleQueue
 from typing import Any
 
@@ -221,8 +223,8 @@ def test_states_read_are_copies_and_states_written_are_read_again(host: Host) ->
 
 def test_warming_up_runs_every_size_and_touches_no_state(host: Host) -> None:
     states = host.states.h.copy(), host.states.c.copy()
-    host.runtime.warm_up(2)
-    assert sorted(host.loaded.batch_sizes) == [1, 1, 2, 2, 4, 4, 8, 8]
+    host.runtime.warm_up()
+    assert sorted(host.loaded.batch_sizes) == [1, 1, 1, 2, 2, 2, 4, 4, 4, 8, 8, 8]
     assert np.array_equal(host.states.h, states[0])
     assert np.array_equal(host.states.c, states[1])
 
@@ -307,14 +309,71 @@ def test_one_batch_may_follow_another_and_each_has_arrays_of_its_own(gated: Gate
     assert not gated.runtime.is_done()
     gated.gate.set()
     gated.wait()
-    first = gated.runtime.collect()
     gated.wait()
-    gated.launch([6], [7], [40], beside_s=0.0)
+    assert gated.values() == [110, 121]
     assert gated.values() == [134]
+    assert gated.host.h()[:6] == [100, 101, 110, 121, 104, 134]
+
+
+def test_what_steps_gave_is_kept_however_many_follow(gated: Gated) -> None:
+    """Answers are written when others have been launched, and may have ended."""
+    gated.gate.set()
+    given = []
+    for number in range(6):
+        gated.launch([0], [1], [number], beside_s=(0.0, inf)[number % 3 == 2])
+        if number % 3 < 2:
+            gated.wait()
+        given.append(gated.runtime.collect().arrays["value"])
+    assert [values.tolist() for values in given] == [[100 + number] for number in range(6)]
+
+
+def test_a_launch_that_fails_leaves_the_batch_under_way_its_arrays(
+    gated: Gated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise MemoryError
+
+    gated.launch([0, 1], [2, 3], [10, 20], beside_s=0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(gated.host.states, "gather", fail)
+        with pytest.raises(MemoryError):
+            gated.launch([4, 5], [6, 7], [1, 1])
+    gated.launch([4, 5], [6, 7], [1000, 2000])
+    gated.gate.set()
+    for _ in range(2):
+        gated.wait()
+    assert gated.values() == [110, 121]
+    assert gated.values() == [1104, 2105]
+
+
+def test_it_is_idle_once_the_last_step_has_ended(gated: Gated) -> None:
+    assert gated.runtime.is_idle()
+    gated.gate.set()
+    gated.launch([0], [1], [1], beside_s=0.0)
     gated.wait()
-    assert first.arrays["value"].tolist() == [110, 121]
-    assert gated.values() == [146]
-    assert gated.host.h()[:8] == [100, 101, 110, 121, 104, 134, 106, 146]
+    assert gated.runtime.is_idle()
+    gated.gate.clear()
+    gated.launch([2], [3], [1], beside_s=0.0)
+    assert gated.runtime.is_done()
+    assert not gated.runtime.is_idle()
+    gated.gate.set()
+    gated.wait()
+    assert gated.runtime.is_idle()
+
+
+def test_a_slow_first_run_does_not_make_a_step_a_long_one(
+    gated: Gated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gated.gate.set()
+    times_s = chain([0.0, 10.0], count(20.0, 1.0))
+    monkeypatch.setattr("service.runtime.host.time.perf_counter", lambda: next(times_s))
+    gated.runtime.warm_up()
+    for beside_s, is_beside in ((1.5, False), (0.5, True)):
+        gated.launch([0], [1], [1], beside_s=beside_s)
+        if is_beside:
+            gated.wait()
+        assert gated.done.empty()
+        assert gated.values() == [101]
 
 
 def test_a_step_that_fails_beside_is_raised_where_it_is_collected(gated: Gated) -> None:
