@@ -2,7 +2,7 @@
 
 import re
 from itertools import chain
-from struct import pack
+from struct import Struct
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,8 @@ class JsonCodec:
         self._reader = InputReader(spec)
         self._request = act_request(spec)
         self._vector_request = vector_act_request(spec)
+        # As C rounds them: a number beyond float32 is infinite, and refused as such.
+        self._floats = Struct(f"{spec.observation_dim}f")
         self._extra = spec.extra_outputs
         self._allowed = {head.name: [True] * head.size for head in spec.heads}
         self._state_shape = (-1, spec.num_layers, spec.hidden_dim)
@@ -65,7 +67,7 @@ class JsonCodec:
         if act.episode_start and act.step:
             raise Invalid(f"an episode starts at step 0, not {act.step}")
         given = self._reader.read(
-            _packed(act.observation)[None],
+            np.frombuffer(self._floats.pack(*act.observation), dtype=np.float32)[None],
             self._mask(act.action_mask) if act.action_mask else None,
             *(self._more(act, 1) if self._own_inputs else ()),
             is_vector=False,
@@ -195,14 +197,6 @@ def _check_fields(act: ActRequest | VectorActRequest) -> None:
         for name, rows in (("h", act.state.h), ("c", act.state.c)):
             if not rows:
                 raise Malformed(f"`state.{name}` is required")
-
-
-def _packed(values: list[float]) -> NDArray[Any]:
-    """The values in float32, as far as they fit there."""
-    try:
-        return np.frombuffer(pack(f"={len(values)}f", *values), dtype=np.float32)
-    except OverflowError:  # of a finite one; without "=", infinity is packed
-        return np.array(values)
 
 
 def _array(values: Any, dtype: Any = np.float64) -> NDArray[Any]:
