@@ -31,11 +31,12 @@ from service.engine.block import Block
 from service.engine.noise import gumbel_noise
 from service.errors import ServiceError
 from service.runtime.arrays import allocate, allocate_in_a_row
+from service.runtime.host import HostRuntime
 from service.runtime.load import load_runtime
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL, NaivePolicy
 from tests.random_inputs import packed, random_masks, random_observations, weights_of
 from tests.running_server import ROOT, clean_environment
-from tests.service.fakes import Bench, Stepped
+from tests.service.fakes import Bench, Beside, Stepped
 
 NUM_SESSIONS = 7
 NUM_STEPS = 12
@@ -91,6 +92,18 @@ def answered(answers: list[Stepped | ServiceError]) -> list[Stepped]:
     stepped = [answer for answer in answers if isinstance(answer, Stepped)]
     assert len(stepped) == len(answers), answers
     return stepped
+
+
+def test_answers_are_the_same_bits_from_a_thread_beside_the_loop(
+    runtime: LoadedStep, spec: PolicySpec, rng: np.random.Generator
+) -> None:
+    """Torch keeps some of what decides them for each thread: grad mode, how many threads it has."""
+    blocks, _ = episode_blocks(spec, rng)
+    on_the_loop, beside = (
+        [answered(answers) for answers in Bench(spec, over=runtime, host=host).take_waves(blocks)]
+        for host in (HostRuntime, Beside)
+    )
+    assert on_the_loop == beside
 
 
 def test_sessions_follow_the_naive_policy_step_by_step(
