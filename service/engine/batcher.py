@@ -125,10 +125,10 @@ class Batcher:
         """Has `settle` called once, later, with the block's answer or the error in its stead.
 
         That is DeadlineExceeded where `timeout_s` passes before the block's first batch is
-        launched, and Disconnected where `is_wanted` says no by then: such blocks do not run. An
-        answer may come later than that, after a batch or two. Raises Overloaded
-        where it makes more than `max_waiting` rows wait, with the time it takes to work them off,
-        and Draining after `drain`; then nothing is called.
+        launched, which may be a step before it runs, and Disconnected where `is_wanted` says no by
+        then: such blocks do not run. Raises Overloaded where it makes more than `max_waiting` rows
+        wait, with the time it takes to work them off, and Draining after `drain`; then nothing is
+        called.
         """
         self.check_room(block.num_rows)
         deadline_s = self._clock() + timeout_s
