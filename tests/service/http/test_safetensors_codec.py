@@ -20,7 +20,8 @@ from service.engine.block import Block
 from service.errors import ServiceError
 from service.http.codec import JSON, SAFETENSORS
 from service.http.json_codec import JsonCodec
-from service.http.safetensors_codec import SafetensorsCodec
+from service.http.safetensors_codec import SafetensorsCodec, request_tensors
+from service.http.safetensors_file import DTYPES, LARGEST_HEADER_BYTES
 from tests.random_inputs import random_observations
 from tests.service.conftest import MakeClient
 from tests.service.fakes import AppClient
@@ -577,3 +578,17 @@ def test_accept_headers_are_one_however_they_are_sent(client: AppClient, spec: P
     for headers in (accepts, accepts[::-1]):
         response = client.request("POST", "/act", json=body(spec, 3), headers=headers)
         assert response.headers["content-type"] == SAFETENSORS
+
+
+def test_the_longest_body_is_a_file_of_all_there_may_be_with_the_longest_header(
+    spec: PolicySpec,
+) -> None:
+    num_rows = 3
+    tensors = {
+        name: np.zeros((num_rows, *tensor.shape), dtype=DTYPES[tensor.dtypes[-1]])
+        for name, tensor in request_tensors(spec).items()
+    }
+    file = save(tensors)
+    spaces = LARGEST_HEADER_BYTES - int.from_bytes(file[:8], "little")
+    codec = SafetensorsCodec(spec, max_rows=num_rows)
+    assert codec.max_body_bytes == len(file) + spaces
