@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from weakref import ref
 
 from export.loaders.protocol import LoadedStep
 from export.manifest import Manifest, bucket_sizes
@@ -66,15 +67,18 @@ class Engine:
             max_batch_size=self.max_batch_size,
             max_waiting=settings.max_waiting,
         )
-        self.warm_up = WarmUp(lambda is_wanted: self.runtime.warm_up(is_wanted=is_wanted))
+        runtime = self.runtime
+        self.warm_up = WarmUp(lambda is_wanted: runtime.warm_up(is_wanted=is_wanted))
 
     def start(self) -> None:
         """Warms up; blocks are taken once that has ended well. On the event loop."""
-        loop = asyncio.get_running_loop()
+        loop, batcher = asyncio.get_running_loop(), ref(self.batcher)
 
         def wake() -> None:
-            with suppress(RuntimeError):  # the loop has ended meanwhile, and nobody waits
-                loop.call_soon_threadsafe(self.batcher.wake)
+            # By then the loop may have ended, and the engine be gone: this is not to keep it.
+            if (waiting := batcher()) is not None:
+                with suppress(RuntimeError):
+                    loop.call_soon_threadsafe(waiting.wake)
 
         self.runtime.when_done = wake
         self.warm_up.start()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from math import inf
 from typing import Any, NamedTuple, Self, TypeVar
+from weakref import ref
 
 import httpx
 import numpy as np
@@ -255,7 +256,7 @@ class Bench:
     ) -> None:
         self.spec = spec
         self.clock = FakeClock()
-        self.observed: list[int] = []
+        self.observed = observed = list[int]()
         self.settled: list[Block] = []
         self.loaded = SummingRuntime(spec)
         self.num_rows = capacity + 64
@@ -286,7 +287,7 @@ class Bench:
             spec,
             policy_version="sha256:0",
             seed=SERVER_SEED,
-            observe=lambda num_rows, seconds: self.observed.append(num_rows),
+            observe=lambda num_rows, seconds: observed.append(num_rows),
         )
 
     @property
@@ -298,11 +299,12 @@ class Bench:
         batcher = Batcher(
             self.stepper, max_batch_size=self.max_batch_size, max_waiting=1000, clock=self.clock
         )
-        loop = asyncio.get_running_loop()
+        loop, weak = asyncio.get_running_loop(), ref(batcher)
 
         def wake() -> None:
-            with suppress(RuntimeError):  # the batch was collected, and the loop has ended
-                loop.call_soon_threadsafe(batcher.wake)
+            if (waiting := weak()) is not None:
+                with suppress(RuntimeError):  # the batch was collected, and the loop has ended
+                    loop.call_soon_threadsafe(waiting.wake)
 
         self.runtime.when_done = wake
         return batcher
