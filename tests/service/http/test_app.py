@@ -97,6 +97,8 @@ def test_a_warm_up_that_ends_after_the_server_s_end_is_no_error(
     async def stop_while_warming() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda loop, error: errors.append(error))
         client.engine.start()
+        while not runtime.batch_sizes:
+            await asyncio.sleep(0)
         await client.engine.stop()
         assert client.engine.warm_up.is_running()
         assert runtime.gate is not None
