@@ -37,7 +37,8 @@ class Steps(Protocol):
     """What takes the turns of blocks, batch after batch; `service.engine.stepper` says how.
 
     `hold` is told of a block that waits from now on, `release` that it waits no more. `look_ahead`
-    does what the next batches will need, while nobody waits for the event loop.
+    does what the next batches will need, while nobody waits for the event loop. A batch
+    `is_followed` where enough rows for another wait already.
     """
 
     def hold(self, block: Block) -> None: ...
@@ -46,7 +47,7 @@ class Steps(Protocol):
 
     def admit(self, block: Block) -> Turn | Answer: ...
 
-    def launch(self, parts: Sequence[Part]) -> None: ...
+    def launch(self, parts: Sequence[Part], *, is_followed: bool) -> None: ...
 
     def is_done(self) -> bool: ...
 
@@ -94,6 +95,7 @@ class Batcher:
         self._steps = steps
         self._clock = clock
         self._max_batch_size = max_batch_size
+        self._enough_rows = min(ENOUGH_ROWS, max_batch_size)
         self._max_waiting = max_waiting
         # Of each session only the first block is among those that may run: in order of arrival, or,
         # once those before it were through, in the heap.
@@ -205,10 +207,14 @@ class Batcher:
             return self._num_rows > 0
         return (
             len(self._under_way) < MOST_UNDER_WAY
-            and self._num_rows - self._num_behind >= min(ENOUGH_ROWS, self._max_batch_size)
+            and self._num_ready() >= self._enough_rows
             and self._partial is None  # a part under way may fail, and its block with it
             and not self._steps.is_done()
         )
+
+    def _num_ready(self) -> int:
+        """How many rows might run now."""
+        return self._num_rows - self._num_behind
 
     def _launch(self) -> bool:
         """Forms the next batch of what waits, if anything may run, and launches it."""
@@ -229,7 +235,7 @@ class Batcher:
         if not parts:
             return False
         try:
-            self._steps.launch(parts)
+            self._steps.launch(parts, is_followed=self._num_ready() >= self._enough_rows)
         except Exception:  # of the runtime, whatever it is: the server goes on
             self._fail(blocks)
         else:

@@ -102,8 +102,11 @@ class Stepper:
         self._sessions.touch(block.session_id)
         return self._replay(admitted)
 
-    def launch(self, parts: Sequence[Part]) -> None:
-        """Begins to step the parts, one of a block at most, side by side in this order."""
+    def launch(self, parts: Sequence[Part], *, is_followed: bool = False) -> None:
+        """Begins to step the parts, one of a block at most, side by side in this order.
+
+        `is_followed`: there are rows enough for another batch, to be launched before this is done.
+        """
         began_s = time.perf_counter()
         num = sum([stop - start for _, start, stop in parts])
         if num == sum([turn.block.num_rows for turn, _, _ in parts]):  # whole blocks, as a rule
@@ -126,18 +129,20 @@ class Stepper:
             seeds[starts] = self._rows.seed[write_rows[starts]]
         self._make_noise(parts, read_rows, seeds, steps, inputs["noise"][:num])
         try:
-            self._runtime.launch(read_rows, write_rows, beside_s=self._beside_s(parts))
+            self._runtime.launch(read_rows, write_rows, beside_s=self._beside_s(parts, is_followed))
         except Exception:  # it was tried, and is counted; the batcher says what becomes of it
             self._observe_since(began_s, num)
             raise
         self._launched.append(_Batch(parts, write_rows, seeds, steps, began_s))
 
-    def _beside_s(self, parts: Sequence[Part]) -> float:
+    def _beside_s(self, parts: Sequence[Part], is_followed: bool) -> float:
         """How long a step is not to hold the event loop."""
         alone = parts[0].turn.block.session_id if len(parts) == 1 else None
         is_still_alone, self._alone = alone is not None and alone == self._alone, alone
         if is_still_alone:  # its client waits for this answer, and no other session is there
             return LONG_STEP_S
+        if is_followed:  # the model goes on at once, and the loop has answers to write meanwhile
+            return SHORT_STEP_S
         return min(max(BLOCK_S * len(parts), SHORT_STEP_S), LONG_STEP_S)
 
     def is_done(self) -> bool:

@@ -299,6 +299,7 @@ class Bench:
         batcher = Batcher(
             self.stepper, max_batch_size=self.max_batch_size, max_waiting=1000, clock=self.clock
         )
+        self._batcher = batcher  # which nobody else may keep, while the runtime works for it
         loop, weak = asyncio.get_running_loop(), ref(batcher)
 
         def wake() -> None:

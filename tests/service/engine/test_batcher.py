@@ -40,6 +40,7 @@ class Doubling:
     def __init__(self, *, turns: float = 0) -> None:
         self.batches: list[list[int]] = []
         self.num_collected: list[int] = []
+        self.followed: list[bool] = []
         self.looked_ahead_at: list[int] = []
         self.abandoned: list[list[int]] = []
         self.admitting: Callable[[list[int]], Answer | None] = lambda numbers: None
@@ -82,7 +83,8 @@ class Doubling:
         )
         return turn if answer is None else answer
 
-    def launch(self, parts: Sequence[Part]) -> None:
+    def launch(self, parts: Sequence[Part], *, is_followed: bool) -> None:
+        self.followed.append(is_followed)
         numbers = [n for turn, start, stop in parts for n in numbers_of(turn.block)[start:stop]]
         self.num_collected.append(len(self.batches) - len(self._under_way))
         self.batches.append(numbers)
@@ -692,6 +694,20 @@ def test_a_batch_of_enough_rows_is_launched_before_the_one_under_way_is_done() -
         for _ in range(3):
             doubling.end()
         assert await told([first, *few, *more]) == [[2 * n] for n in range(1, 11)]
+
+    run(scenario())
+
+
+def test_a_batch_is_followed_where_enough_rows_for_another_wait_and_may_run() -> None:
+    async def scenario() -> None:
+        doubling = Doubling()
+        batcher = doubling.batcher(max_batch_size=2)
+        futures = [submitted(batcher, block(n)) for n in range(5)]
+        await told(futures)
+        assert doubling.followed == [True, False, False]
+        doubling.followed.clear()
+        await told([submitted(batcher, block(n, session_id=s)) for n, s in enumerate("abab")])
+        assert doubling.followed == [False, False]
 
     run(scenario())
 

@@ -547,6 +547,15 @@ def test_a_step_runs_beside_the_loop_where_its_requests_take_less(spec: PolicySp
     assert beside_s(*[start(f"{n}") for n in range(200)]) == LONG_STEP_S
 
 
+def test_a_step_runs_beside_the_loop_where_the_next_is_there_already(spec: PolicySpec) -> None:
+    bench = Bench(spec, capacity=1000, buckets=(64,), turns=0)
+    turns = [bench.stepper.admit(single(spec, 1, f"{n}", starts=True)) for n in range(64)]
+    parts = [Part(turn, 0, 1) for turn in turns if isinstance(turn, Turn)]
+    for is_followed, beside_s in ((True, SHORT_STEP_S), (False, LONG_STEP_S)):
+        bench.stepper.launch(parts, is_followed=is_followed)
+        assert bench.device.beside_s == beside_s
+
+
 def test_noise_of_a_vector_s_next_step_is_made_when_it_was_answered(
     spec: PolicySpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
