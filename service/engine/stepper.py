@@ -119,7 +119,10 @@ class Stepper:
             write = [turn.write_rows[a:b] for turn, a, b in parts]
         inputs = self._runtime.inputs
         for name, of_blocks in zip(self._given, zip(*given, strict=True), strict=True):
-            np.concatenate(of_blocks, out=inputs[name][:num])
+            if len(of_blocks) == 1:  # in half the time
+                inputs[name][:num] = of_blocks[0]
+            else:
+                np.concatenate(of_blocks, out=inputs[name][:num])
         read_rows, write_rows = (
             rows[0] if len(rows) == 1 else np.concatenate(rows) for rows in (read, write)
         )
