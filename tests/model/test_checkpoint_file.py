@@ -204,6 +204,10 @@ def test_a_file_without_checksums_is_read(tmp_path: Path) -> None:
 class Colour(enum.Enum):
     RED = 1
 
+    def __reduce_ex__(self, protocol: object) -> tuple[type, tuple[object]]:
+        # As Python does it, but for 3.11.0 to 3.11.3, where `getattr` made a member.
+        return type(self), (self.value,)
+
 
 class Policy(nn.Module):
     def __init__(self) -> None:
