@@ -62,18 +62,9 @@ class NoiseAhead:
         out: NDArray[np.float32],
     ) -> None:
         """Writes into `out`, `[rows, num_columns]`, what the rows draw with at these steps."""
-        if len(seeds) > FEW:
-            self._take_many(rows, seeds, steps, out)
-        else:
+        if len(seeds) <= FEW:
             self._take_few(seeds, steps, out)
-
-    def _take_many(
-        self,
-        rows: Rows,
-        seeds: NDArray[np.uint64],
-        steps: NDArray[np.uint64],
-        out: NDArray[np.float32],
-    ) -> None:
+            return
         slots = self._slots[rows]
         is_kept = (self._seeds[slots] == seeds) & (self._steps[slots] == steps)
         num_kept = np.count_nonzero(is_kept) if self._noise is not None else 0

@@ -5,13 +5,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from export.exporter import export_policy
 from export.manifest import Manifest, Source
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
+from service.engine import noise_ahead
+from service.engine.noise import gumbel_noise
 from service.settings import Settings
 from tests.service.fakes import AppClient, Bench, Served, SummingRuntime
 
@@ -61,3 +65,18 @@ def make_client(
 @pytest.fixture
 def client(make_client: MakeClient) -> AppClient:
     return make_client()
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """For how many rows noise was made, each time it was."""
+    numbers: list[int] = []
+
+    def counting(
+        seeds: NDArray[np.uint64], steps: NDArray[np.uint64], num_columns: int
+    ) -> NDArray[np.float32]:
+        numbers.append(len(seeds))
+        return gumbel_noise(seeds, steps, num_columns)
+
+    monkeypatch.setattr(noise_ahead, "gumbel_noise", counting)
+    return numbers

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from model.spec import PolicySpec
-from service.engine import noise_ahead
 from service.engine.block import Block
 from service.engine.noise import gumbel_noise, row_seed
 from service.engine.sessions import Session, Turn
@@ -557,17 +556,8 @@ def test_a_step_runs_beside_the_loop_where_the_next_is_there_already(spec: Polic
 
 
 def test_noise_of_a_vector_s_next_step_is_made_when_it_was_answered(
-    spec: PolicySpec, monkeypatch: pytest.MonkeyPatch
+    spec: PolicySpec, made: list[int]
 ) -> None:
-    made: list[int] = []
-
-    def counting(
-        seeds: NDArray[np.uint64], steps: NDArray[np.uint64], num_columns: int
-    ) -> NDArray[np.float32]:
-        made.append(len(seeds))
-        return gumbel_noise(seeds, steps, num_columns)
-
-    monkeypatch.setattr(noise_ahead, "gumbel_noise", counting)
     bench = Bench(spec, capacity=100, buckets=(64,))
     xs = [1.0] * 20
     bench.only(vector(spec, xs, "v", starts=True))
@@ -585,17 +575,8 @@ def test_noise_of_a_vector_s_next_step_is_made_when_it_was_answered(
 
 
 def test_noise_is_made_ahead_for_every_vector_of_the_batches_just_collected(
-    spec: PolicySpec, monkeypatch: pytest.MonkeyPatch
+    spec: PolicySpec, made: list[int]
 ) -> None:
-    made: list[int] = []
-
-    def counting(
-        seeds: NDArray[np.uint64], steps: NDArray[np.uint64], num_columns: int
-    ) -> NDArray[np.float32]:
-        made.append(len(seeds))
-        return gumbel_noise(seeds, steps, num_columns)
-
-    monkeypatch.setattr(noise_ahead, "gumbel_noise", counting)
     bench = Bench(spec, capacity=200, buckets=(64,), turns=0)
     stepper = bench.stepper
     for names in (["v", "w"], ["x"]):
