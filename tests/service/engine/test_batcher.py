@@ -806,6 +806,42 @@ def test_the_pace_is_known_where_none_waits_but_two_batches_are_under_way() -> N
     run(scenario())
 
 
+def test_a_batch_that_fails_says_nothing_about_the_pace(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario() -> None:
+        clock, doubling = FakeClock(), Doubling(turns=inf)
+        batcher = doubling.batcher(max_batch_size=2, max_waiting=12, clock=clock)
+        futures = [submitted(batcher, block(n, n)) for n in range(6)]
+        await asyncio.sleep(0)
+        for is_failing in (False, True, False, False):
+            clock.now_s += 10.0
+            doubling.collecting = failing_collect if is_failing else lambda results: results
+            doubling.end()
+        futures += [submitted(batcher, block(n, n)) for n in range(4)]
+        with pytest.raises(Overloaded) as caught:
+            submitted(batcher, block(*range(5)))
+        assert caught.value.headers["Retry-After"] == "40"  # for 8 rows, 5 s each
+        for _ in range(6):
+            doubling.end()
+        await told(futures)
+
+    run(scenario())
+
+
+def test_a_late_word_of_a_batch_does_not_part_those_that_arrive_together() -> None:
+    async def scenario() -> None:
+        doubling = Doubling()
+        batcher = doubling.batcher()
+        futures = [submitted(batcher, block(1))]
+        batcher.wake()
+        futures.append(submitted(batcher, block(2)))
+        await told(futures)
+        assert doubling.batches == [[1, 2]]
+
+    run(scenario())
+
+
 def test_nothing_is_launched_beside_a_block_of_which_more_is_to_come() -> None:
     """Its part may fail, and its rows are then given to others."""
 

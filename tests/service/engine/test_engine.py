@@ -1,7 +1,10 @@
 """The whole engine, as the HTTP side has it: rows for all that may be under way at once."""
 
 import asyncio
+import threading
+from math import inf
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,7 @@ from service.engine.engine import Engine
 from service.engine.stepper import Stepper
 from service.errors import ServiceError
 from service.settings import Settings
-from tests.service.fakes import SummingRuntime, run, single, vector
+from tests.service.fakes import TIMEOUT_S, Bench, Stepped, SummingRuntime, run, single, vector
 
 LARGEST = 16
 
@@ -69,6 +72,58 @@ def test_there_are_rows_for_all_that_can_be_under_way(
         assert await told(engine, again) == [list(range(LARGEST))]
 
     run(scenario())
+
+
+def test_there_are_rows_where_every_session_comes_back_as_runs_begin(
+    artifact: Path, manifest: Manifest, spec: PolicySpec
+) -> None:
+    """So that none of them can be given up for those; and stateless blocks come behind."""
+    capacity, largest = 40, 9
+    bench = Bench(spec, capacity=capacity, buckets=(1, 2), turns=0)
+    bench.values(*[single(spec, 1, f"{n}", starts=True) for n in range(capacity)])
+    bench.device.turns = inf
+    begun = {"x": 9, "v": 1, "w": 1, "y": 8}
+    num_used: list[int] = []
+
+    async def scenario() -> None:
+        batcher = bench.batcher()
+        blocks = [vector(spec, [1.0] * n, name, starts=True) for name, n in begun.items()]
+        blocks += [vector(spec, [1.0] * n, None, step=1) for n in (1, 1, 8, 1, 1, 9)]
+        answers = [bench.submit(batcher, block) for block in blocks]
+        has_begun = False
+        while not all(answer.done() for answer in answers):
+            await asyncio.sleep(0)
+            num_used.append(bench.num_rows - bench.rows._num_free)
+            if not has_begun and bench.stepper._sessions._num_reserved == sum(begun.values()):
+                has_begun = True
+                blocks = [single(spec, 1, f"{n}") for n in range(capacity)]
+                blocks += [vector(spec, [1.0] * n, name) for name, n in begun.items()]
+                answers += [bench.submit(batcher, block) for block in blocks]
+            if bench.device._queue:
+                bench.device.finish()
+        assert all(isinstance(answer.result(), Stepped) for answer in answers)
+
+    run(scenario())
+    limits = {"max_sessions": capacity, "max_rows": largest, "max_batch_size": 2}
+    num_rows = engine_of(artifact, manifest, spec, **limits).runtime.zero_row
+    assert capacity < max(num_used) <= num_rows
+
+
+def test_a_step_beside_the_loop_is_told_as_long_as_one_runs(
+    artifact: Path, manifest: Manifest, spec: PolicySpec
+) -> None:
+    """The process's end does not wait for it."""
+    loaded = SummingRuntime(spec)
+    gate = loaded.gate = threading.Event()
+    engine = Engine(manifest, loaded, Settings(artifact=artifact))
+    done: SimpleQueue[None] = SimpleQueue()
+    engine.runtime.when_done = lambda: done.put(None)
+    assert not engine.is_stepping()
+    engine.runtime.launch(np.array([0]), np.array([1]), beside_s=0.0)
+    assert engine.is_stepping()
+    gate.set()
+    done.get(timeout=TIMEOUT_S)
+    assert not engine.is_stepping()
 
 
 def test_a_block_too_many_is_refused_and_takes_no_row_along(

@@ -368,12 +368,12 @@ def test_a_slow_first_run_does_not_make_a_step_a_long_one(
     times_s = chain([0.0, 10.0], count(20.0, 1.0))
     monkeypatch.setattr("service.runtime.host.time.perf_counter", lambda: next(times_s))
     gated.runtime.warm_up()
-    for beside_s, is_beside in ((1.5, False), (0.5, True)):
+    threads: list[int] = []
+    gated.host.loaded.spoil = lambda decided: threads.append(threading.get_ident())
+    for beside_s in (1.5, 0.5):
         gated.launch([0], [1], [1], beside_s=beside_s)
-        if is_beside:
-            gated.wait()
-        assert gated.done.empty()
         assert gated.values() == [101]
+    assert threads[0] == threading.get_ident() != threads[1]
 
 
 def test_a_step_that_fails_beside_is_raised_where_it_is_collected(gated: Gated) -> None:
