@@ -33,7 +33,10 @@ FOR_CLIENTS = {"model.action_masks", "model.lifecycle", "model.observations"}
 
 
 ROOMS = {
-    "http": ("service.http.", "service.engine.", "service.runtime.protocol"),
+    "http": (
+        *("service.http.", "service.engine."),
+        *("service.runtime.arrays", "service.runtime.protocol"),
+    ),
     "engine": ("service.engine.", "service.runtime."),
     "runtime": ("service.runtime.",),
 }

@@ -9,12 +9,10 @@ from weakref import ref
 from export.loaders.protocol import LoadedStep
 from export.manifest import Manifest, bucket_sizes
 from service.engine.batcher import Batcher
-from service.engine.block import Answer, Block
 from service.engine.rows import RowTable
 from service.engine.sessions import SessionTable
 from service.engine.stepper import Stepper
 from service.engine.warm_up import WarmUp
-from service.errors import ServiceError
 from service.runtime.load import with_states
 from service.settings import Settings
 
@@ -22,6 +20,7 @@ from service.settings import Settings
 class Engine:
     """Steps blocks of at most `max_rows` rows. Made on the event loop it serves.
 
+    `submit` is the batcher's: it has a block answered later.
     `observe` is told the rows and seconds of each batch.
     """
 
@@ -67,6 +66,7 @@ class Engine:
             max_batch_size=self.max_batch_size,
             max_waiting=settings.max_waiting,
         )
+        self.submit = self.batcher.submit
         runtime = self.runtime
         self.warm_up = WarmUp(lambda is_wanted: runtime.warm_up(is_wanted=is_wanted))
 
@@ -97,14 +97,3 @@ class Engine:
         """Raises what any block would meet now, whatever is in it: then it need not be read."""
         self.warm_up.check()
         self.batcher.check_room()
-
-    def submit(
-        self,
-        block: Block,
-        settle: Callable[[Answer | ServiceError], None],
-        *,
-        is_wanted: Callable[[], bool],
-        timeout_s: float,
-    ) -> None:
-        """Has `settle` called once, later, as `Batcher.submit` says; raises what that does."""
-        self.batcher.submit(block, settle, is_wanted=is_wanted, timeout_s=timeout_s)

@@ -1,8 +1,9 @@
 """Noise of the steps to come, made before they are asked for.
 
-Eight steps of a few rows cost little more than one does; many rows' next step is drawn for while
-their environments step, or the model steps others. What a step's noise is, `service.engine.noise`
-alone says: it depends on (seed, step), not on when it is made. This only decides when.
+Eight steps of a few single environments cost little more than one does; a vector's next step is
+drawn for while its environments step, or the model steps others. What a step's noise is,
+`service.engine.noise` alone says: it depends on (seed, step), not on when it is made. This only
+decides when.
 """
 
 from collections import OrderedDict
@@ -15,8 +16,8 @@ from service.engine.noise import gumbel_noise
 from service.runtime.protocol import Rows
 
 STEPS_AHEAD = 8
-FEW = 8
-"""Rows. Of more, each step costs so much that eight at once would hold up who waits."""
+FEW = 64
+"""Environments. Of more, eight steps at once would hold up who waits."""
 MOST_SEEDS = 1024
 MOST_ROWS = 16_384
 """Whose next step's noise is kept: 2.5 MB of it with Tamiyo's first policy."""
@@ -30,8 +31,8 @@ class _Kept(NamedTuple):
 class NoiseAhead:
     """Gumbel noise of `num_columns` for `num_rows` rows of states.
 
-    Kept are windows of steps for the last `MOST_SEEDS` seeds of small batches, and one step for the
-    last `MOST_ROWS` rows that `look_ahead` was told of.
+    Kept are windows of steps for the last `MOST_SEEDS` seeds that `take_each` drew with, and one
+    step for the last `MOST_ROWS` rows that `look_ahead` was told of.
     """
 
     def __init__(self, num_columns: int, num_rows: int) -> None:
@@ -62,9 +63,6 @@ class NoiseAhead:
         out: NDArray[np.float32],
     ) -> None:
         """Writes into `out`, `[rows, num_columns]`, what the rows draw with at these steps."""
-        if len(seeds) <= FEW:
-            self._take_few(seeds, steps, out)
-            return
         slots = self._slots[rows]
         is_kept = (self._seeds[slots] == seeds) & (self._steps[slots] == steps)
         num_kept = np.count_nonzero(is_kept) if self._noise is not None else 0
@@ -76,24 +74,28 @@ class NoiseAhead:
             out[is_kept] = self._noise[slots[is_kept]]
             out[~is_kept] = gumbel_noise(seeds[~is_kept], steps[~is_kept], self._num_columns)
 
-    def _take_few(
+    def take_each(
         self, seeds: NDArray[np.uint64], steps: NDArray[np.uint64], out: NDArray[np.float32]
     ) -> None:
-        rows = list(zip(seeds.tolist(), steps.tolist(), strict=True))
-        if missing := [at for at, (seed, step) in enumerate(rows) if not self._has(seed, step)]:
-            self._make(seeds[missing], steps[missing])
-        for at, (seed, step) in enumerate(rows):
-            if self._has(seed, step):
-                kept = self._kept[seed]
-                out[at] = kept.noise[step - kept.first_step]
-            else:  # two rows with one seed, at steps that lie apart
-                out[at] = gumbel_noise(seeds[at : at + 1], steps[at : at + 1], self._num_columns)[0]
+        """The same for single environments, `FEW` at most."""
+        rows: list[NDArray[np.float32]] = []
+        missing: list[int] = []
+        for at, (seed, step) in enumerate(zip(seeds.tolist(), steps.tolist(), strict=True)):
+            kept = self._kept.get(seed)
+            if kept is not None and 0 <= step - kept.first_step < STEPS_AHEAD:
+                rows.append(kept.noise[step - kept.first_step])
+            else:
+                rows.append(out[at])
+                missing.append(at)
+        if missing:
+            for at, steps_ahead in zip(
+                missing, self._make(seeds[missing], steps[missing]), strict=True
+            ):
+                rows[at] = steps_ahead[0]
+        np.concatenate(rows, out=out.reshape(-1))
 
-    def _has(self, seed: int, step: int) -> bool:
-        kept = self._kept.get(seed)
-        return kept is not None and 0 <= step - kept.first_step < STEPS_AHEAD
-
-    def _make(self, seeds: NDArray[np.uint64], steps: NDArray[np.uint64]) -> None:
+    def _make(self, seeds: NDArray[np.uint64], steps: NDArray[np.uint64]) -> NDArray[np.float32]:
+        """The noise of these steps and of those that follow, which are kept."""
         following = np.add.outer(steps, np.arange(STEPS_AHEAD, dtype=np.uint64))
         noise = gumbel_noise(seeds.repeat(STEPS_AHEAD), following.reshape(-1), self._num_columns)
         by_seed = noise.reshape(len(seeds), STEPS_AHEAD, self._num_columns)
@@ -102,3 +104,4 @@ class NoiseAhead:
             self._kept.move_to_end(seed)
             if len(self._kept) > MOST_SEEDS:
                 self._kept.popitem(last=False)
+        return by_seed

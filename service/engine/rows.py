@@ -17,6 +17,8 @@ from service.errors import Overloaded
 from service.runtime.arrays import Arrays, allocate
 from service.runtime.protocol import STATE_OUTPUTS, Rows
 
+ONE = np.array(1, dtype=np.uint64)
+
 
 class RowTable:
     """`num_rows` rows, and after them the one that every episode starts from.
@@ -34,11 +36,17 @@ class RowTable:
         self.outputs: Arrays = allocate(kept, num_rows)
         self._free: Rows = np.arange(num_rows - 1, -1, -1, dtype=np.intp)
         self._num_free = num_rows
+        self._lone: list[Rows] = []  # free too, in arrays of one: to make one takes NumPy longer
 
     def reserve(self, number: int) -> Rows:
         """Free rows, the last used first. Raises Overloaded where there are not so many."""
+        if number == 1 and self._lone:
+            return self._lone.pop()
         if number > self._num_free:
-            raise Overloaded(f"there is no room for {number} rows more just now")
+            if number > self._num_free + len(self._lone):
+                raise Overloaded(f"there is no room for {number} rows more just now")
+            lone, self._lone = self._lone, []
+            self._put_back(np.concatenate(lone))
         self._num_free -= number
         return self._free[self._num_free : self._num_free + number].copy()
 
@@ -48,6 +56,12 @@ class RowTable:
 
     def give_back(self, rows: Rows) -> None:
         """Reserved rows are free again."""
+        if len(rows) == 1:
+            self._lone.append(rows)
+        else:
+            self._put_back(rows)
+
+    def _put_back(self, rows: Rows) -> None:
         self._free[self._num_free : self._num_free + len(rows)] = rows
         self._num_free += len(rows)
 
@@ -62,7 +76,7 @@ class RowTable:
         # A lone row by its number: NumPy takes several times as long for an array of one.
         at, of = (rows[0], 0) if len(rows) == 1 else (rows, slice(None))
         self.seed[at] = seeds[of]
-        self.step[at] = (steps + np.uint64(1))[of]  # of arrays, which wrap without a warning
+        self.step[at] = (steps + ONE)[of]  # of arrays, which wrap without a warning
         for name, array in self.outputs.items():
             array[at] = decided[name][of]
 

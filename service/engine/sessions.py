@@ -57,7 +57,6 @@ class Turn:
     seed: int
     read_rows: Rows
     write_rows: Rows
-    has_starts: bool
     episodes: NDArray[np.uint64] | None = None
     num_starts: int = 0
     num_reserved: int = 0
@@ -249,7 +248,6 @@ class SessionTable:
             seed=seed,
             read_rows=self._rows.zeros(num_rows),
             write_rows=write_rows,
-            has_starts=True,
             episodes=np.zeros(num_rows, dtype=np.uint64) if block.is_vector else None,
             num_starts=num_starts + 1,
             num_reserved=max(0, num_more),
@@ -281,8 +279,7 @@ class SessionTable:
         num_rows = len(session.rows)
         read_rows, episodes, starts = session.rows, session.episodes, block.starts
         write_rows = self._rows.reserve(num_rows)
-        has_starts = starts is not False
-        if episodes is not None and has_starts:
+        if episodes is not None and starts is not False:
             which = np.flatnonzero(np.broadcast_to(starts, num_rows))
             read_rows, episodes = read_rows.copy(), episodes.copy()
             read_rows[which] = self._rows.zero_row
@@ -294,9 +291,7 @@ class SessionTable:
             )
         session.is_stepping = True
         next_step, seed = session.next_step, session.seed
-        return Turn(
-            block, session, False, next_step, seed, read_rows, write_rows, has_starts, episodes
-        )
+        return Turn(block, session, False, next_step, seed, read_rows, write_rows, episodes)
 
     @staticmethod
     def _check_run(session_id: str, session: Session, block: Block) -> None:

@@ -18,6 +18,7 @@ from service.engine.noise_ahead import FEW, NoiseAhead
 from service.engine.rows import RowTable
 from service.engine.sessions import Session, SessionTable, Turn, derived_seed, first_seeds
 from service.errors import Invalid, ServiceError
+from service.runtime.arrays import are_all
 from service.runtime.protocol import MOST_UNDER_WAY, Rows, Runtime, State
 
 SHORT_STEP_S = 0.00025
@@ -69,6 +70,7 @@ class Stepper:
         self._rows = rows
         self._sessions = sessions
         self._noise_ahead = NoiseAhead(spec.num_choices, rows.zero_row + 1)
+        self._zero_row = np.array(rows.zero_row)  # an int would be made one of, each time
         self._policy_version = policy_version
         self._seed = seed
         self._observe = observe
@@ -108,6 +110,7 @@ class Stepper:
         `is_followed`: there are rows enough for another batch, to be launched before this is done.
         """
         began_s = time.perf_counter()
+        is_lone = len(parts) == 1
         num = sum([stop - start for _, start, stop in parts])
         if num == sum([turn.block.num_rows for turn, _, _ in parts]):  # whole blocks, as a rule
             given = [turn.block.given for turn, _, _ in parts]
@@ -119,16 +122,16 @@ class Stepper:
             write = [turn.write_rows[a:b] for turn, a, b in parts]
         inputs = self._runtime.inputs
         for name, of_blocks in zip(self._given, zip(*given, strict=True), strict=True):
-            if len(of_blocks) == 1:  # in half the time
+            if is_lone:  # in half the time
                 inputs[name][:num] = of_blocks[0]
             else:
                 np.concatenate(of_blocks, out=inputs[name][:num])
-        read_rows, write_rows = (
-            rows[0] if len(rows) == 1 else np.concatenate(rows) for rows in (read, write)
-        )
+        read_rows = read[0] if is_lone else np.concatenate(read)
+        write_rows = write[0] if is_lone else np.concatenate(write)
         seeds, steps = self._rows.seed[read_rows], self._rows.step[read_rows]
-        if any(turn.has_starts for turn, _, _ in parts):
-            starts = read_rows == self._rows.zero_row
+        goes_on = read_rows != self._zero_row
+        if not are_all(goes_on):
+            starts = np.flatnonzero(~goes_on)
             seeds[starts] = self._rows.seed[write_rows[starts]]
         self._make_noise(parts, read_rows, seeds, steps, inputs["noise"][:num])
         try:
@@ -203,7 +206,7 @@ class Stepper:
             for turn, start, stop in parts:
                 of = slice(first, first + stop - start)
                 block = turn.block
-                if stop - start > FEW and block.session_id is not None and not block.deterministic:
+                if stop - start > 1 and block.session_id is not None and not block.deterministic:
                     self._noise_ahead.look_ahead(rows[of], seeds[of], steps[of] + np.uint64(1))
                 first = of.stop
         self._collected.clear()
@@ -255,7 +258,6 @@ class Stepper:
             seed=seed,
             read_rows=read_rows,
             write_rows=write_rows,
-            has_starts=True,
         )
         if carries:
             try:
@@ -289,19 +291,19 @@ class Stepper:
         steps: NDArray[np.uint64],
         noise: NDArray[np.float32],
     ) -> None:
-        if not any(turn.block.deterministic for turn, _, _ in parts):
+        deterministic = [turn.block.deterministic for turn, _, _ in parts]
+        if any(deterministic):
+            noise[:] = 0.0
+            num_rows = [stop - start for _, start, stop in parts]
+            sampled = np.flatnonzero(~np.repeat(deterministic, num_rows))
+            if len(sampled):
+                drawn = np.empty((len(sampled), noise.shape[1]), dtype=np.float32)
+                self._noise_ahead.take(rows[sampled], seeds[sampled], steps[sampled], drawn)
+                noise[sampled] = drawn
+        elif len(parts) == len(rows) <= FEW:
+            self._noise_ahead.take_each(seeds, steps, noise)
+        else:
             self._noise_ahead.take(rows, seeds, steps, noise)
-            return
-        noise[:] = 0.0
-        is_sampled = np.repeat(
-            [not turn.block.deterministic for turn, _, _ in parts],
-            [stop - start for _, start, stop in parts],
-        )
-        if is_sampled.any():
-            drawn = np.empty((np.count_nonzero(is_sampled), noise.shape[1]), np.float32)
-            of = rows[is_sampled], seeds[is_sampled], steps[is_sampled]
-            self._noise_ahead.take(*of, drawn)
-            noise[is_sampled] = drawn
 
 
 def _note_faults(parts: Sequence[Part], is_finite: NDArray[np.bool_]) -> None:

@@ -51,6 +51,11 @@ CONTENT_HEADERS = {
 OF_UPGRADES = (b"upgrade", b"http2-settings")
 
 
+def lines(headers: Headers) -> bytes:
+    """As they stand in a response."""
+    return b"".join([b"%b: %b\r\n" % header for header in headers])
+
+
 class Connection(asyncio.Protocol):
     """Reads requests, has each answered in its turn, and ends.
 
@@ -307,14 +312,13 @@ class Connection(asyncio.Protocol):
         self, status: int, headers: Headers, content: bytes, content_type: str = JSON
     ) -> None:
         """One whole response."""
-        lines = [b"%b: %b\r\n" % header for header in headers + self.server.default_headers]
         self.transport.write(
             b"".join(
                 (
                     STATUS_LINES[status],
                     CONTENT_HEADERS[content_type] % len(content),
-                    *lines,
-                    b"\r\n",
+                    lines(headers) if headers else b"",
+                    self.shared.default_lines(self.server.default_headers),
                     content,
                 )
             )

@@ -9,8 +9,9 @@ from uvicorn.config import Config
 from uvicorn.server import ServerState
 
 from service.http.act import Act
-from service.http.connection import Connection
+from service.http.connection import Connection, lines
 from service.http.endpoint import PATH
+from service.http.exchange import Headers
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -33,6 +34,8 @@ class Connections:
         self.read_timeout_s = settings.read_timeout_s
         self.max_discarded_bytes = max(act.max_body_bytes.values())
         self.act_targets = {PATH.encode(), (settings.root_path + PATH).encode()}
+        self._default_headers: Headers | None = None
+        self._default_lines = b""
         self._drain_s = settings.drain_s
         self._limit = limit
         self._open: set[Connection] = set()
@@ -41,6 +44,12 @@ class Connections:
         self._is_draining = False
         self._warned_at_s = float("-inf")
         self.metrics.watch_connections(self.__len__, limit)
+
+    def default_lines(self, headers: Headers) -> bytes:
+        """The end of every response's head, of headers that uvicorn makes anew each second."""
+        if headers is not self._default_headers:
+            self._default_headers, self._default_lines = headers, lines(headers) + b"\r\n"
+        return self._default_lines
 
     def __len__(self) -> int:
         return len(self._open)

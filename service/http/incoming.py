@@ -45,7 +45,7 @@ class DirectRequest(Exchange):
         self._headers = headers
         self._is_submitted = False
         self._may_continue = version != "1.0"  # whose clients know no answer before the answer
-        self.body = bytearray()  # a body in a thousand pieces is not copied a thousand times
+        self.body: bytes | bytearray = b""
         self.more_body = True
         self.keep_alive = keep_alive
         self.response_complete = False
@@ -64,7 +64,12 @@ class DirectRequest(Exchange):
             connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def feed(self, body: bytes) -> None:
-        self.body += body
+        if not self.body:
+            self.body = body
+        else:
+            if isinstance(self.body, bytes):  # one in a thousand pieces is not copied so often
+                self.body = bytearray(self.body)
+            self.body += body
         if self._connection.current is self:
             try:
                 check_length(self, len(self.body))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from model.spec import PolicySpec
 from service.engine.block import Given
 from service.errors import Invalid
+from service.runtime.arrays import are_all
 from service.runtime.protocol import State
 
 FLOAT32 = np.dtype(np.float32)
@@ -35,11 +36,11 @@ class InputReader:
         self._has_blueprints = spec.blueprint_embedding_dim is not None
         ops = spec.heads[spec.op_index]
         slot = next((head for head in spec.heads if head.name == "slot"), None)
+        self._everything = np.ones((1, spec.num_choices), dtype=np.bool_)
+        self._everything.flags.writeable = False
         self._ops_that_need_a_slot = np.ones(ops.size, dtype=np.bool_)
         if slot is not None and slot.relevant_ops is not None:
             self._ops_that_need_a_slot = np.isin(np.arange(ops.size), slot.relevant_ops)
-        self._everything = np.ones((1, spec.num_choices), dtype=np.bool_)
-        self._everything.flags.writeable = False
 
     def read(
         self,
@@ -80,7 +81,7 @@ class InputReader:
 
     def _check_mask(self, mask: NDArray[np.bool_], is_vector: bool) -> None:
         has_one = np.logical_or.reduceat(mask, self._first_columns, 1)
-        if np.count_nonzero(has_one) < has_one.size:  # half the time of `all` for a lone row
+        if not are_all(has_one):
             row, head = np.argwhere(~has_one)[0]
             name, where = self._spec.head_names[head], f" in row {row}" if is_vector else ""
             raise Invalid(f"`action_mask.{name}` allows nothing{where}")
@@ -115,7 +116,7 @@ def finite(
     if array.dtype != FLOAT32:
         with np.errstate(over="ignore"):
             floats = array.astype(FLOAT32)
-    if np.count_nonzero(np.isfinite(floats)) < floats.size:
+    if not are_all(np.isfinite(floats)):
         where = _place(np.argwhere(~np.isfinite(floats))[0], is_vector)
         raise Invalid(f"`{name}{where}` is not a finite float32")
     return floats

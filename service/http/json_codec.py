@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
 
 from model.spec import PolicySpec
 from service.engine.block import Answer, Block
 from service.errors import Invalid, Malformed, short
 from service.http.codec import JSON, Request, check_rows, check_session, vector_starts
-from service.http.inputs import InputReader, finite_state
+from service.http.inputs import FLOAT32, InputReader, finite_state
 from service.http.schemas import (
     ActRequest,
     VectorActRequest,
@@ -39,10 +39,12 @@ class JsonCodec:
         self._spec = spec
         self._max_rows = max_rows
         self._reader = InputReader(spec)
-        self._request = act_request(spec)
-        self._vector_request = vector_act_request(spec)
+        # What `model_validate_json` does, and in less time.
+        self._request = TypeAdapter(act_request(spec)).validator
+        self._vector_request = TypeAdapter(vector_act_request(spec)).validator
         # As C rounds them: a number beyond float32 is infinite, and refused as such.
         self._floats = Struct(f"{spec.observation_dim}f")
+        self._observation_shape = (1, spec.observation_dim)
         self._extra = spec.extra_outputs
         self._allowed = {head.name: [True] * head.size for head in spec.heads}
         self._state_shape = (-1, spec.num_layers, spec.hidden_dim)
@@ -55,7 +57,7 @@ class JsonCodec:
 
     def parse(self, body: bytes | bytearray) -> Request:
         try:
-            act = self._request.model_validate_json(body)
+            act: ActRequest = self._request.validate_json(body)
         except ValidationError as error:
             if OF_ROWS.search(body):
                 return self._parse_vector(body)
@@ -67,7 +69,7 @@ class JsonCodec:
         if act.episode_start and act.step:
             raise Invalid(f"an episode starts at step 0, not {act.step}")
         given = self._reader.read(
-            np.frombuffer(self._floats.pack(*act.observation), dtype=np.float32)[None],
+            np.ndarray(self._observation_shape, FLOAT32, self._floats.pack(*act.observation)),
             self._mask(act.action_mask) if act.action_mask else None,
             *(self._more(act, 1) if self._own_inputs else ()),
             is_vector=False,
@@ -93,14 +95,16 @@ class JsonCodec:
         else:
             lists, at = answer.batch.lists, answer.first
             action, log_prob, value = lists["action"][at], lists["log_prob"][at], lists["value"][at]
-        body: dict[str, Any] = {}
-        if block.session_id is not None:
-            body["session_id"] = block.session_id
-        body["step"] = answer.step
-        body["action"] = dict(zip(names, action, strict=True))
-        body["log_prob"] = dict(zip(names, log_prob, strict=True))
-        body["value"] = value
-        body["policy_version"] = answer.policy_version
+        body: dict[str, Any] = {
+            "session_id": block.session_id,
+            "step": answer.step,
+            "action": dict(zip(names, action, strict=True)),
+            "log_prob": dict(zip(names, log_prob, strict=True)),
+            "value": value,
+            "policy_version": answer.policy_version,
+        }
+        if block.session_id is None:
+            del body["session_id"]
         for name in self._extra:
             body[name] = outputs[name].tolist() if block.is_vector else lists[name][at]
         if answer.state is not None:
@@ -110,7 +114,7 @@ class JsonCodec:
 
     def _parse_vector(self, body: bytes | bytearray) -> Request:
         try:
-            act = self._vector_request.model_validate_json(body)
+            act: VectorActRequest = self._vector_request.validate_json(body)
         except ValidationError as error:
             raise _refusal(error) from error
         starts = (
@@ -155,7 +159,7 @@ class JsonCodec:
         every_head = {**self._allowed, **by_head}
         self._check_heads(every_head)
         flat = bytes(chain.from_iterable(every_head.values()))
-        return np.frombuffer(flat, dtype=np.bool_)[None]
+        return np.ndarray((1, len(flat)), np.bool_, flat)
 
     def _vector_mask(self, by_head: dict[str, Any], num_rows: int) -> NDArray[np.bool_]:
         mask = np.ones((num_rows, self._spec.num_choices), dtype=np.bool_)

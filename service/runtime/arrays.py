@@ -40,5 +40,10 @@ def first(arrays: Arrays, num_rows: int) -> Arrays:
     return {name: array[:num_rows] for name, array in arrays.items()}
 
 
+def are_all(flags: NDArray[np.bool_]) -> bool:
+    """`flags.all()`, for a few of them in a quarter of the time, and for many in no more."""
+    return b"\0" not in flags.tobytes()
+
+
 def _shape(array: Array, num_rows: int) -> tuple[int, ...]:
     return tuple(size if isinstance(size, int) else num_rows for size in array.shape)

@@ -79,7 +79,6 @@ class Doubling:
             seed=0,
             read_rows=rows,
             write_rows=rows,
-            has_starts=False,
         )
         return turn if answer is None else answer
 

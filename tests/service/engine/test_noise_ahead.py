@@ -8,11 +8,12 @@ from numpy.typing import NDArray
 
 from service.engine import noise_ahead
 from service.engine.noise import gumbel_noise
-from service.engine.noise_ahead import FEW, STEPS_AHEAD, NoiseAhead
+from service.engine.noise_ahead import MOST_SEEDS, STEPS_AHEAD, NoiseAhead
 
 NUM_COLUMNS = 7
 LARGEST = 2**64 - 1
 NUM_ROWS = 40
+MOST_AT_ONCE = 16
 draws = st.tuples(
     st.sampled_from([0, 1, 2, LARGEST]),
     st.one_of(st.integers(0, 3 * STEPS_AHEAD), st.sampled_from([LARGEST - 1, LARGEST])),
@@ -21,7 +22,7 @@ batches = st.lists(
     st.tuples(
         st.booleans(),
         st.permutations(range(NUM_ROWS)),
-        st.lists(draws, min_size=1, max_size=2 * FEW),
+        st.lists(draws, min_size=1, max_size=MOST_AT_ONCE),
     ),
     max_size=12,
 )
@@ -39,7 +40,15 @@ def taken(
     return out
 
 
-@pytest.mark.parametrize("most_rows", [2 * FEW, 3 * FEW, 1000])
+def taken_each(
+    ahead: NoiseAhead, seeds: Sequence[int], steps: Sequence[int]
+) -> NDArray[np.float32]:
+    out = np.full((len(seeds), NUM_COLUMNS), np.nan, dtype=np.float32)
+    ahead.take_each(numbers(seeds), numbers(steps), out)
+    return out
+
+
+@pytest.mark.parametrize("most_rows", [MOST_AT_ONCE, 24, 1000])
 @given(batches)
 def test_noise_is_that_of_seed_and_step_whatever_was_made_before(
     most_rows: int, batches: list[tuple[bool, list[int], list[tuple[int, int]]]]
@@ -54,6 +63,7 @@ def test_noise_is_that_of_seed_and_step_whatever_was_made_before(
                 ahead.look_ahead(np.array(rows), numbers(seeds), numbers(steps))
             expected = gumbel_noise(numbers(seeds), numbers(steps), NUM_COLUMNS)
             assert np.array_equal(taken(ahead, rows, seeds, steps), expected)
+            assert np.array_equal(taken_each(ahead, seeds, steps), expected)
 
 
 def test_what_was_made_ahead_is_not_made_again(made: list[int]) -> None:
@@ -84,15 +94,15 @@ def test_the_last_rows_that_were_told_of_are_kept(
         assert sum(made) == num_made
 
 
-def test_a_few_rows_draw_for_eight_steps_at_once(made: list[int]) -> None:
+def test_single_environments_draw_for_eight_steps_at_once(made: list[int]) -> None:
     ahead = NoiseAhead(NUM_COLUMNS, NUM_ROWS)
     for step in range(STEPS_AHEAD):
-        taken(ahead, range(FEW), range(FEW), [step] * FEW)
-    assert sum(made) == STEPS_AHEAD * FEW
+        taken_each(ahead, range(20), [step] * 20)
+    assert sum(made) == STEPS_AHEAD * 20
 
 
 def test_what_is_kept_is_bounded() -> None:
     ahead = NoiseAhead(NUM_COLUMNS, NUM_ROWS)
-    for seed in range(1100):
-        taken(ahead, [0], [seed], [0])
-    assert len(ahead._kept) == 1024
+    for first in range(0, MOST_SEEDS + 60, 20):
+        taken_each(ahead, range(first, first + 20), [0] * 20)
+    assert len(ahead._kept) == MOST_SEEDS
