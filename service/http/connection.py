@@ -25,8 +25,8 @@ from service.errors import (
     RequestTimeout,
     ServiceError,
 )
+from service.http.act import Headers
 from service.http.codec import JSON, SAFETENSORS
-from service.http.exchange import Headers
 from service.http.incoming import AsgiRequest, DirectRequest
 
 if TYPE_CHECKING:

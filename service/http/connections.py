@@ -8,10 +8,9 @@ from typing import Any
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from service.http.act import Act
+from service.http.act import Act, Headers
 from service.http.connection import Connection, lines
 from service.http.endpoint import PATH
-from service.http.exchange import Headers
 from service.metrics import Metrics
 from service.settings import Settings
 

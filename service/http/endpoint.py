@@ -10,9 +10,8 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from service.errors import Disconnected, ServiceError
-from service.http.act import Act, check_length
+from service.http.act import Act, Exchange, Headers, check_length
 from service.http.codec import JSON
-from service.http.exchange import Exchange, Headers
 from service.metrics import Metrics
 
 PATH = "/act"

@@ -13,9 +13,8 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 
 from service.errors import Disconnected, ServiceError, TooLarge
-from service.http.act import check_length
+from service.http.act import Exchange, Headers, check_length
 from service.http.codec import JSON
-from service.http.exchange import Exchange, Headers
 
 if TYPE_CHECKING:
     from service.http.connection import Connection
