@@ -10,7 +10,8 @@ ARG PIP_EXTRA_INDEX_URL
 WORKDIR /src
 RUN python -m venv --without-pip /opt/venv
 COPY pyproject.toml constraints.txt ./
-RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*project['dependencies'], sep='\n')" > requirements.txt \
+COPY client/pyproject.toml client/
+RUN python -c "import tomllib; projects = [tomllib.load(open(path + 'pyproject.toml', 'rb'))['project'] for path in ('', 'client/')]; print(*(needed for project in projects for needed in project['dependencies'] if not needed.startswith('tamiyo-client')), sep='\n')" > requirements.txt \
     && python -m pip --python /opt/venv/bin/python install --no-cache-dir \
         --constraint constraints.txt --requirement requirements.txt \
     && find /opt/venv -type d -name tests -prune -exec rm -r {} +
@@ -28,10 +29,11 @@ ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
+COPY client client
 COPY model model
 COPY export export
 COPY service service
-RUN python -m pip install --no-cache-dir --no-deps --target /opt/tamiyo .
+RUN python -m pip install --no-cache-dir --no-deps --target /opt/tamiyo ./client .
 
 # What the image serves where nothing is mounted. Exporting takes torch; serving it does not.
 FROM venv-cuda AS artifact

@@ -25,10 +25,10 @@ help:
 	@echo "make lock     re-pin constraints.txt from pyproject.toml, in a fresh environment"
 	@echo "make clean    remove the environment, the default artifacts and all caches"
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tamiyo-serve needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[torch,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable client --editable '.[torch,dev]'
 	@touch $@
 
 install: $(INSTALLED)
@@ -66,7 +66,7 @@ format: $(INSTALLED)
 # own pip configuration's choice, and every build pins the CUDA libraries it needs itself.
 lock:
 	rm -rf .lock && $(PYTHON) -m venv .lock
-	.lock/bin/pip install --quiet 'torch==2.13.0' && .lock/bin/pip install --quiet --editable '.[torch,dev]'
+	.lock/bin/pip install --quiet 'torch==2.13.0' && .lock/bin/pip install --quiet --editable client --editable '.[torch,dev]'
 	{ echo "# Every package of the environment, pinned. Made by 'make lock'."; \
 	  .lock/bin/pip freeze --all --exclude-editable --exclude pip | sed 's/+[a-z0-9.]*$$//'; } > constraints.txt
 	rm -rf .lock

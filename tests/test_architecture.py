@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("model", "export", "service")
+PACKAGES = ("tamiyo_client", "model", "export", "service")
+OF_THE_SERVER = PACKAGES[1:]
+FOLDERS = {"tamiyo_client": "client/tamiyo_client"}
 READING_ARTIFACTS = ("export.artifact", "export.manifest", "export.signature")
 ALLOWED: dict[str, Callable[[str], bool]] = {
+    "tamiyo_client": lambda module: module.startswith("tamiyo_client"),
     "model": lambda module: module.startswith("model."),
     "export": lambda module: module.startswith(("model.", "export.")),
     "service": lambda module: (
         module.startswith(("service.", "export.loaders"))
-        or module in ("model.spec", *READING_ARTIFACTS)
+        or module in ("model.spec", "tamiyo_client.noise", *READING_ARTIFACTS)
     ),
 }
 SILENCES_ONNXRUNTIME = 'os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")'
@@ -28,7 +31,7 @@ NEEDS_TORCH = {
 
 
 CLIENTS = "service/demo/"
-FOR_CLIENTS = {"model.action_masks", "model.lifecycle", "model.observations"}
+FOR_CLIENTS = {"model.action_masks", "model.lifecycle", "model.observations", "tamiyo_client"}
 """Torch-free, for environments; the demo is one, and the service knows nothing of them."""
 
 
@@ -45,7 +48,7 @@ BESIDE_THE_ROOMS = {"service.artifact", "service.errors", "service.metrics", "se
 
 
 def sources(package: str) -> list[Path]:
-    return sorted((ROOT / package).rglob("*.py"))
+    return sorted((ROOT / FOLDERS.get(package, package)).rglob("*.py"))
 
 
 def imported_modules(source: Path) -> Iterator[str]:
@@ -92,12 +95,12 @@ def test_every_room_of_the_service_is_known() -> None:
 def test_importing_a_package_imports_none_of_its_modules() -> None:
     packages = [
         ".".join(source.parent.relative_to(ROOT).parts)
-        for package in PACKAGES
+        for package in OF_THE_SERVER
         for source in (ROOT / package).rglob("__init__.py")
     ]
     code = (
         f"import sys, {', '.join(packages)}; loaded = set(sys.modules) - {set(packages)!r}; "
-        f"sys.exit(any(name.partition('.')[0] in {PACKAGES!r} for name in loaded))"
+        f"sys.exit(any(name.partition('.')[0] in {OF_THE_SERVER!r} for name in loaded))"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
@@ -120,6 +123,12 @@ def test_the_service_imports_no_torch_until_a_torch_runtime_is_loaded() -> None:
     light = [module for module in modules if module not in NEEDS_TORCH]
     assert len(light) < len(modules)
     code = f"import sys, {', '.join(light)}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_the_client_imports_nothing_that_is_slow_or_large() -> None:
+    heavy = {"torch", "gymnasium", "stable_baselines3", "fastapi", "httpcore", "onnxruntime"}
+    code = f"import sys, tamiyo_client; sys.exit(str({heavy!r} & set(sys.modules) or 0))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 

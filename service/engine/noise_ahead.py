@@ -2,7 +2,7 @@
 
 Eight steps of a few single environments cost little more than one does; a vector's next step is
 drawn for while its environments step, or the model steps others. What a step's noise is,
-`service.engine.noise` alone says: it depends on (seed, step), not on when it is made. This only
+`tamiyo_client.noise` alone says: it depends on (seed, step), not on when it is made. This only
 decides when.
 """
 
@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from tamiyo_client.noise import gumbel_noise
 
-from service.engine.noise import gumbel_noise
 from service.runtime.protocol import Rows
 
 STEPS_AHEAD = 8

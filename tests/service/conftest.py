@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from tamiyo_client.noise import gumbel_noise
 
 from export.exporter import export_policy
 from export.manifest import Manifest, Source
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from service.engine import noise_ahead
-from service.engine.noise import gumbel_noise
 from service.settings import Settings
 from tests.service.fakes import AppClient, Bench, Served, SummingRuntime
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from safetensors.numpy import save
+from tamiyo_client.noise import gumbel_noise, row_seed
 
 from export.exporter import export_policy
 from export.loaders.protocol import LoadedStep
@@ -22,7 +23,6 @@ from service.bench.load import Session
 from service.bench.pool import POOL_SIZE, Pool
 from service.bench.replay import Differences, replay
 from service.bench.wire import Arrays, JsonWire, wire_of
-from service.engine.noise import gumbel_noise, row_seed
 from service.runtime.arrays import allocate
 from service.runtime.load import load_runtime
 from service.runtime.protocol import STATE_INPUTS, STATE_OUTPUTS

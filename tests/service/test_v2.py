@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tamiyo_client.noise import gumbel_noise
 
 from export.exporter import export_policy
 from export.loaders.protocol import LoadedStep
@@ -17,7 +18,6 @@ from service.bench.load import Session
 from service.bench.pool import Pool
 from service.bench.replay import replay
 from service.bench.wire import JsonWire
-from service.engine.noise import gumbel_noise
 from service.runtime.load import load_runtime
 from service.settings import Settings
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL

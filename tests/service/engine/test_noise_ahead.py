@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tamiyo_client.noise import gumbel_noise
 
 from service.engine import noise_ahead
-from service.engine.noise import gumbel_noise
 from service.engine.noise_ahead import MOST_SEEDS, STEPS_AHEAD, NoiseAhead
 
 NUM_COLUMNS = 7

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tamiyo_client.noise import gumbel_noise, row_seed
 
 from model.spec import PolicySpec
 from service.engine.block import Block
-from service.engine.noise import gumbel_noise, row_seed
 from service.errors import (
     Invalid,
     Overloaded,

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tamiyo_client.noise import row_seed
 
 from export.manifest import step_outputs
 from model.spec import PolicySpec
 from service.engine.block import Block
-from service.engine.noise import row_seed
 from service.engine.rows import RowTable
 from service.engine.sessions import Session, SessionTable, Turn, derived_seed, first_seeds
 from service.errors import Invalid, Overloaded, SessionLost, StepConflict, UnknownSession

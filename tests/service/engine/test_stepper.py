@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tamiyo_client.noise import gumbel_noise, row_seed
 
 from model.spec import PolicySpec
 from service.engine.block import Block
-from service.engine.noise import gumbel_noise, row_seed
 from service.engine.sessions import Session, Turn
 from service.engine.stepper import BLOCK_S, LONG_STEP_S, SHORT_STEP_S, Part
 from service.errors import (

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tamiyo_client.noise import gumbel_noise, row_seed
 
 from model.spec import PolicySpec
 from service.engine.block import Block
-from service.engine.noise import gumbel_noise, row_seed
 from service.errors import Invalid, ServiceError, StepConflict
 from service.runtime.protocol import State
 from tests.service.fakes import POISON, Bench, Beside, Stepped

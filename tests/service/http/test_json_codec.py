@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from tamiyo_client.noise import gumbel_noise
 
 from export.manifest import Manifest
 from model.spec import PolicySpec
-from service.engine.noise import gumbel_noise
 from service.errors import Invalid, Malformed
 from service.http.json_codec import JsonCodec
 from service.settings import Settings

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from tamiyo_client.noise import gumbel_noise
 
 from export.exporter import export_policy
 from export.loaders.load import FORMAT_OF
@@ -28,7 +29,6 @@ from export.manifest import (
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from service.engine.block import Block
-from service.engine.noise import gumbel_noise
 from service.errors import ServiceError
 from service.runtime.arrays import allocate, allocate_in_a_row
 from service.runtime.host import HostRuntime

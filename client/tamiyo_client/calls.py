@@ -1,0 +1,154 @@
+"""What clients of vectors do, apart from threads and asyncio: methods are calls to be driven."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tamiyo_client import wire
+from tamiyo_client.autoreset import Autoreset, autoreset_mode
+from tamiyo_client.exchange import Call, Patience
+from tamiyo_client.session import Session
+from tamiyo_client.wire import ActionMasks, State, VectorAct
+
+
+class SessionHandle(NamedTuple):
+    """What `predict` gives for a state. That is on the server; this says which one it is."""
+
+    session_id: str
+    run: str
+    step: int
+
+
+class VectorCalls:
+    """The calls of one session of `num_envs` rows, and which of its rows start next.
+
+    `url` is one server's, or several: the session's name chooses. With `failover`, one that cannot
+    be reached is left for the next, where every episode begins anew from zero state.
+    """
+
+    def __init__(
+        self,
+        url: str | Sequence[str],
+        num_envs: int,
+        *,
+        autoreset: Any,
+        session_id: str | None,
+        api_key: str | None,
+        seed: int | None,
+        patience: Patience,
+        failover: bool,
+    ) -> None:
+        self.num_envs = num_envs
+        self.autoreset = Autoreset(autoreset_mode(autoreset), num_envs)
+        self.session = Session(
+            [url] if isinstance(url, str) else url,
+            num_envs,
+            name=session_id,
+            api_key=api_key,
+            patience=patience,
+            failover=failover,
+        )
+        self._seed = seed
+
+    def restart(self) -> None:
+        """Every row starts, in a new run: what is left to do where the session was lost."""
+        self.session.restart()
+        self.autoreset.reset()
+
+    def act(
+        self,
+        observations: npt.ArrayLike,
+        action_masks: ActionMasks | None,
+        *,
+        episode_start: npt.ArrayLike | None = None,
+        deterministic: bool = False,
+        seeds: Sequence[int] | None = None,
+        inputs: Mapping[str, npt.ArrayLike] | None = None,
+    ) -> Call[VectorAct]:
+        """The next step. `seeds` are of rows that start; `inputs` what only some policies read."""
+        if self.session.step == 0:
+            starts = np.ones(self.num_envs, dtype=np.bool_)
+        elif episode_start is None:
+            starts = self.autoreset.starts
+        else:
+            starts = self.autoreset.flags(episode_start)
+        tensors = self._tensors(observations, action_masks, inputs)
+        if seeds is not None and starts.any():
+            tensors["seed"] = np.array(seeds, dtype=np.uint64)
+        seed = self._seed if seeds is None else None
+        act = yield from self.session.act(tensors, starts, seed=seed, deterministic=deterministic)
+        self.autoreset.acted()
+        return act
+
+    def act_from(
+        self,
+        state: State | None,
+        observations: npt.ArrayLike,
+        action_masks: ActionMasks | None,
+        *,
+        step: int,
+        deterministic: bool,
+        seeds: Sequence[int] | None,
+        inputs: Mapping[str, npt.ArrayLike] | None = None,
+    ) -> Call[VectorAct]:
+        """A step from a state of the caller's, or from zeros, which the answer carries on."""
+        tensors = self._tensors(observations, action_masks, inputs)
+        if state is not None:
+            tensors["state_h"], tensors["state_c"] = (
+                np.ascontiguousarray(part, dtype=np.float32) for part in state
+            )
+        if seeds is not None:
+            tensors["seed"] = np.array(seeds, dtype=np.uint64)
+        return (yield from self.session.stateless(tensors, step=step, deterministic=deterministic))
+
+    def predict(
+        self,
+        observation: npt.ArrayLike,
+        state: SessionHandle | None,
+        episode_start: npt.ArrayLike | None,
+        deterministic: bool,
+        action_masks: ActionMasks | None,
+    ) -> Call[tuple[npt.NDArray[np.int64], SessionHandle]]:
+        """A step as Stable-Baselines3's policies have it; `state` None begins anew."""
+        observations = np.asarray(observation)
+        is_lone = self.num_envs == 1 and observations.ndim == 1
+        if is_lone:
+            observations = observations[None]
+        if state is None:
+            self.restart()
+        elif state != self._handle():
+            raise ValueError("`state` is not that of the last answer, which the server has alone")
+        no_start = np.zeros(self.num_envs, dtype=np.bool_)
+        starts = no_start if episode_start is None else np.atleast_1d(episode_start)
+        act = yield from self.act(
+            observations, action_masks, episode_start=starts, deterministic=deterministic
+        )
+        actions = act.multi_discrete
+        if len(act.heads) == 1:
+            actions = actions[:, 0]
+        return actions[0] if is_lone else actions, self._handle()
+
+    def policy(self) -> Call[dict[str, Any]]:
+        """What `GET /policy` says of the policy, its version and the server's limits."""
+        described: dict[str, Any] = json.loads((yield from self.session.policy()))
+        return described
+
+    def _handle(self) -> SessionHandle:
+        return SessionHandle(self.session.name, self.session.run, self.session.step)
+
+    def _tensors(
+        self,
+        observations: npt.ArrayLike,
+        action_masks: ActionMasks | None,
+        inputs: Mapping[str, npt.ArrayLike] | None,
+    ) -> dict[str, wire.Array]:
+        return {
+            "observation": wire.packed_observations(observations, self.num_envs),
+            **wire.packed_masks(action_masks, self.num_envs),
+            **wire.packed_inputs(inputs or {}, self.num_envs),
+        }

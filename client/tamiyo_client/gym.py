@@ -1,0 +1,106 @@
+"""A gymnasium vector environment and a policy on a server, as one loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tamiyo_client.vector import VectorPolicyClient
+from tamiyo_client.wire import ActionMasks, VectorAct
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class VectorLoop:
+    """`envs` stepped by the policy at `url`: `reset`, then `act` and `step` in turn."""
+
+    def __init__(self, envs: Any, url: str | Sequence[str], **options: Any) -> None:
+        options.setdefault("autoreset_mode", envs)
+        self.envs = envs
+        self.client = VectorPolicyClient(url, envs.num_envs, **options)
+
+    def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        """`envs.reset`, of which the policy is told: all rows, or those of `reset_mask`."""
+        rows = (options.get("options") or {}).get("reset_mask")
+        observations, infos = self.envs.reset(**options)
+        self.client.reset(rows)
+        return observations, infos
+
+    def act(self, observations: Any, infos: Mapping[str, Any], **options: Any) -> VectorAct:
+        """What to do; what is allowed comes from `infos["action_mask"]`, or from the environments'
+        `action_masks()` where they have it."""
+        return self.client.act(observations, self._action_masks(infos), **options)
+
+    def step(self, act: VectorAct) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """`envs.step` with the action in the form that its space has."""
+        observations, rewards, terminated, truncated, infos = self.envs.step(self._action(act))
+        self.client.observe(terminated, truncated)
+        return observations, rewards, terminated, truncated, infos
+
+    def close(self) -> None:
+        """Ends the session; the environments are their owner's."""
+        self.client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _action(self, act: VectorAct) -> Any:
+        space = self.envs.single_action_space
+        if hasattr(space, "spaces"):
+            return act.action
+        return act.multi_discrete if hasattr(space, "nvec") else act.multi_discrete[:, 0]
+
+    def _action_masks(self, infos: Mapping[str, Any]) -> ActionMasks | None:
+        if "action_mask" in infos:
+            masks: ActionMasks = _with_all_allowed(infos["action_mask"], infos.get("_action_mask"))
+            return masks
+        try:
+            rows = self.envs.call("action_masks")
+        except AttributeError:
+            return None
+        return _stacked(rows)
+
+
+def wrap(envs: Any, url: str | Sequence[str], **options: Any) -> VectorLoop:
+    """The loop of a gymnasium vector environment; `options` are `VectorPolicyClient`'s.
+
+    The autoreset mode is read off `envs`, which stays the caller's to close.
+    """
+    return VectorLoop(envs, url, **options)
+
+
+def _stacked(rows: Sequence[Any]) -> ActionMasks:
+    """One mask a row -> one array a head, or one of all heads."""
+    if isinstance(rows[0], Mapping):
+        return {head: np.stack([row[head] for row in rows]) for head in rows[0]}
+    if isinstance(rows[0], np.ndarray) and rows[0].dtype != object:
+        return np.stack(rows)
+    return [np.stack(of_head) for of_head in zip(*rows, strict=True)]
+
+
+def _with_all_allowed(masks: Any, has_one: Any) -> Any:
+    """Gymnasium fills rows without a mask, which allow everything, with zeros."""
+    if isinstance(masks, Mapping):
+        return {
+            head: _with_all_allowed(of_head, masks.get(f"_{head}", has_one))
+            for head, of_head in masks.items()
+            if not head.startswith("_")
+        }
+    array = np.asarray(masks)
+    if array.dtype == object:  # a tuple a row
+        return _stacked(list(array))
+    if has_one is not None:
+        array = np.where(np.asarray(has_one)[:, None], array, 1)
+    return array

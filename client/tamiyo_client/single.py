@@ -1,0 +1,264 @@
+"""Clients of one environment: a vector of one row, without the leading axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tamiyo_client import wire
+from tamiyo_client.calls import VectorCalls
+from tamiyo_client.errors import PolicyError
+from tamiyo_client.exchange import Call, Patience
+from tamiyo_client.wire import Act, ActionMasks, State
+
+if TYPE_CHECKING:
+    import ssl
+
+    from typing_extensions import Self
+
+
+class _Single:
+    """What both kinds of client keep, and do without the server."""
+
+    def __init__(
+        self,
+        url: str | Sequence[str],
+        *,
+        api_key: str | None = None,
+        session_id: str | None = None,
+        timeout_s: float = 30.0,
+        retries: int = 20,
+        failover: bool = False,
+        ssl_context: ssl.SSLContext | None = None,
+    ) -> None:
+        """A session of one environment at `url`, or at one of several.
+
+        A call takes at most `timeout_s`, and is sent `retries` times more than once.
+        """
+        self._calls = VectorCalls(
+            url,
+            1,
+            autoreset="same_step",  # a lone environment is reset by its loop
+            session_id=session_id,
+            api_key=api_key,
+            seed=None,
+            patience=Patience(timeout_s, retries),
+            failover=failover,
+        )
+        self._connect(ssl_context)
+
+    def _connect(self, ssl_context: ssl.SSLContext | None) -> None:
+        raise NotImplementedError
+
+    @property
+    def session_id(self) -> str:
+        """The session's name on the server, and in `X-Session-Id`."""
+        return self._calls.session.name
+
+    @property
+    def url(self) -> str:
+        """Of the server that keeps the session."""
+        return self._calls.session.url
+
+    def observe(self, terminated: bool, truncated: bool) -> None:
+        """What the environment said of its last action: where it is over, the next `act` starts."""
+        self._calls.autoreset.observe([terminated], [truncated])
+
+    def reset(self) -> None:
+        """The caller has reset the environment: the next `act` starts an episode."""
+        self._calls.autoreset.reset()
+
+    def restart(self) -> None:
+        """Begins anew: after `SessionLost`, or a call given up."""
+        self._calls.restart()
+
+    def _act(
+        self,
+        observation: npt.ArrayLike,
+        action_mask: ActionMasks | None,
+        episode_start: bool | None,
+        deterministic: bool,
+        seed: int | None,
+        inputs: Mapping[str, npt.ArrayLike] | None,
+    ) -> Call[Act]:
+        act = yield from self._calls.act(
+            _row(observation),
+            _mask_row(action_mask),
+            episode_start=None if episode_start is None else [episode_start],
+            deterministic=deterministic,
+            seeds=None if seed is None else [seed],
+            inputs={name: _row(given) for name, given in (inputs or {}).items()},
+        )
+        return Act.of(act)
+
+    def _act_from(
+        self,
+        state: State | None,
+        observation: npt.ArrayLike,
+        action_mask: ActionMasks | None,
+        step: int,
+        deterministic: bool,
+        seed: int | None,
+        inputs: Mapping[str, npt.ArrayLike] | None,
+    ) -> Call[Act]:
+        act = yield from self._calls.act_from(
+            state,
+            _row(observation),
+            _mask_row(action_mask),
+            step=step,
+            deterministic=deterministic,
+            seeds=None if seed is None else [seed],
+            inputs={name: _row(given) for name, given in (inputs or {}).items()},
+        )
+        return Act.of(act)
+
+
+class PolicyClient(_Single):
+    """Steps one environment. Not to be shared by threads."""
+
+    def _connect(self, ssl_context: ssl.SSLContext | None) -> None:
+        from tamiyo_client.transport import Transport  # which takes long to import
+
+        self._transport = Transport(ssl_context)
+
+    def act(
+        self,
+        observation: npt.ArrayLike,
+        action_mask: ActionMasks | None = None,
+        *,
+        episode_start: bool | None = None,
+        deterministic: bool = False,
+        seed: int | None = None,
+        inputs: Mapping[str, npt.ArrayLike] | None = None,
+    ) -> Act:
+        """What to do, shown `observation` `[D]`.
+
+        The first call starts an episode, and so does one after `observe` told of an end, or with
+        `episode_start`. `seed` is the episode's, heeded at its start; without one the server
+        derives it. `inputs` are what only some policies read: `blueprint_index`,
+        `slot_by_op_mask`.
+
+        Raises SessionLost where the server has no state to go on from, which `restart` forgets,
+        and what else `tamiyo_client.errors` has; ValueError where the arrays are not a row.
+        """
+        return self._transport.run(
+            self._act(observation, action_mask, episode_start, deterministic, seed, inputs)
+        )
+
+    def act_from(
+        self,
+        state: State | None,
+        observation: npt.ArrayLike,
+        action_mask: ActionMasks | None = None,
+        *,
+        step: int = 0,
+        deterministic: bool = False,
+        seed: int | None = None,
+        inputs: Mapping[str, npt.ArrayLike] | None = None,
+    ) -> Act:
+        """A step from a state of the caller's, zeros where None; the answer's `state` goes on."""
+        return self._transport.run(
+            self._act_from(state, observation, action_mask, step, deterministic, seed, inputs)
+        )
+
+    def policy(self) -> dict[str, Any]:
+        """What `GET /policy` says: heads, dimensions, version, limits."""
+        return self._transport.run(self._calls.policy())
+
+    def close(self) -> None:
+        """Ends the session on the server, where that can be reached, and the connection."""
+        with suppress(PolicyError):
+            self._transport.run(self._calls.session.end())
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class AsyncPolicyClient(_Single):
+    """`PolicyClient` for asyncio: one call at a time, any number of clients."""
+
+    def _connect(self, ssl_context: ssl.SSLContext | None) -> None:
+        from tamiyo_client.transport import AsyncTransport  # as above
+
+        self._transport = AsyncTransport(ssl_context)
+
+    async def act(
+        self,
+        observation: npt.ArrayLike,
+        action_mask: ActionMasks | None = None,
+        *,
+        episode_start: bool | None = None,
+        deterministic: bool = False,
+        seed: int | None = None,
+        inputs: Mapping[str, npt.ArrayLike] | None = None,
+    ) -> Act:
+        """As `PolicyClient.act`."""
+        return await self._transport.run(
+            self._act(observation, action_mask, episode_start, deterministic, seed, inputs)
+        )
+
+    async def act_from(
+        self,
+        state: State | None,
+        observation: npt.ArrayLike,
+        action_mask: ActionMasks | None = None,
+        *,
+        step: int = 0,
+        deterministic: bool = False,
+        seed: int | None = None,
+        inputs: Mapping[str, npt.ArrayLike] | None = None,
+    ) -> Act:
+        """As `PolicyClient.act_from`."""
+        return await self._transport.run(
+            self._act_from(state, observation, action_mask, step, deterministic, seed, inputs)
+        )
+
+    async def policy(self) -> dict[str, Any]:
+        """As `PolicyClient.policy`."""
+        return await self._transport.run(self._calls.policy())
+
+    async def close(self) -> None:
+        """As `PolicyClient.close`."""
+        with suppress(PolicyError):
+            await self._transport.run(self._calls.session.end())
+        await self._transport.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+def _row(array: npt.ArrayLike) -> wire.Array:
+    return np.asarray(array)[None]
+
+
+def _mask_row(mask: ActionMasks | None) -> ActionMasks | None:
+    """The mask of one environment, as one of a vector of one."""
+    if mask is None:
+        return None
+    if isinstance(mask, Mapping):
+        return {head: _row(of_head) for head, of_head in mask.items()}
+    if isinstance(mask, np.ndarray) and mask.dtype != object:
+        return _row(mask)
+    return [_row(of_head) for of_head in mask]
