@@ -16,12 +16,12 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tamiyo_client.noise import gumbel_noise, row_seed
 
 from export.exporter import export_policy
 from export.loaders.protocol import LoadedStep
 from export.manifest import step_inputs, step_outputs
 from model.spec import PolicySpec
+from tamiyo_client.noise import gumbel_noise, row_seed
 from tests.connection import Answer, Connection
 from tests.forms import JSON, SAFETENSORS, Arrays, Form, Told
 from tests.loaded_step import allocated, load_from

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, TypeVar
 import httpx
 import numpy as np
 from numpy.typing import NDArray
-from tamiyo_client.noise import gumbel_noise
 
 from model.spec import PolicySpec
+from tamiyo_client.noise import gumbel_noise
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL, NaivePolicy
 from tests.random_inputs import random_masks, random_observations
 from tests.running_server import RunningServer

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from tamiyo_client.noise import gumbel_noise, row_seed
 
 from export.loaders.protocol import LoadedStep
 from export.manifest import step_inputs, step_outputs
@@ -18,6 +17,7 @@ from service.bench.pool import POOL_SIZE, Pool
 from service.bench.wire import Arrays, Wire
 from service.runtime.arrays import allocate
 from service.runtime.protocol import STATE_INPUTS, STATE_OUTPUTS
+from tamiyo_client.noise import gumbel_noise, row_seed
 
 
 class Differences(NamedTuple):

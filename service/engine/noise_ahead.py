@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tamiyo_client.noise import gumbel_noise
 
 from service.runtime.protocol import Rows
+from tamiyo_client.noise import gumbel_noise
 
 STEPS_AHEAD = 8
 FEW = 64

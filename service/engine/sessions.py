@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tamiyo_client.noise import row_seed
 
 from service.engine.block import Block
 from service.engine.rows import RowTable
 from service.errors import Invalid, Overloaded, SessionLost, StepConflict, UnknownSession
 from service.runtime.protocol import Rows
+from tamiyo_client.noise import row_seed
 
 
 @dataclass(slots=True)

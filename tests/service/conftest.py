@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tamiyo_client.noise import gumbel_noise
 
 from export.exporter import export_policy
 from export.manifest import Manifest, Source
@@ -17,6 +16,7 @@ from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from service.engine import noise_ahead
 from service.settings import Settings
+from tamiyo_client.noise import gumbel_noise
 from tests.service.fakes import AppClient, Bench, Served, SummingRuntime
 
 MakeClient = Callable[..., AppClient]

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from safetensors.numpy import save
-from tamiyo_client.noise import gumbel_noise, row_seed
 
 from export.exporter import export_policy
 from export.loaders.protocol import LoadedStep
@@ -26,6 +25,7 @@ from service.bench.wire import Arrays, JsonWire, wire_of
 from service.runtime.arrays import allocate
 from service.runtime.load import load_runtime
 from service.runtime.protocol import STATE_INPUTS, STATE_OUTPUTS
+from tamiyo_client.noise import gumbel_noise, row_seed
 from tests.random_inputs import random_policy
 from tests.running_server import ROOT, RunningServer, clean_environment, running_server
 

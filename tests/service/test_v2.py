@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tamiyo_client.noise import gumbel_noise
 
 from export.exporter import export_policy
 from export.loaders.protocol import LoadedStep
@@ -20,6 +19,7 @@ from service.bench.replay import replay
 from service.bench.wire import JsonWire
 from service.runtime.load import load_runtime
 from service.settings import Settings
+from tamiyo_client.noise import gumbel_noise
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL
 from tests.random_inputs import random_policy
 from tests.service.conftest import MakeClient

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+
 from tamiyo_client.noise import gumbel_noise, philox4x32, row_seed
 
 WORDS = st.integers(min_value=0, max_value=2**64 - 1)

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tamiyo_client.noise import gumbel_noise
 
 from service.engine import noise_ahead
 from service.engine.noise_ahead import MOST_SEEDS, STEPS_AHEAD, NoiseAhead
+from tamiyo_client.noise import gumbel_noise
 
 NUM_COLUMNS = 7
 LARGEST = 2**64 - 1

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from tamiyo_client.noise import gumbel_noise, row_seed
 
 from model.spec import PolicySpec
 from service.engine.block import Block
@@ -21,6 +20,7 @@ from service.errors import (
     StepConflict,
     UnknownSession,
 )
+from tamiyo_client.noise import gumbel_noise, row_seed
 from tests.service.fakes import Bench, Stepped, single, vector
 
 CAPACITY = 8

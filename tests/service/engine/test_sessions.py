@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tamiyo_client.noise import row_seed
 
 from export.manifest import step_outputs
 from model.spec import PolicySpec
@@ -15,6 +14,7 @@ from service.engine.block import Block
 from service.engine.rows import RowTable
 from service.engine.sessions import Session, SessionTable, Turn, derived_seed, first_seeds
 from service.errors import Invalid, Overloaded, SessionLost, StepConflict, UnknownSession
+from tamiyo_client.noise import row_seed
 from tests.service.fakes import FakeClock, single, vector
 
 IDLE_S = 60.0

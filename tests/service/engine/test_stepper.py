@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tamiyo_client.noise import gumbel_noise, row_seed
 
 from model.spec import PolicySpec
 from service.engine.block import Block
@@ -22,6 +21,7 @@ from service.errors import (
     StepConflict,
     UnknownSession,
 )
+from tamiyo_client.noise import gumbel_noise, row_seed
 from tests.service.fakes import Arrays, Bench, Stepped, single, vector
 
 

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tamiyo_client.noise import gumbel_noise, row_seed
 
 from model.spec import PolicySpec
 from service.engine.block import Block
 from service.errors import Invalid, ServiceError, StepConflict
 from service.runtime.protocol import State
+from tamiyo_client.noise import gumbel_noise, row_seed
 from tests.service.fakes import POISON, Bench, Beside, Stepped
 
 MAX_ROWS = 6

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from tamiyo_client.noise import gumbel_noise
 
 from export.manifest import Manifest
 from model.spec import PolicySpec
 from service.errors import Invalid, Malformed
 from service.http.json_codec import JsonCodec
 from service.settings import Settings
+from tamiyo_client.noise import gumbel_noise
 from tests.service.fakes import AppClient, Served, SummingRuntime
 from tests.service.http.bodies import Json, body, error_of, raw, vector_body
 

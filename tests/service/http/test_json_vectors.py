@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tamiyo_client.noise import gumbel_noise, row_seed
 
 from model.spec import PolicySpec
+from tamiyo_client.noise import gumbel_noise, row_seed
 from tests.service.conftest import MakeClient
 from tests.service.fakes import POISON, AppClient
 from tests.service.http.bodies import Json, body, error_of, vector_body

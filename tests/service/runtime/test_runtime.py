@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tamiyo_client.noise import gumbel_noise
 
 from export.exporter import export_policy
 from export.loaders.load import FORMAT_OF
@@ -33,6 +32,7 @@ from service.errors import ServiceError
 from service.runtime.arrays import allocate, allocate_in_a_row
 from service.runtime.host import HostRuntime
 from service.runtime.load import load_runtime
+from tamiyo_client.noise import gumbel_noise
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL, NaivePolicy
 from tests.random_inputs import packed, random_masks, random_observations, weights_of
 from tests.running_server import ROOT, clean_environment

@@ -1,0 +1,90 @@
+"""A vector environment's loop, whatever form its masks and actions have."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from numpy.typing import NDArray
+
+from model.spec import PolicySpec
+from tamiyo_client import wrap
+from tests.client.environments import Counting
+from tests.running_server import RunningServer
+
+NUM_ENVS = 3
+ONLY = 1
+"""The choice of the op head that masks leave."""
+
+
+class Masked(Counting):
+    """Allows one op, and says so in `form`; environment 0 says nothing."""
+
+    def __init__(self, spec: PolicySpec, index: int, form: str) -> None:
+        super().__init__(spec, index, 9)
+        self._form = form
+        if form == "dict action":
+            self.action_space = gymnasium.spaces.Dict(  # type: ignore[assignment]
+                {head.name: gymnasium.spaces.Discrete(head.size) for head in spec.heads}
+            )
+        if form == "method":
+            self.action_masks = lambda: self._by_head(np.bool_)
+
+    def _by_head(self, dtype: Any) -> dict[str, NDArray[Any]]:
+        masks = {head.name: np.ones(head.size, dtype) for head in self._spec.heads}
+        masks[self._spec.op_head][:] = 0
+        masks[self._spec.op_head][ONLY] = 1
+        return masks
+
+    def _info(self) -> dict[str, Any]:
+        by_head = self._by_head(np.int8)
+        if self._index == 0 or self._form == "method":
+            return {}
+        masks: dict[str, Any] = {
+            "dict": by_head,
+            "dict action": by_head,
+            "tuple": tuple(by_head.values()),
+            "side by side": np.concatenate(list(by_head.values())),
+        }
+        return {"action_mask": masks[self._form]}
+
+    def step(self, action: Any) -> Any:
+        if isinstance(action, Mapping):
+            action = np.array([action[head] for head in self._spec.head_names])
+        return super().step(action)
+
+
+@pytest.mark.parametrize("form", ["dict", "dict action", "side by side", "method"])
+def test_masks_reach_the_policy(server: RunningServer, spec: PolicySpec, form: str) -> None:
+    envs = SyncVectorEnv([lambda at=at: Masked(spec, at, form) for at in range(NUM_ENVS)])
+    ops: list[list[int]] = []
+    with wrap(envs, server.address, seed=1) as policy:
+        observations, infos = policy.reset()
+        for _ in range(30):
+            act = policy.act(observations, infos)
+            observations, _, _, _, infos = policy.step(act)
+            ops.append(act.action[spec.op_head].tolist())
+    by_row = np.array(ops).T
+    first = 0 if form == "method" else 1
+    assert (by_row[first:] == ONLY).all()
+    assert first == 0 or len(set(by_row[0].tolist())) > 1  # it said nothing, and all is allowed
+    envs.close()
+
+
+def test_a_tuple_of_masks_for_each_row_reaches_the_policy(
+    server: RunningServer, spec: PolicySpec
+) -> None:
+    """As gymnasium collects what is no array: row by row, in an array of objects."""
+    envs = SyncVectorEnv(
+        [lambda at=at: Masked(spec, at, "tuple") for at in range(1, NUM_ENVS)],
+        autoreset_mode=AutoresetMode.SAME_STEP,
+    )
+    with wrap(envs, server.address, seed=1) as policy:
+        observations, infos = policy.reset()
+        for _ in range(8):
+            act = policy.act(observations, infos)
+            assert (act.action[spec.op_head] == ONLY).all()
+            observations, _, _, _, infos = policy.step(act)
+    envs.close()
