@@ -85,7 +85,7 @@ def gumbel_noise(
 
 
 def row_seed(
-    seed: int | NDArray[np.uint64], rows: NDArray[Any], episodes: NDArray[Any]
+    seed: int | NDArray[np.uint64], rows: int | NDArray[Any], episodes: int | NDArray[Any]
 ) -> NDArray[np.uint64]:
     """The 64-bit seed that each row's episode of a vector session with `seed` draws with.
 
@@ -94,10 +94,10 @@ def row_seed(
     the four is the new seed's low one, word 1 its high one.
     """
     arrays = (np.asarray(array, dtype=np.uint64) for array in (seed, rows, episodes))
-    seeds, rows, episodes = np.broadcast_arrays(*arrays)
-    counter = np.empty((4, rows.size), dtype=np.uint32)
-    counter[0] = rows.ravel()
-    counter[1], counter[2] = _low_and_high(episodes.ravel())
+    seeds, of_rows, of_episodes = np.broadcast_arrays(*arrays)
+    counter = np.empty((4, of_rows.size), dtype=np.uint32)
+    counter[0] = of_rows.ravel()
+    counter[1], counter[2] = _low_and_high(of_episodes.ravel())
     counter[3] = ROW_SEED
     low, high, _, _ = philox4x32(counter, np.stack(_low_and_high(seeds.ravel())))
     drawn: NDArray[np.uint64] = low | high.astype(np.uint64) << 32

@@ -1,5 +1,6 @@
 """Gymnasium environments whose episodes end at known, different steps."""
 
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -30,7 +31,7 @@ class Counting(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         self.observation_space = gymnasium.spaces.Box(
             -np.inf, np.inf, (spec.observation_dim,), np.float32
         )
-        self.action_space = gymnasium.spaces.MultiDiscrete(spec.head_sizes)
+        self.action_space = gymnasium.spaces.MultiDiscrete(list(spec.head_sizes))
         self._spec = spec
         self._index = index
         self._length = length
@@ -61,8 +62,5 @@ class Counting(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
 
 def counting(spec: PolicySpec, mode: AutoresetMode) -> SyncVectorEnv:
     """One environment of each of `LENGTHS`."""
-    makers = [
-        lambda index=index, length=length: Counting(spec, index, length)
-        for index, length in enumerate(LENGTHS)
-    ]
+    makers = [partial(Counting, spec, index, length) for index, length in enumerate(LENGTHS)]
     return SyncVectorEnv(makers, autoreset_mode=mode)

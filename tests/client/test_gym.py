@@ -1,6 +1,7 @@
 """A vector environment's loop, whatever form its masks and actions have."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -58,7 +59,7 @@ class Masked(Counting):
 
 @pytest.mark.parametrize("form", ["dict", "dict action", "side by side", "method"])
 def test_masks_reach_the_policy(server: RunningServer, spec: PolicySpec, form: str) -> None:
-    envs = SyncVectorEnv([lambda at=at: Masked(spec, at, form) for at in range(NUM_ENVS)])
+    envs = SyncVectorEnv([partial(Masked, spec, at, form) for at in range(NUM_ENVS)])
     ops: list[list[int]] = []
     with wrap(envs, server.address, seed=1) as policy:
         observations, infos = policy.reset()
@@ -78,7 +79,7 @@ def test_a_tuple_of_masks_for_each_row_reaches_the_policy(
 ) -> None:
     """As gymnasium collects what is no array: row by row, in an array of objects."""
     envs = SyncVectorEnv(
-        [lambda at=at: Masked(spec, at, "tuple") for at in range(1, NUM_ENVS)],
+        [partial(Masked, spec, at, "tuple") for at in range(1, NUM_ENVS)],
         autoreset_mode=AutoresetMode.SAME_STEP,
     )
     with wrap(envs, server.address, seed=1) as policy:
