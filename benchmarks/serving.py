@@ -21,13 +21,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import aiohttp
+import httpcore
 import numpy as np
 import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
 from export.manifest import Manifest
-from service.bench.load import Load, LoadGenerator, Session, new_sessions
+from service.bench.load import Load, LoadGenerator, Session, end_sessions, new_sessions
 from service.bench.pool import Pool
 from service.bench.replay import replay
 from service.bench.wire import wire_of
@@ -62,9 +62,9 @@ class Server:
         return LoadGenerator(self.url, wire, num_connections=num_envs, patience_s=patience_s)
 
     async def metrics(self) -> dict[str, float]:
-        async with aiohttp.ClientSession() as http, http.get(f"{self.url}/metrics") as response:
-            text = await response.text()
-        families = text_string_to_metric_families(text)
+        async with httpcore.AsyncConnectionPool() as http:
+            response = await http.request("GET", f"{self.url}/metrics")
+        families = text_string_to_metric_families(response.content.decode())
         return {
             " ".join([sample.name, *sample.labels.values()]): sample.value
             for family in families
@@ -73,11 +73,6 @@ class Server:
 
     async def resident_mib(self) -> float:
         return (await self.metrics())["process_resident_memory_bytes"] / 2**20
-
-    async def end(self, sessions: list[Session]) -> None:
-        async with aiohttp.ClientSession(self.url) as http:
-            for session in sessions:
-                (await http.delete(f"/sessions/{session.session_id}")).release()
 
 
 @asynccontextmanager
@@ -106,7 +101,7 @@ async def growth(artifact: Path) -> dict[str, Any]:
             load = await clients.closed(sessions, 4.0)
             by_clients.append({"clients": num_clients, **_figures(load)})
             _note(by_clients[-1])
-            await server.end(sessions)
+            await end_sessions(server.url, sessions)
     async with serving(artifact, "--max-sessions", str(max(LIVE_SESSIONS))) as server:
         empty_mib = await server.resident_mib()
         clients = server.clients(ENVS)
@@ -185,7 +180,7 @@ async def soak(artifact: Path, seconds: float) -> dict[str, Any]:
             errors += load.errors + vector_load.errors
             latencies_ms += load.latencies_ms
             vector_latencies_ms += vector_load.latencies_ms
-            await server.end(sessions[::2] + of_vectors[::2])
+            await end_sessions(server.url, sessions[::2] + of_vectors[::2])
             samples.append(await server.metrics())
             _note({"round": round_, "resident_mib": _mib(samples[-1]), **_figures(load)})
         await asyncio.sleep(31.0)

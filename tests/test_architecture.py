@@ -30,9 +30,9 @@ NEEDS_TORCH = {
 }
 
 
-CLIENTS = "service/demo/"
+CLIENTS = ("service/bench/", "service/demo/")
 FOR_CLIENTS = {"model.action_masks", "model.lifecycle", "model.observations", "tamiyo_client"}
-"""Torch-free, for environments; the demo is one, and the service knows nothing of them."""
+"""Torch-free, for environments and loads; the service itself knows nothing of them."""
 
 
 ROOMS = {

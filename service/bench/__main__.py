@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import numpy as np
 import uvloop
 from rich.console import Console
@@ -22,11 +21,12 @@ from rich.table import Table
 from export.manifest import ArtifactError, Manifest
 from model.spec import PolicySpec
 from service.bench.batch_sizes import batch_sizes, ranges
-from service.bench.load import Load, LoadGenerator, new_sessions
+from service.bench.load import Load, LoadGenerator, end_sessions, new_sessions
 from service.bench.pool import Pool
 from service.bench.replay import Differences, replay
 from service.bench.wire import Wire, wire_of
 from service.runtime.load import load_runtime
+from tamiyo_client import AsyncPolicyClient, PolicyError
 
 BAR_WIDTH = 40
 PERCENTILES = (50, 90, 99, 99.9)
@@ -45,7 +45,7 @@ def main() -> int:
         differences = None
         if options.artifact is not None:
             differences = _replay(options.artifact, load, served, options)
-    except aiohttp.ClientError as error:
+    except (PolicyError, OSError) as error:
         sys.stderr.write(f"bench: {options.url} does not answer ({error}); is `make serve` up?\n")
         return 2
     except ArtifactError as error:
@@ -125,27 +125,25 @@ async def _drive(
         transient=True,
         disable=not sys.stderr.isatty(),
     )
-    async with aiohttp.ClientSession(options.url) as http:
-        async with http.get("/policy", raise_for_status=True) as response:
-            served = await response.json()
-        spec = PolicySpec.model_validate(served["spec"])
-        number = -(-options.envs // (_rows(options) or 1))
-        generator = LoadGenerator(options.url, _wire(options, spec), num_connections=number)
-        sessions = new_sessions(max(number, options.sessions or 0), options.seed, _rows(options))
-        before = await batch_sizes(http)
-        with progress:
-            task = progress.add_task("", total=None)
+    async with AsyncPolicyClient(options.url, retries=0) as client:
+        served = await client.policy()
+    spec = PolicySpec.model_validate(served["spec"])
+    number = -(-options.envs // (_rows(options) or 1))
+    generator = LoadGenerator(options.url, _wire(options, spec), num_connections=number)
+    sessions = new_sessions(max(number, options.sessions or 0), options.seed, _rows(options))
+    before = await batch_sizes(options.url)
+    with progress:
+        task = progress.add_task("", total=None)
 
-            def on_answer() -> None:
-                progress.advance(task)
+        def on_answer() -> None:
+            progress.advance(task)
 
-            if options.rate is None:
-                load = await generator.closed(sessions, options.seconds, on_answer)
-            else:
-                load = await generator.open(sessions, options.seconds, options.rate, on_answer)
-        after = await batch_sizes(http)
-        for session in load.sessions:
-            (await http.delete(f"/sessions/{session.session_id}")).release()
+        if options.rate is None:
+            load = await generator.closed(sessions, options.seconds, on_answer)
+        else:
+            load = await generator.open(sessions, options.seconds, options.rate, on_answer)
+    after = await batch_sizes(options.url)
+    await end_sessions(options.url, load.sessions)
     return load, {bound: after[bound] - before.get(bound, 0.0) for bound in after}, served
 
 

@@ -1,15 +1,20 @@
 """What a running server's `/metrics` says of the batches it has made, for its clients."""
 
+import asyncio
 from collections.abc import Mapping
+from urllib.request import urlopen
 
-import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
+TIMEOUT_S = 30.0
 
-async def batch_sizes(http: aiohttp.ClientSession) -> dict[str, float]:
-    """How many batches there were so far, as `{upper bound of the size: batches}`."""
-    async with http.get("/metrics", raise_for_status=True) as response:
-        text = await response.text()
+
+async def batch_sizes(url: str) -> dict[str, float]:
+    """How many batches there were so far, as `{upper bound of the size: batches}`.
+
+    Raises OSError where the server does not answer.
+    """
+    text = await asyncio.to_thread(_metrics, url)
     cumulative = {
         sample.labels["le"]: sample.value
         for family in text_string_to_metric_families(text)
@@ -20,6 +25,12 @@ async def batch_sizes(http: aiohttp.ClientSession) -> dict[str, float]:
     for bound, count in cumulative.items():
         sizes[bound], seen = count - seen, count
     return sizes
+
+
+def _metrics(url: str) -> str:
+    with urlopen(f"{url}/metrics", timeout=TIMEOUT_S) as response:
+        text: str = response.read().decode()
+        return text
 
 
 def ranges(sizes: Mapping[str, float]) -> dict[str, float]:

@@ -8,10 +8,11 @@ the step was due: a server that falls behind cannot hide it.
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import cycle
 
+import httpcore
 import numpy as np
 from numpy.typing import NDArray
 from pydantic_core import from_json
@@ -52,6 +53,16 @@ def new_sessions(number: int, seed: int, num_rows: int | None = None) -> list[Se
     """Sessions that no server has seen yet, with seeds from `seed` on."""
     run = f"bench-{time.time_ns():x}"
     return [Session(f"{run}-{index}", seed + index, num_rows) for index in range(number)]
+
+
+async def end_sessions(url: str, sessions: Iterable[Session]) -> None:
+    """Has the server forget them. Raises OSError where it does not answer any more."""
+    async with httpcore.AsyncConnectionPool(max_connections=1) as http:
+        for session in sessions:
+            try:
+                await http.request("DELETE", f"{url}/sessions/{session.session_id}")
+            except (httpcore.NetworkError, httpcore.ProtocolError) as error:
+                raise OSError(str(error)) from error
 
 
 def nothing() -> None:

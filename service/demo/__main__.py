@@ -9,7 +9,6 @@ import asyncio
 import json
 import sys
 
-import aiohttp
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from service.bench.batch_sizes import ranges
 from service.demo.client import Tally, run_environments
+from tamiyo_client import PolicyError
 
 BAR_WIDTH = 30
 
@@ -45,7 +45,7 @@ def main() -> int:
                     on_step=lambda number: progress.advance(task, number),
                 )
             )
-    except aiohttp.ClientError as error:
+    except (PolicyError, OSError) as error:
         sys.stderr.write(f"demo: {options.url} does not answer ({error}); is `make serve` up?\n")
         return 2
     except ValueError as error:

@@ -4,18 +4,19 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import aiohttp
 import numpy as np
 
 from model.lifecycle import OP_NAMES
 from model.spec import PolicySpec
 from service.bench.batch_sizes import batch_sizes
 from service.demo.environment import GrowingNetwork, game_of
+from tamiyo_client import AsyncVectorPolicyClient, PolicyError, VectorAct
 
-ATTEMPTS = 3
+RETRIES = 3
 
 
 @dataclass
@@ -31,100 +32,71 @@ class Tally:
     elapsed_s: float = 0.0
 
 
-class VectorClient:
-    """Steps environments that move together, each through one episode after another, over HTTP.
+class Player:
+    """Environments that move together, each through one episode after another.
 
-    Their session is called `name`; a step that is refused ends all their episodes, and begins
-    another run.
+    A step that is refused ends all their episodes, and begins another run.
     """
 
-    def __init__(
-        self, http: aiohttp.ClientSession, spec: PolicySpec, name: str, num_rows: int, seed: int
-    ) -> None:
-        self._http = http
+    def __init__(self, client: AsyncVectorPolicyClient, spec: PolicySpec, seed: int) -> None:
+        self._client = client
         self._spec = spec
-        self._name = name
-        self._seed = seed
-        self._randoms = [np.random.default_rng(seed + row) for row in range(num_rows)]
-        self._networks = [self._new(row) for row in range(num_rows)]
-        self._starts = [True] * num_rows
+        self._randoms = [np.random.default_rng(seed + row) for row in range(client.num_envs)]
+        self._networks = [self._new(row) for row in range(client.num_envs)]
 
-    async def run(self, steps: int, tally: Tally, on_step: Callable[[int], None]) -> None:
+    async def play(self, steps: int, tally: Tally, on_step: Callable[[int], None]) -> None:
         """Takes `steps` steps with every environment."""
-        run, step = 0, 0
-        for _ in range(steps):
-            rows = await self._act(run, step, tally)
+        for step in range(steps):
+            sent_s = time.perf_counter()
+            try:
+                act = await self._client.act(**_stacked([n.request() for n in self._networks]))
+            except PolicyError as error:
+                tally.errors[f"{error.status or 0} {error.error_type}"] += 1
+                self._client.restart()
+                over = [True] * len(self._networks)
+            else:
+                rows = _rows(act)
+                over = [self._apply(row, rows[row], step, tally) for row in range(len(rows))]
+            tally.latencies_ms.append((time.perf_counter() - sent_s) * 1000)
             on_step(len(self._networks))
-            if rows is None:
-                run, step = run + 1, 0
-                for row in range(len(self._networks)):
-                    self._end(row, tally)
-                continue
-            self._starts = [False] * len(rows)
-            for row, action in enumerate(rows):
-                self._apply(row, action, step, tally)
-            step += 1
+            self._client.reset(over)
+            for row in np.flatnonzero(over).tolist():
+                self._end(row, tally)
 
-    def _apply(self, row: int, action: dict[str, int], step: int, tally: Tally) -> None:
+    def _apply(self, row: int, action: dict[str, int], step: int, tally: Tally) -> bool:
+        """Whether the episode is over: also where it cannot go on without a legal step."""
         network = self._networks[row]
         illegal = network.illegal(action)
         for head in illegal:
-            tally.broken_masks.append(f"{self._name}[{row}], step {step}: {head} {action[head]}")
+            name = f"{self._client.session_id}[{row}], step {step}"
+            tally.broken_masks.append(f"{name}: {head} {action[head]}")
         if not illegal:
             tally.ops[OP_NAMES[action["op"]]] += 1
             network.apply(action)
-        if illegal or network.is_over:  # it cannot go on without a legal step either
-            self._end(row, tally)
+        return bool(illegal) or network.is_over
 
     def _end(self, row: int, tally: Tally) -> None:
         history = self._networks[row].history
         tally.episodes += 1
         tally.accuracy_gain += history[-1] - history[0]
         self._networks[row] = self._new(row)
-        self._starts[row] = True
 
     def _new(self, row: int) -> GrowingNetwork:
         return GrowingNetwork(self._spec, self._randoms[row])
 
-    async def _act(self, run: int, step: int, tally: Tally) -> list[dict[str, int]] | None:
-        """What each environment is to do; None where the step was refused."""
-        body = {
-            "session_id": self._name,
-            "run": str(run),
-            "step": step,
-            "episode_start": self._starts,
-            "seed": self._seed * 10_000 + run,
-            **_stacked([network.request() for network in self._networks]),
-        }
-        sent_s = time.perf_counter()
-        status, answer = await self._post(body)
-        tally.latencies_ms.append((time.perf_counter() - sent_s) * 1000)
-        if status != 200:
-            tally.errors[f"{status} {answer['error_type']}"] += 1
-            return None
-        by_head: dict[str, list[int]] = answer["action"]
-        choices = zip(*by_head.values(), strict=True)
-        return [dict(zip(by_head, row, strict=True)) for row in choices]
 
-    async def _post(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """One step, sent again after a broken connection: its number makes that safe."""
-        failure = ""
-        for _ in range(ATTEMPTS):
-            try:
-                async with self._http.post("/act", json=body) as response:
-                    return response.status, await response.json()
-            except (aiohttp.ClientError, TimeoutError) as error:
-                failure = type(error).__name__
-        return 0, {"error_type": failure}
+def _rows(act: VectorAct) -> list[dict[str, int]]:
+    return [dict(zip(act.heads, row, strict=True)) for row in act.multi_discrete.tolist()]
 
 
-def _stacked(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One request of what each environment would ask by itself."""
+def _stacked(requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What each environment would ask by itself, as the client is asked."""
+    masks = [request["action_mask"] for request in requests]
+    inputs = {name for name in requests[0] if name not in ("observation", "action_mask")}
     return {
-        name: _stacked([row[name] for row in rows])
-        if isinstance(of_first, dict)
-        else [row[name] for row in rows]
-        for name, of_first in rows[0].items()
+        "observations": [request["observation"] for request in requests],
+        "action_masks": {head: [mask[head] for mask in masks] for head in masks[0]},
+        "inputs": {name: [request[name] for request in requests] for name in inputs},
     }
 
 
@@ -142,29 +114,35 @@ async def run_environments(
     Returns what they saw, and the batch sizes the server counted meanwhile, as `{upper bound:
     batches}`. `on_step` is told how many have taken one more step.
 
-    Raises aiohttp.ClientError where the server cannot be reached, ValueError where its policy is
-    not one this demo has observations for.
+    Raises PolicyError or OSError where the server cannot be reached, ValueError where its policy
+    is not one this demo has observations for.
     """
     firsts = range(0, num_envs, num_rows)
-    connections = aiohttp.TCPConnector(limit=len(firsts))
-    async with aiohttp.ClientSession(url, connector=connections, raise_for_status=False) as http:
-        async with http.get("/policy", raise_for_status=True) as response:
-            described = await response.json()
-        spec = PolicySpec.model_validate(described["spec"])
-        game_of(spec)
-        before = await batch_sizes(http)
-        tally = Tally()
-        run = f"demo-{time.time_ns():x}"
+    run = f"demo-{time.time_ns():x}"
+    async with AsyncExitStack() as stack:
         clients = [
-            VectorClient(
-                http, spec, f"{run}-{first}", min(num_rows, num_envs - first), seed + first
+            await stack.enter_async_context(
+                AsyncVectorPolicyClient(
+                    url,
+                    min(num_rows, num_envs - first),
+                    seed=seed + first,
+                    session_id=f"{run}-{first}",
+                    retries=RETRIES,
+                )
             )
             for first in firsts
         ]
+        described = await clients[0].policy()
+        spec = PolicySpec.model_validate(described["spec"])
+        game_of(spec)
+        before = await batch_sizes(url)
+        tally = Tally()
+        players = [
+            Player(client, spec, seed + first)
+            for first, client in zip(firsts, clients, strict=True)
+        ]
         started_s = time.perf_counter()
-        await asyncio.gather(*(client.run(steps, tally, on_step) for client in clients))
+        await asyncio.gather(*(player.play(steps, tally, on_step) for player in players))
         tally.elapsed_s = time.perf_counter() - started_s
-        after = await batch_sizes(http)
-        for first in firsts:
-            (await http.delete(f"/sessions/{run}-{first}")).release()
+        after = await batch_sizes(url)
     return tally, {bound: after[bound] - before.get(bound, 0.0) for bound in after}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import httpx
 import numpy as np
@@ -21,7 +22,7 @@ evaluation = pytest.importorskip(
 )
 
 
-def makers(spec: PolicySpec) -> list[Callable[[], Counting]]:
+def makers(spec: PolicySpec) -> list[Callable[[], Any]]:
     return [partial(Counting, spec, index, length) for index, length in enumerate(LENGTHS)]
 
 

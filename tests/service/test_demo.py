@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from aiohttp import web
+from safetensors.numpy import load, save
 
 from export.exporter import export_policy
 from model.lifecycle import (
@@ -185,9 +186,13 @@ async def demo_against(status: int, op: int) -> tuple[int, dict[str, object]]:
     async def act(request: web.Request) -> web.Response:
         if status != 200:
             return web.json_response({"error": "no", "error_type": "internal"}, status=status)
-        num_rows = len((await request.json())["observation"])
-        action = {head.name: [2] * num_rows for head in V1.heads} | {"op": [op] * num_rows}
-        return web.json_response({"action": action})
+        num_rows = len(load(await request.read())["observation"])
+        action = np.full((num_rows, len(V1.heads)), 2)
+        action[:, V1.op_index] = op
+        nothing = np.zeros(action.shape, np.float32)
+        tensors = {"action": action, "log_prob": nothing, "value": nothing[:, 0].copy()}
+        metadata = {"step": "0", "policy_version": "none", "heads": ",".join(V1.head_names)}
+        return web.Response(body=save(tensors, metadata))
 
     async def nothing(request: web.Request) -> web.Response:
         return web.Response(text="")
