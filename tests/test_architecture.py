@@ -128,7 +128,7 @@ def test_the_service_imports_no_torch_until_a_torch_runtime_is_loaded() -> None:
 
 def test_the_client_imports_nothing_that_is_slow_or_large() -> None:
     heavy = {"torch", "gymnasium", "stable_baselines3", "fastapi", "httpcore", "onnxruntime"}
-    code = f"import sys, tamiyo_client; sys.exit(str({heavy!r} & set(sys.modules) or 0))"
+    code = f"import sys, tamiyo_client; sys.exit(', '.join({heavy!r} & set(sys.modules)) or 0)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
