@@ -3,7 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+SERVING := $(VENV)/.serving
+EXTRAS ?= dev
+TESTING := $(VENV)/.testing-$(EXTRAS)
 PRESET ?= tamiyo-v1
 ARTIFACT := artifacts/$(PRESET)
 HOST ?= 127.0.0.1
@@ -17,7 +19,7 @@ DOCKER ?= docker
 help:
 	@echo "make serve    install, export a default policy if there is none, serve it on $(HOST):$(PORT);"
 	@echo "              PRESET=tamiyo-v2: esper-lite's policy of today instead of V1"
-	@echo "make test     install, run every check and test"
+	@echo "make test     install, run every check and test; EXTRAS=dev,heavy: with other programs too"
 	@echo "make check    formatting, lint and types only"
 	@echo "make image    build the image for GPU hosts with docker; TARGET=cpu: the small one without torch"
 	@echo "make test-image   run the tests of tests/image against the image TARGET=cpu with docker"
@@ -25,21 +27,26 @@ help:
 	@echo "make lock     re-pin constraints.txt from pyproject.toml, in a fresh environment"
 	@echo "make clean    remove the environment, the default artifacts and all caches"
 
-$(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
+# What serving and exporting take, and nothing else: a newcomer's first minute.
+$(SERVING): pyproject.toml client/pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tamiyo-serve needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable client --editable '.[torch,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable client --editable '.[torch]'
 	@touch $@
 
-install: $(INSTALLED)
+$(TESTING): $(SERVING)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[torch,$(EXTRAS)]'
+	@touch $@
 
-$(ARTIFACT)/manifest.json: | $(INSTALLED)
+install: $(SERVING)
+
+$(ARTIFACT)/manifest.json: | $(SERVING)
 	$(BIN)/python -m export --preset $(PRESET) --seed 0 --formats onnx --output $(ARTIFACT)
 
-serve: $(INSTALLED) $(ARTIFACT)/manifest.json
+serve: $(SERVING) $(ARTIFACT)/manifest.json
 	$(BIN)/python -m service --artifact $(ARTIFACT) --host $(HOST) --port $(PORT)
 
-check: $(INSTALLED)
+check: $(TESTING)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -55,10 +62,10 @@ image:
 	  --build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null)" \
 	  --build-arg SOURCE="$$(git config --get remote.origin.url 2>/dev/null | sed 's#//[^/@]*@#//#')" .
 
-test-image: $(INSTALLED)
+test-image: $(TESTING)
 	IMAGE=tamiyo-serve:cpu ENGINE=$(DOCKER) $(BIN)/python -m pytest -m image tests/image
 
-format: $(INSTALLED)
+format: $(TESTING)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -66,7 +73,7 @@ format: $(INSTALLED)
 # own pip configuration's choice, and every build pins the CUDA libraries it needs itself.
 lock:
 	rm -rf .lock && $(PYTHON) -m venv .lock
-	.lock/bin/pip install --quiet 'torch==2.13.0' && .lock/bin/pip install --quiet --editable client --editable '.[torch,dev]'
+	.lock/bin/pip install --quiet 'torch==2.13.0' && .lock/bin/pip install --quiet --editable client --editable '.[torch,dev,heavy]'
 	{ echo "# Every package of the environment, pinned. Made by 'make lock'."; \
 	  .lock/bin/pip freeze --all --exclude-editable --exclude pip | sed 's/+[a-z0-9.]*$$//'; } > constraints.txt
 	rm -rf .lock
