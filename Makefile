@@ -50,8 +50,9 @@ check: $(TESTING)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples
 	$(BIN)/hadolint --failure-threshold warning Dockerfile
-	$(BIN)/shellcheck .ci/run .ci/image deploy/verify.sh
+	$(BIN)/shellcheck .ci/run .ci/image deploy/verify.sh examples/curl.sh
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml compose.gpu.yaml
 
 test: check
