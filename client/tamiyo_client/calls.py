@@ -108,14 +108,14 @@ class VectorCalls:
 
     def predict(
         self,
-        observation: npt.ArrayLike,
+        observation: npt.ArrayLike | Mapping[str, npt.ArrayLike],
         state: SessionHandle | None,
         episode_start: npt.ArrayLike | None,
         deterministic: bool,
         action_masks: ActionMasks | None,
     ) -> Call[tuple[npt.NDArray[np.int64], SessionHandle]]:
         """A step as Stable-Baselines3's policies have it; `state` None begins anew."""
-        observations = np.asarray(observation)
+        observations = wire.one_array(observation)
         is_lone = self.num_envs == 1 and observations.ndim == 1
         if is_lone:
             observations = observations[None]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tamiyo_client.calls import SessionHandle, VectorCalls
+from tamiyo_client.calls import VectorCalls
 from tamiyo_client.errors import PolicyError
 from tamiyo_client.exchange import Patience
 from tamiyo_client.wire import ActionMasks, State, VectorAct
@@ -161,15 +161,16 @@ class VectorPolicyClient(_Vector):
 
     def predict(
         self,
-        observation: npt.ArrayLike,
-        state: SessionHandle | None = None,
+        observation: npt.ArrayLike | Mapping[str, npt.ArrayLike],
+        state: Any = None,
         episode_start: npt.ArrayLike | None = None,
         deterministic: bool = False,
         action_masks: ActionMasks | None = None,
-    ) -> tuple[npt.NDArray[np.int64], SessionHandle]:
+    ) -> tuple[npt.NDArray[np.int64], Any]:
         """A step as Stable-Baselines3's `predict` has it, for `evaluate_policy` and the like.
 
         `state` is an opaque handle: None begins anew, and else it has to be the last answer's.
+        Raises TypeError for a dict of observations, which no policy served here reads.
         """
         return self._transport.run(
             self._calls.predict(observation, state, episode_start, deterministic, action_masks)

@@ -96,11 +96,16 @@ class Act:
         )
 
 
-def packed_observations(observations: npt.ArrayLike, num_rows: int) -> Array:
-    """`[num_rows, D]` float32, or float64 as it is. Raises ValueError for another length."""
+def one_array(observations: npt.ArrayLike | Mapping[str, npt.ArrayLike]) -> Array:
+    """The observations as they are. Raises TypeError for a dict of them."""
     if isinstance(observations, Mapping):
         raise TypeError("the policy reads one array of observations, and this is a dict of them")
-    array = np.asarray(observations)
+    return np.asarray(observations)
+
+
+def packed_observations(observations: npt.ArrayLike, num_rows: int) -> Array:
+    """`[num_rows, D]` float32, or float64 as it is. Raises ValueError for another length."""
+    array = one_array(observations)
     if array.dtype != np.float64:
         array = array.astype(np.float32, copy=False)
     if array.ndim < 2 or len(array) != num_rows:
