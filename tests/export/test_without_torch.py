@@ -1,4 +1,4 @@
-"""`pip install .` without extras, for real: what needs no torch works, the rest names the extra."""
+"""`pip install ./client .`, no extras, for real: what needs no torch works, the rest says so."""
 
 import os
 import shutil
@@ -13,9 +13,10 @@ from export.manifest import Manifest
 from model.policy import FactoredRecurrentActorCritic
 
 ROOT = Path(__file__).resolve().parents[2]
-PROJECT = ("pyproject.toml", "README.md", "LICENSE", "model", "export", "service")
+PROJECT = ("pyproject.toml", "README.md", "LICENSE", "client", "model", "export", "service")
 INSTALL_TIMEOUT_S = 280
 TIMEOUT_S = 60
+IGNORED = shutil.ignore_patterns("__pycache__", "build", "*.egg-info")
 
 pytestmark = pytest.mark.timeout(INSTALL_TIMEOUT_S + TIMEOUT_S)
 
@@ -25,7 +26,7 @@ def copied_project(directory: Path) -> Path:
     for name in PROJECT:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, directory / name, ignore=IGNORED)
         else:
             shutil.copy(source, directory / name)
     return directory
@@ -40,10 +41,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     python = directory / "venv" / "bin" / "python"
     (directory / "project").mkdir()
+    project = copied_project(directory / "project")
     done = subprocess.run(
         [
             *(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
-            *("--constraint", ROOT / "constraints.txt", copied_project(directory / "project")),
+            *("--constraint", ROOT / "constraints.txt", project / "client", project),
         ],
         cwd=directory,
         env=environment(),
