@@ -6,7 +6,6 @@ drawn for while its environments step, or the model steps others. What a step's 
 decides when.
 """
 
-from collections import OrderedDict
 from typing import NamedTuple
 
 import numpy as np
@@ -18,26 +17,34 @@ from tamiyo_client.noise import gumbel_noise
 STEPS_AHEAD = 8
 FEW = 64
 """Environments. Of more, eight steps at once would hold up who waits."""
-MOST_SEEDS = 1024
+MOST_WINDOWS = 1024
+"""Of eight steps of an environment: 1.3 MB with Tamiyo's first policy."""
+STALE_ROWS = 4 * STEPS_AHEAD * MOST_WINDOWS
+"""Drawn since a window was made: by then its environment is through it, if it has not ended."""
 MOST_ROWS = 16_384
 """Whose next step's noise is kept: 2.5 MB of it with Tamiyo's first policy."""
 
 
+_Window = tuple[int, int]
+"""A seed, and a step by `STEPS_AHEAD`."""
+
+
 class _Kept(NamedTuple):
-    first_step: int
     noise: NDArray[np.float32]
+    drawn_before: int
 
 
 class NoiseAhead:
     """Gumbel noise of `num_columns` for `num_rows` rows of states.
 
-    Kept are windows of steps for the last `MOST_SEEDS` seeds that `take_each` drew with, and one
-    step for the last `MOST_ROWS` rows that `look_ahead` was told of.
+    Kept are `MOST_WINDOWS` of what `take_each` is to draw next, and one step for the last
+    `MOST_ROWS` rows that `look_ahead` was told of.
     """
 
     def __init__(self, num_columns: int, num_rows: int) -> None:
         self._num_columns = num_columns
-        self._kept: OrderedDict[int, _Kept] = OrderedDict()
+        self._kept: dict[_Window, _Kept] = {}  # the oldest first
+        self._num_drawn = 0
         self._slots = np.zeros(num_rows, dtype=np.int32)  # where each row's is, if it still is
         self._seeds, self._steps = np.zeros((2, MOST_ROWS), dtype=np.uint64)
         self._noise: NDArray[np.float32] | None = None
@@ -77,31 +84,59 @@ class NoiseAhead:
     def take_each(
         self, seeds: NDArray[np.uint64], steps: NDArray[np.uint64], out: NDArray[np.float32]
     ) -> None:
-        """The same for single environments, `FEW` at most."""
+        """The same for single environments, `FEW` at most; `out` is contiguous."""
+        windows: list[_Window] = []
         rows: list[NDArray[np.float32]] = []
         missing: list[int] = []
         for at, (seed, step) in enumerate(zip(seeds.tolist(), steps.tolist(), strict=True)):
-            kept = self._kept.get(seed)
-            if kept is not None and 0 <= step - kept.first_step < STEPS_AHEAD:
-                rows.append(kept.noise[step - kept.first_step])
+            window = (seed, step // STEPS_AHEAD)
+            windows.append(window)
+            kept = self._kept.get(window)
+            if kept is not None:
+                rows.append(kept.noise[step % STEPS_AHEAD])
             else:
                 rows.append(out[at])
                 missing.append(at)
-        if missing:
-            for at, steps_ahead in zip(
-                missing, self._make(seeds[missing], steps[missing]), strict=True
-            ):
-                rows[at] = steps_ahead[0]
+        self._num_drawn += len(rows)
         np.concatenate(rows, out=out.reshape(-1))
+        if missing:
+            self._make(missing, windows, seeds, steps, out)
 
-    def _make(self, seeds: NDArray[np.uint64], steps: NDArray[np.uint64]) -> NDArray[np.float32]:
-        """The noise of these steps and of those that follow, which are kept."""
-        following = np.add.outer(steps, np.arange(STEPS_AHEAD, dtype=np.uint64))
-        noise = gumbel_noise(seeds.repeat(STEPS_AHEAD), following.reshape(-1), self._num_columns)
-        by_seed = noise.reshape(len(seeds), STEPS_AHEAD, self._num_columns)
-        for seed, step, ahead in zip(seeds.tolist(), steps.tolist(), by_seed, strict=True):
-            self._kept[seed] = _Kept(step, ahead.copy())
-            self._kept.move_to_end(seed)
-            if len(self._kept) > MOST_SEEDS:
-                self._kept.popitem(last=False)
-        return by_seed
+    def _make(
+        self,
+        missing: list[int],
+        windows: list[_Window],
+        seeds: NDArray[np.uint64],
+        steps: NDArray[np.uint64],
+        out: NDArray[np.float32],
+    ) -> None:
+        """Writes the rows of which nothing is kept, and keeps what is worth it.
+
+        A first step may be the only one, as a stateless request's is. And where more environments
+        step than there is room for, some have theirs kept, instead of each the next one's.
+        """
+        lasting = [at for at in missing if steps[at] > 0]
+        for at in lasting:
+            seed, number = windows[at]
+            self._kept.pop((seed, number - 1), None)
+        self._forget_stale(len(lasting))
+        lasting = lasting[: MOST_WINDOWS - len(self._kept)]
+        if lasting:
+            first = steps[lasting] // STEPS_AHEAD * STEPS_AHEAD
+            following = np.add.outer(first, np.arange(STEPS_AHEAD, dtype=np.uint64)).reshape(-1)
+            noise = gumbel_noise(seeds[lasting].repeat(STEPS_AHEAD), following, self._num_columns)
+            for at, steps_ahead in zip(
+                lasting, noise.reshape(len(lasting), STEPS_AHEAD, -1), strict=True
+            ):
+                out[at] = steps_ahead[int(steps[at] % STEPS_AHEAD)]
+                self._kept[windows[at]] = _Kept(steps_ahead.copy(), self._num_drawn)
+        if passing := sorted({*missing} - {*lasting}):
+            out[passing] = gumbel_noise(seeds[passing], steps[passing], self._num_columns)
+
+    def _forget_stale(self, number: int) -> None:
+        """Makes room for so many windows, as far as there are some that nobody draws from."""
+        while number > MOST_WINDOWS - len(self._kept):
+            window, kept = next(iter(self._kept.items()))
+            if kept.drawn_before > self._num_drawn - STALE_ROWS:
+                return
+            del self._kept[window]

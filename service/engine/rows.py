@@ -18,6 +18,8 @@ from service.runtime.arrays import Arrays, allocate
 from service.runtime.protocol import STATE_OUTPUTS, Rows
 
 ONE = np.array(1, dtype=np.uint64)
+MOST_LONE = 1024
+"""Free rows that are kept for single environments: more of them than are in a batch or two."""
 
 
 class RowTable:
@@ -36,7 +38,7 @@ class RowTable:
         self.outputs: Arrays = allocate(kept, num_rows)
         self._free: Rows = np.arange(num_rows - 1, -1, -1, dtype=np.intp)
         self._num_free = num_rows
-        self._lone: list[Rows] = []  # free too, in arrays of one: to make one takes NumPy longer
+        self._lone: list[Rows] = []  # free too, as arrays of one: to make one takes NumPy longer
 
     def reserve(self, number: int) -> Rows:
         """Free rows, the last used first. Raises Overloaded where there are not so many."""
@@ -56,7 +58,7 @@ class RowTable:
 
     def give_back(self, rows: Rows) -> None:
         """Reserved rows are free again."""
-        if len(rows) == 1:
+        if len(rows) == 1 and len(self._lone) < MOST_LONE:
             self._lone.append(rows)
         else:
             self._put_back(rows)

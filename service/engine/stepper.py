@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from model.spec import PolicySpec
 from service.engine.block import Answer, Batch, Block
 from service.engine.noise_ahead import FEW, NoiseAhead
-from service.engine.rows import RowTable
+from service.engine.rows import ONE, RowTable
 from service.engine.sessions import Session, SessionTable, Turn, derived_seed, first_seeds
 from service.errors import Invalid, ServiceError
 from service.runtime.arrays import are_all
@@ -202,13 +202,16 @@ class Stepper:
     def look_ahead(self) -> None:
         """Makes the noise that the vectors collected last will draw with next."""
         for parts, rows, seeds, steps, _ in self._collected:
-            first = 0
-            for turn, start, stop in parts:
-                of = slice(first, first + stop - start)
-                block = turn.block
-                if stop - start > 1 and block.session_id is not None and not block.deterministic:
-                    self._noise_ahead.look_ahead(rows[of], seeds[of], steps[of] + np.uint64(1))
-                first = of.stop
+            num_rows = [stop - start for _, start, stop in parts]
+            goes_on = [
+                turn.block.is_vector
+                and turn.block.session_id is not None
+                and not turn.block.deterministic
+                for turn, _, _ in parts
+            ]
+            of = np.repeat(goes_on, num_rows)
+            if of.any():
+                self._noise_ahead.look_ahead(rows[of], seeds[of], steps[of] + ONE)
         self._collected.clear()
 
     def abandon(self, turn: Turn) -> None:
@@ -246,9 +249,7 @@ class Stepper:
         step, num_rows = block.step or 0, block.num_rows
         seeds = first_seeds(block, seed)
         carries = block.state is not None or step > 0
-        rows = self._rows.reserve(2 * num_rows if carries else num_rows)
-        write_rows = rows[:num_rows]
-        read_rows = rows[num_rows:] if carries else self._rows.zeros(num_rows)
+        write_rows, read_rows = self._rows.reserve(num_rows), self._rows.zeros(num_rows)
         self._rows.seed[write_rows] = seeds
         turn = Turn(
             block,
@@ -261,7 +262,8 @@ class Stepper:
         )
         if carries:
             try:
-                self._carry(read_rows, block.state, seeds, step)
+                turn.read_rows = self._rows.reserve(num_rows)
+                self._carry(turn.read_rows, block.state, seeds, step)
             except BaseException:
                 self._give_back(turn)
                 raise

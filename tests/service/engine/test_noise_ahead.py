@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from service.engine import noise_ahead
-from service.engine.noise_ahead import MOST_SEEDS, STEPS_AHEAD, NoiseAhead
+from service.engine.noise_ahead import MOST_WINDOWS, STEPS_AHEAD, NoiseAhead
 from tamiyo_client.noise import gumbel_noise
 
 NUM_COLUMNS = 7
@@ -96,13 +96,51 @@ def test_the_last_rows_that_were_told_of_are_kept(
 
 def test_single_environments_draw_for_eight_steps_at_once(made: list[int]) -> None:
     ahead = NoiseAhead(NUM_COLUMNS, NUM_ROWS)
-    for step in range(STEPS_AHEAD):
+    for step in range(1, 3 * STEPS_AHEAD):
         taken_each(ahead, range(20), [step] * 20)
-    assert sum(made) == STEPS_AHEAD * 20
+    assert sum(made) == 3 * STEPS_AHEAD * 20
 
 
-def test_what_is_kept_is_bounded() -> None:
+def test_a_first_step_is_drawn_alone(made: list[int]) -> None:
+    """As many have no second: stateless ones, each with a seed of its own."""
     ahead = NoiseAhead(NUM_COLUMNS, NUM_ROWS)
-    for first in range(0, MOST_SEEDS + 60, 20):
+    for first in range(0, 2000, 20):
         taken_each(ahead, range(first, first + 20), [0] * 20)
-    assert len(ahead._kept) == MOST_SEEDS
+    assert sum(made) == 2000
+    assert not ahead._kept
+
+
+def test_environments_of_one_seed_share_what_is_drawn(made: list[int]) -> None:
+    ahead = NoiseAhead(NUM_COLUMNS, NUM_ROWS)
+    for step in range(100):
+        taken_each(ahead, [7] * 3, [step + 1, step + 9, step + 17])
+    assert sum(made) < 3 * (100 + 2 * STEPS_AHEAD)
+
+
+@pytest.mark.parametrize("num_envs", [900, 1500, 4000])
+def test_of_more_environments_than_there_is_room_for_some_are_served(
+    num_envs: int, made: list[int]
+) -> None:
+    """And none is drawn for in vain: no more is made than would be without."""
+    ahead = NoiseAhead(NUM_COLUMNS, NUM_ROWS)
+    for step in range(1, 41):
+        if step == 17:
+            made.clear()
+        for first in range(0, num_envs, 50):
+            taken_each(ahead, range(first, first + 50), [step] * 50)
+    assert len(ahead._kept) <= MOST_WINDOWS
+    assert sum(made) <= num_envs * 24
+    assert len(made) < 24 * num_envs / 50 or num_envs > MOST_WINDOWS
+
+
+def test_what_is_kept_of_the_ended_gives_way(made: list[int]) -> None:
+    ahead = NoiseAhead(NUM_COLUMNS, NUM_ROWS)
+    for episode in range(60):
+        made.clear()
+        for step in range(1, 2 * STEPS_AHEAD):
+            for first in range(0, 100, 50):
+                taken_each(
+                    ahead, range(episode * 100 + first, episode * 100 + first + 50), [step] * 50
+                )
+        assert len(ahead._kept) <= MOST_WINDOWS
+    assert sum(made) < 100 * 2.5 * STEPS_AHEAD  # each episode's steps, and few twice

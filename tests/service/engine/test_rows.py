@@ -46,6 +46,27 @@ def test_the_rows_used_last_are_had_first(rows: RowTable) -> None:
     assert sorted(rows.reserve(4).tolist()) == [0, 1, 2, 3]
 
 
+def test_lone_rows_used_last_are_had_first(rows: RowTable) -> None:
+    used: set[int] = set()
+    for _ in range(3 * NUM_ROWS):
+        two = rows.reserve(1), rows.reserve(1)
+        used |= {int(row[0]) for row in two}
+        for row in two:
+            rows.give_back(row)
+    assert len(used) == 2
+
+
+def test_few_lone_rows_are_kept_apart_from_the_others(
+    rows: RowTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.engine.rows.MOST_LONE", 2)
+    for row in [rows.reserve(1) for _ in range(NUM_ROWS)]:
+        rows.give_back(row)
+    assert len(rows._lone) == 2  # to join many takes long
+    assert len(set(rows.reserve(NUM_ROWS - 2).tolist())) == NUM_ROWS - 2
+    assert len(rows.reserve(2)) == 2
+
+
 def test_a_reservation_outlives_what_others_reserve_and_give_back(rows: RowTable) -> None:
     mine = rows.reserve(3)
     numbers = mine.tolist()

@@ -252,6 +252,13 @@ def test_stateless_blocks_leave_no_row_behind(bench: Bench, spec: PolicySpec) ->
     bench.check_rows()
 
 
+def test_stateless_blocks_use_the_same_rows_again(bench: Bench, spec: PolicySpec) -> None:
+    state = bench.only(single(spec, 1.0)).state
+    for _ in range(20):
+        state = bench.only(single(spec, 1.0, state=state)).state
+    assert np.count_nonzero(bench.states.h.any(axis=(1, 2))) <= 2
+
+
 def test_stateless_blocks_may_share_a_batch(bench: Bench, spec: PolicySpec) -> None:
     assert bench.values(single(spec, 1), vector(spec, [2, 3]), single(spec, 4)) == [
         [1],
@@ -574,6 +581,18 @@ def test_noise_of_a_vector_s_next_step_is_made_when_it_was_answered(
     assert made == [20]  # nobody knows what a stateless one does next
 
 
+@pytest.mark.parametrize(("number", "num_ahead"), [(64, 64 * 8), (65, 65)])
+def test_noise_of_many_single_environments_is_not_made_ahead(
+    spec: PolicySpec, made: list[int], number: int, num_ahead: int
+) -> None:
+    """Eight steps of more would hold up who waits."""
+    bench = Bench(spec, capacity=100, buckets=(128,))
+    bench.take(*[single(spec, 1.0, f"{n}", starts=True) for n in range(number)])
+    made.clear()
+    bench.take(*[single(spec, 1.0, f"{n}") for n in range(number)])
+    assert sum(made) == num_ahead
+
+
 def test_noise_is_made_ahead_for_every_vector_of_the_batches_just_collected(
     spec: PolicySpec, made: list[int]
 ) -> None:
@@ -588,7 +607,7 @@ def test_noise_is_made_ahead_for_every_vector_of_the_batches_just_collected(
     assert made == []
     stepper.look_ahead()
     stepper.look_ahead()
-    assert [num for num in made if num > 1] == [20, 20, 20]
+    assert [num for num in made if num > 1] == [40, 20]
 
 
 def test_seconds_of_a_batch_behind_another_begin_where_that_one_ended(

@@ -317,6 +317,23 @@ def test_a_good_request_takes_the_short_way(client: AppClient, spec: PolicySpec)
 
 
 @pytest.mark.parametrize("direct", [True, False])
+def test_headers_of_every_answer_are_those_of_its_second(
+    client: AppClient, spec: PolicySpec, direct: bool
+) -> None:
+    async def play(server: Server) -> list[str]:
+        dates = []
+        async with server.connect() as connection:
+            for _ in range(3):
+                connection.send(post(body_of(spec)))
+                dates.append((await connection.answer()).headers["date"])
+                (served,) = server.connections
+                served.server.default_headers = [(b"date", b"day %d" % len(dates))]
+        return dates
+
+    assert scenario(client, play, direct=direct) == ["today", "day 1", "day 2"]
+
+
+@pytest.mark.parametrize("direct", [True, False])
 def test_pipelined_requests_are_answered_in_order(
     client: AppClient, spec: PolicySpec, direct: bool
 ) -> None:
