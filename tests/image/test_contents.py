@@ -55,7 +55,7 @@ def test_there_are_no_tests_and_nothing_else_of_the_source_tree(contents: Conten
     assert [path for path in contents.under("opt/tamiyo") if "test" in path] == []
     packages = {PurePosixPath(path).parts[2] for path in contents.under("opt/tamiyo")}
     metadata = {name for name in packages if name.endswith(".dist-info")}
-    assert packages - metadata == {"model", "export", "service"}
+    assert packages - metadata == {"tamiyo_client", "model", "export", "service"}
     assert contents.under("src") == set()
     # The base image's own pip may have constraints too.
     ours = {path for path in contents.paths if not path.startswith("etc/xdg/pip/")}
@@ -81,8 +81,14 @@ def test_what_is_installed_is_what_the_lock_file_pins_and_the_service_needs(
     }
     installed = distributions(contents)
     assert installed.items() <= pinned.items()
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needed = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
+    project, client = (
+        tomllib.loads((ROOT / path / "pyproject.toml").read_text())["project"]
+        for path in (".", "client")
+    )
+    needed = {
+        canonicalize_name(Requirement(line).name)
+        for line in (*project["dependencies"], *client["dependencies"])
+    } - {client["name"]}  # which lies beside the service
     assert needed <= installed.keys()
     for_development = {
         canonicalize_name(Requirement(line).name)
