@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from model.spec import PolicySpec
-from tamiyo_client import VectorAct, VectorPolicyClient, row_seed, wrap
+from tamiyo_client import PolicyClient, VectorAct, VectorPolicyClient, row_seed, wrap
 from tamiyo_client.autoreset import MODES, Autoreset, autoreset_mode
 from tests.client.by_hand import ByHand
 from tests.client.environments import EPISODE, LENGTHS, STEP, counting
@@ -100,6 +100,34 @@ def test_a_row_starts_once_for_each_end(mode: str, ends: list[tuple[bool, bool]]
         is_resetting = mode == "next_step" and is_over
     if ends:
         assert num_starts + int(rows.starts[0]) + is_resetting == 1 + num_ends
+
+
+def test_what_was_before_a_restart_is_forgotten(server: RunningServer, spec: PolicySpec) -> None:
+    shown = np.ones((2, spec.observation_dim), np.float32)
+    with VectorPolicyClient(server.address, 2, autoreset_mode="next_step") as client:
+        client.act(shown)
+        client.observe([True, False], [False, False])
+        client.restart()
+        assert client.act(shown).episode_start.all()
+        client.observe([False, False], [False, False])
+        assert not client.act(shown).episode_start.any()
+
+
+@pytest.mark.parametrize("end", [(True, False), (False, True)])
+def test_a_lone_environment_starts_where_it_ended(
+    server: RunningServer, spec: PolicySpec, end: tuple[bool, bool]
+) -> None:
+    shown = np.ones(spec.observation_dim, np.float32)
+    with PolicyClient(server.address) as client:
+        assert client.act(shown).episode_start
+        client.observe(False, False)
+        assert not client.act(shown).episode_start
+        client.observe(*end)
+        assert client.act(shown).episode_start
+        client.reset()
+        assert client.act(shown).episode_start
+        assert client.act(shown, episode_start=True).episode_start
+        assert not client.act(shown).episode_start
 
 
 def test_rows_that_the_caller_resets_start(spec: PolicySpec) -> None:

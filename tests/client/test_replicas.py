@@ -80,7 +80,7 @@ def test_one_that_does_not_is_told(artifact: Path, spec: PolicySpec) -> None:
 def test_closing_ends_the_session_and_needs_no_server(artifact: Path, spec: PolicySpec) -> None:
     shown = np.ones((2, spec.observation_dim), np.float32)
     with running_server(artifact) as home:
-        with VectorPolicyClient(home.address, 2) as client:
+        with VectorPolicyClient(home.address, 2, session_id="a/b c?é#") as client:
             client.act(shown)
             assert "tamiyo_sessions 2.0" in httpx.get(f"{home.address}/metrics").text
         assert "tamiyo_sessions 0.0" in httpx.get(f"{home.address}/metrics").text

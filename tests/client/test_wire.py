@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 from model.spec import PolicySpec
 from tamiyo_client import (
@@ -14,7 +14,13 @@ from tamiyo_client import (
     VectorPolicyClient,
     gumbel_noise,
 )
-from tamiyo_client.wire import answer, packed_masks, packed_observations
+from tamiyo_client.wire import (
+    answer,
+    packed_inputs,
+    packed_masks,
+    packed_observations,
+    request,
+)
 from tests.random_inputs import random_masks, random_observations
 from tests.running_server import RunningServer
 
@@ -64,6 +70,22 @@ def test_a_lone_mask_says_the_same_in_every_form(server: RunningServer, spec: Po
         with PolicyClient(server.address) as client:
             told.add(client.act(observation, mask, seed=3).log_probs.tobytes())
     assert len(told) == 1
+
+
+def test_arrays_of_any_layout_say_what_they_hold() -> None:
+    """safetensors writes a strided array's neighbours, and says nothing."""
+    wide = np.arange(24, dtype=np.float32).reshape(4, 6)
+    flags = np.arange(24).reshape(4, 6) % 3 == 0
+    tensors = {
+        "observation": packed_observations(wide[::2, ::2], 2),
+        **packed_masks({"op": flags[::2, ::2], "slot": flags.astype(np.int8)[1::2, 1::3]}, 2),
+        **packed_inputs({"blueprint_index": np.arange(24).reshape(4, 6)[::2, 1::2]}, 2),
+    }
+    read = load(request(tensors, {}))
+    assert np.array_equal(read["observation"], wide[::2, ::2])
+    assert np.array_equal(read["action_mask.op"], flags[::2, ::2])
+    assert np.array_equal(read["action_mask.slot"], flags[1::2, 1::3])
+    assert np.array_equal(read["blueprint_index"], np.arange(24).reshape(4, 6)[::2, 1::2])
 
 
 def test_what_is_no_mask_is_refused_in_a_sentence() -> None:
