@@ -53,6 +53,10 @@ class Autoreset:
         self._starts |= which
         self._done &= ~which
 
+    def restart(self) -> None:
+        """All start, wherever their environments are; ends that were told stay told."""
+        self._starts[:] = True
+
     def acted(self) -> None:
         """A step was taken; nobody starts at the next, as far as is known."""
         self._starts[:] = False

@@ -58,7 +58,7 @@ class VectorCalls:
     def restart(self) -> None:
         """Every row starts, in a new run: what is left to do where the session was lost."""
         self.session.restart()
-        self.autoreset.reset()
+        self.autoreset.restart()
 
     def act(
         self,
@@ -78,7 +78,7 @@ class VectorCalls:
         else:
             starts = self.autoreset.flags(episode_start)
         tensors = self._tensors(observations, action_masks, inputs)
-        if seeds is not None and starts.any():
+        if seeds is not None:  # read for rows that start, as all do after a failover
             tensors["seed"] = np.array(seeds, dtype=np.uint64)
         seed = self._seed if seeds is None else None
         act = yield from self.session.act(tensors, starts, seed=seed, deterministic=deterministic)

@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import TypeVar
 
 from tamiyo_client.errors import (
@@ -26,7 +27,8 @@ from tamiyo_client.errors import (
 FIRST_WAIT_S = 0.05
 LONGEST_WAIT_S = 2.0
 ATTEMPT_SHARE = 4
-"""Of a call's time one attempt may take a quarter: an answer that is lost is asked for again."""
+"""Of a call's time the first attempt may take a quarter: an answer that is lost is asked for again.
+One that ran out of it makes the next ones' twice as long."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,18 @@ class Patience:
     clock: Callable[[], float] = time.monotonic
     random: random.Random = field(default_factory=random.Random)
 
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout_s < inf or self.retries < 0:
+            raise ValueError(
+                f"timeout_s is {self.timeout_s} and retries {self.retries}: a call is given some "
+                "seconds, and is sent again that often at most"
+            )
+
     def wait_s(self, attempt: int, reply: Reply | Broken) -> float:
         """Before the next attempt: twice as long each time, spread, and as long as is asked for."""
-        longest_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0**attempt)
+        longest_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** min(attempt, 30))
         asked = reply.headers.get("retry-after", "") if isinstance(reply, Reply) else ""
-        asked_s = float(asked) if asked.isdigit() else 0.0
+        asked_s = float(asked) if asked.isascii() and asked.isdigit() else 0.0
         return asked_s + self.random.uniform(longest_s / 2, longest_s)
 
 
@@ -92,16 +101,21 @@ def patiently(
     patience: Patience,
 ) -> Call[Reply]:
     """Sends a request until it is answered for good. Raises what `errors` says."""
-    longest_s = patience.timeout_s / ATTEMPT_SHARE
     ends_s = patience.clock() + patience.timeout_s
     attempt, left_s = 0, patience.timeout_s
+    allowed_s = patience.timeout_s / min(ATTEMPT_SHARE, patience.retries + 1)
     while True:
-        reply = yield Send(method, url, headers, body, min(longest_s, left_s))
+        sent_s = patience.clock()
+        reply = yield Send(method, url, headers, body, min(allowed_s, left_s))
         assert reply is not None
         error = _error(reply)
         if error is None:
             assert isinstance(reply, Reply)
             return reply
+        if (
+            patience.clock() - sent_s >= allowed_s
+        ):  # a slow server, it may be, and not a lost answer
+            allowed_s *= 2
         wait_s = patience.wait_s(attempt, reply)
         left_s = ends_s - patience.clock() - wait_s
         if not isinstance(error, Unavailable) or attempt >= patience.retries or left_s <= 0:
@@ -124,7 +138,7 @@ def _error(reply: Reply | Broken) -> PolicyError | None:
     try:
         body = json.loads(reply.body)
         sentence, error_type = str(body["error"]), str(body["error_type"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         sentence, error_type = f"the answer is {reply.status}, and not of a policy server", ""
     kind = BY_TYPE.get(error_type) or BY_STATUS.get(reply.status, ServerError)
     return kind(sentence, status=reply.status, error_type=error_type)

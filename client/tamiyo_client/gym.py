@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tamiyo_client.vector import VectorPolicyClient
 from tamiyo_client.wire import ActionMasks, VectorAct
@@ -22,23 +23,31 @@ class VectorLoop:
         options.setdefault("autoreset_mode", envs)
         self.envs = envs
         self.client = VectorPolicyClient(url, envs.num_envs, **options)
+        self._has_method = _have_action_masks(envs)
+        self._masks: Any = None  # what infos said last
 
     def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
         """`envs.reset`, of which the policy is told: all rows, or those of `reset_mask`."""
         rows = (options.get("options") or {}).get("reset_mask")
         observations, infos = self.envs.reset(**options)
         self.client.reset(rows)
+        self._note(infos, rows)
         return observations, infos
 
     def act(self, observations: Any, infos: Mapping[str, Any], **options: Any) -> VectorAct:
-        """What to do; what is allowed comes from `infos["action_mask"]`, or from the environments'
-        `action_masks()` where they have it."""
-        return self.client.act(observations, self._action_masks(infos), **options)
+        """What to do; what is allowed is what `infos["action_mask"]` said last of each row, or what
+        the environments' `action_masks()` says where they have it."""
+        if "action_mask" not in infos and self._has_method:
+            return self.client.act(
+                observations, _stacked(self.envs.call("action_masks")), **options
+            )
+        return self.client.act(observations, self._masks, **options)
 
     def step(self, act: VectorAct) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """`envs.step` with the action in the form that its space has."""
         observations, rewards, terminated, truncated, infos = self.envs.step(self._action(act))
         self.client.observe(terminated, truncated)
+        self._note(infos, None)
         return observations, rewards, terminated, truncated, infos
 
     def close(self) -> None:
@@ -62,15 +71,29 @@ class VectorLoop:
             return act.action
         return act.multi_discrete if hasattr(space, "nvec") else act.multi_discrete[:, 0]
 
-    def _action_masks(self, infos: Mapping[str, Any]) -> ActionMasks | None:
+    def _note(self, infos: Mapping[str, Any], rows: Any) -> None:
+        """Keeps the masks; after a reset of some rows, of the others what was said before."""
+        masks = None
         if "action_mask" in infos:
-            masks: ActionMasks = _with_all_allowed(infos["action_mask"], infos.get("_action_mask"))
-            return masks
+            masks = _with_all_allowed(infos["action_mask"], infos.get("_action_mask"))
+        if rows is not None and masks is not None and self._masks is not None:
+            masks = _merged(masks, self._masks, np.asarray(rows, dtype=np.bool_))
+        self._masks = masks
+
+
+def _have_action_masks(envs: Any) -> bool:
+    """Whether `envs.call("action_masks")` can be had: an asynchronous vector does not survive one
+    that can't."""
+    bare = getattr(envs, "unwrapped", envs)
+    if getattr(bare, "envs", None):
+        return bool(bare.envs[0].has_wrapper_attr("action_masks"))
+    if getattr(bare, "env_fns", None):
+        env = bare.env_fns[0]()
         try:
-            rows = self.envs.call("action_masks")
-        except AttributeError:
-            return None
-        return _stacked(rows)
+            return bool(env.has_wrapper_attr("action_masks"))
+        finally:
+            env.close()
+    return False
 
 
 def wrap(envs: Any, url: str | Sequence[str], **options: Any) -> VectorLoop:
@@ -91,7 +114,7 @@ def _stacked(rows: Sequence[Any]) -> ActionMasks:
 
 
 def _with_all_allowed(masks: Any, has_one: Any) -> Any:
-    """Gymnasium fills rows without a mask, which allow everything, with zeros."""
+    """Gymnasium fills rows without a mask, which allow everything, with zeros, or None."""
     if isinstance(masks, Mapping):
         return {
             head: _with_all_allowed(of_head, masks.get(f"_{head}", has_one))
@@ -100,7 +123,17 @@ def _with_all_allowed(masks: Any, has_one: Any) -> Any:
         }
     array = np.asarray(masks)
     if array.dtype == object:  # a tuple a row
-        return _stacked(list(array))
+        rows = list(array)
+        everything = [np.ones_like(of_head) for of_head in next(r for r in rows if r is not None)]
+        return _stacked([everything if row is None else row for row in rows])
     if has_one is not None:
         array = np.where(np.asarray(has_one)[:, None], array, 1)
     return array
+
+
+def _merged(new: Any, old: Any, is_new: npt.NDArray[np.bool_]) -> Any:
+    if isinstance(new, Mapping):
+        return {head: _merged(of_head, old[head], is_new) for head, of_head in new.items()}
+    if isinstance(new, list):
+        return [_merged(a, b, is_new) for a, b in zip(new, old, strict=True)]
+    return np.where(is_new[:, None], new, old)

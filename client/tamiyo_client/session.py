@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from hashlib import blake2b
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -36,12 +37,19 @@ class Session:
         self.name = f"client-{uuid.uuid4().hex}" if name is None else name
         self.num_rows = num_rows
         self.step = 0
-        self._patience = patience
         self._failover = failover
-        self._urls = by_preference(urls, self.name)
+        self._urls = by_preference([checked_url(url) for url in urls], self.name)
+        shares = len(self._urls) if failover else 1
+        self._patience = replace(patience, timeout_s=patience.timeout_s / shares)
         self._at = 0
+        if not self.name or not self.name.isprintable() or self.name != self.name.strip():
+            raise ValueError(f"{self.name!r} is no session's name: that has printable letters")
         self._headers: dict[str, str | bytes] = {"X-Session-Id": self.name.encode()}
         if api_key is not None:
+            if not (
+                api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""
+            ):
+                raise ValueError("the key is not of printable ASCII letters")
             self._headers["Authorization"] = f"Bearer {api_key}"
         self.run = uuid.uuid4().hex
 
@@ -131,6 +139,14 @@ class Session:
         body = wire.request(tensors, scalars)
         headers = {**headers, "Content-Type": wire.SAFETENSORS}
         return (yield from patiently("POST", f"{self.url}/act", headers, body, self._patience))
+
+
+def checked_url(url: str) -> str:
+    """Raises ValueError for what is no server's."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or not url.isascii():
+        raise ValueError(f"{url!r} is no server's URL, as http://127.0.0.1:8000 is")
+    return url
 
 
 def by_preference(urls: Sequence[str], session_name: str) -> list[str]:

@@ -7,26 +7,39 @@ httpcore is what httpx sends with, in both worlds, and by itself takes half of w
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import httpcore
 
 from tamiyo_client.exchange import Broken, Call, Reply, Result, Send, Wait
 
-FAILURES = (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError)
+FAILURES = (httpcore.NetworkError, httpcore.TimeoutException, httpcore.RemoteProtocolError)
 HEADERS = {"User-Agent": "tamiyo-client"}
+CLOSE_S = 1.0
 
 
 class Transport:
     """Runs calls on the caller's thread, over one connection that is kept open."""
 
     def __init__(self, ssl_context: ssl.SSLContext | None) -> None:
-        self._pool = httpcore.ConnectionPool(ssl_context=ssl_context, max_connections=1)
+        self._ssl_context = ssl_context
+        self._pid = os.getpid()
+        self._ends_s = 0.0
+        self._pool = self._new_pool()
+
+    def _new_pool(self) -> httpcore.ConnectionPool:
+        backend = _Bounded(httpcore.SyncBackend(), lambda: self._ends_s - time.monotonic())
+        return httpcore.ConnectionPool(
+            ssl_context=self._ssl_context, max_connections=1, network_backend=backend
+        )
 
     def run(self, call: Call[Result]) -> Result:
-        """The call's result. Raises what the call does."""
+        """The call's result. Raises what the call does, and RuntimeError in a forked process."""
         outcome: Reply | Broken | None = None
         while True:
             try:
@@ -40,10 +53,15 @@ class Transport:
                 outcome = self._send(effect)
 
     def _send(self, send: Send) -> Reply | Broken:
+        _check_process(self._pid)
+        self._ends_s = time.monotonic() + send.timeout_s
         try:
             return _reply(self._pool.request(**_arguments(send)))
         except FAILURES as failure:
             return Broken(failure)
+        except BaseException:  # of an interrupted request nobody knows what it left behind
+            self._pool = self._new_pool()
+            raise
 
     def close(self) -> None:
         """Closes the connection."""
@@ -54,10 +72,15 @@ class AsyncTransport:
     """Runs calls on the running event loop, over one connection that is kept open."""
 
     def __init__(self, ssl_context: ssl.SSLContext | None) -> None:
-        self._pool = httpcore.AsyncConnectionPool(ssl_context=ssl_context, max_connections=1)
+        self._ssl_context = ssl_context
+        self._pid = os.getpid()
+        self._pool = self._new_pool()
+
+    def _new_pool(self) -> httpcore.AsyncConnectionPool:
+        return httpcore.AsyncConnectionPool(ssl_context=self._ssl_context, max_connections=1)
 
     async def run(self, call: Call[Result]) -> Result:
-        """The call's result. Raises what the call does."""
+        """The call's result. Raises what the call does, and RuntimeError in a forked process."""
         outcome: Reply | Broken | None = None
         while True:
             try:
@@ -71,14 +94,78 @@ class AsyncTransport:
                 outcome = await self._send(effect)
 
     async def _send(self, send: Send) -> Reply | Broken:
+        _check_process(self._pid)
         try:
-            return _reply(await self._pool.request(**_arguments(send)))
+            request = self._pool.request(**_arguments(send))
+            return _reply(await asyncio.wait_for(request, send.timeout_s))
         except FAILURES as failure:
             return Broken(failure)
+        except asyncio.TimeoutError as failure:
+            await self._begin_anew()
+            return Broken(failure)
+        except BaseException:  # of a cancelled request nobody knows what it left behind
+            await self._begin_anew()
+            raise
+
+    async def _begin_anew(self) -> None:
+        pool, self._pool = self._pool, self._new_pool()
+        with suppress(Exception):  # it may be another loop's
+            await asyncio.wait_for(pool.aclose(), CLOSE_S)
 
     async def close(self) -> None:
         """Closes the connection."""
-        await self._pool.aclose()
+        with suppress(RuntimeError):  # of a loop that has ended
+            await self._pool.aclose()
+
+
+class _Bounded(httpcore.NetworkBackend):
+    """Connections whose every operation ends when the request's time does, not each in its own."""
+
+    def __init__(self, backend: httpcore.NetworkBackend, left_s: Callable[[], float]) -> None:
+        self._backend = backend
+        self._left_s = left_s
+
+    def connect_tcp(self, *args: Any, **kwargs: Any) -> httpcore.NetworkStream:
+        return _BoundedStream(self._backend.connect_tcp(*args, **kwargs), self._left_s)
+
+
+class _BoundedStream(httpcore.NetworkStream):
+    def __init__(self, stream: httpcore.NetworkStream, left_s: Callable[[], float]) -> None:
+        self._stream = stream
+        self._left_s = left_s
+
+    def _timeout_s(self, timeout_s: float | None) -> float:
+        left_s = self._left_s()
+        if left_s <= 0:
+            raise httpcore.ReadTimeout("the time allowed has passed")
+        return left_s if timeout_s is None else min(left_s, timeout_s)
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self._stream.read(max_bytes, self._timeout_s(timeout))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._stream.write(buffer, self._timeout_s(timeout))
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,
+    ) -> httpcore.NetworkStream:
+        stream = self._stream.start_tls(ssl_context, server_hostname, self._timeout_s(timeout))
+        return _BoundedStream(stream, self._left_s)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
+
+def _check_process(pid: int) -> None:
+    """A forked process has its parent's socket and session, and would step both for it."""
+    if os.getpid() != pid:
+        raise RuntimeError("this client is of the process that made it; make one in this process")
 
 
 def _arguments(send: Send) -> dict[str, Any]:
@@ -94,5 +181,7 @@ def _arguments(send: Send) -> dict[str, Any]:
 
 
 def _reply(response: httpcore.Response) -> Reply:
-    headers = {name.decode().lower(): value.decode("latin-1") for name, value in response.headers}
+    headers = {
+        name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers
+    }
     return Reply(response.status, headers, response.content)

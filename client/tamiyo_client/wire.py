@@ -169,9 +169,17 @@ def answer(body: bytes, episode_start: npt.NDArray[np.bool_]) -> VectorAct:
     try:
         arrays = load(body)
         metadata = _metadata(body)
+        heads = tuple(metadata["heads"].split(","))
+        num_rows = len(episode_start)
+        if (
+            arrays["action"].shape != (num_rows, len(heads))
+            or arrays["log_prob"].shape != (num_rows, len(heads))
+            or arrays["value"].shape != (num_rows,)
+        ):
+            raise ValueError("arrays of other shapes")
         state = (arrays.pop("state_h"), arrays.pop("state_c")) if "state_h" in arrays else None
         return VectorAct(
-            heads=tuple(metadata["heads"].split(",")),
+            heads=heads,
             multi_discrete=arrays.pop("action"),
             log_probs=arrays.pop("log_prob"),
             value=arrays.pop("value"),

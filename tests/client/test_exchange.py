@@ -148,14 +148,32 @@ def test_but_not_past_the_end() -> None:
     assert world.waits_s == []
 
 
-def test_no_attempt_is_allowed_more_than_its_share_or_than_is_left() -> None:
+def test_an_attempt_may_take_a_quarter_and_the_next_ones_more_if_it_ran_out() -> None:
+    """A server that is slow is heard in the end; an answer that is lost is asked for again."""
     world = World(Broken(TimeoutError()), timeout_s=8.0, takes_s=2.0)
     with pytest.raises(Unreachable):
         world.run()
-    assert world.timeouts_s[0] == 2.0
-    assert max(world.timeouts_s) <= 2.0
+    assert world.timeouts_s[:2] == [2.0, 4.0]
     assert world.timeouts_s[-1] < 2.0
     assert world.now_s - 100.0 <= 8.0 + world.timeouts_s[-1]
+    quick = World(Broken(ConnectionResetError()), timeout_s=8.0, takes_s=0.1)
+    with pytest.raises(Unreachable):
+        quick.run()
+    assert max(quick.timeouts_s) == 2.0
+
+
+def test_a_call_that_is_sent_once_has_all_its_time() -> None:
+    world = World(OK, timeout_s=8.0, retries=0)
+    world.run()
+    assert world.timeouts_s == [8.0]
+
+
+@pytest.mark.parametrize(
+    "patience", [{"timeout_s": 0}, {"timeout_s": float("inf")}, {"retries": -1}]
+)
+def test_no_patience_at_all_or_without_end_is_refused(patience: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="a call is given some seconds"):
+        Patience(**patience)
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'{"detail": "Not Found"}'])

@@ -123,7 +123,20 @@ def test_the_servers_sentence_reaches_the_caller(server: RunningServer, spec: Po
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"\0" * 8, save({"action": np.zeros((1, 2), np.int64)}, {"step": "0"})]
+    "body",
+    [
+        b"",
+        b"\0" * 8,
+        save({"action": np.zeros((1, 2), np.int64)}, {"step": "0"}),
+        save(
+            {
+                "action": np.zeros((2, 1), np.int64),
+                "log_prob": np.zeros((2, 1), np.float32),
+                "value": np.zeros(2, np.float32),
+            },
+            {"step": "0", "heads": "op", "policy_version": "of two rows"},
+        ),
+    ],
 )
 def test_what_is_no_answer_is_said_to_be_none(body: bytes) -> None:
     with pytest.raises(ServerError, match="not a policy's"):

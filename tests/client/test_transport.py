@@ -1,0 +1,157 @@
+"""Servers that take their time, calls that are broken off, and processes that fork."""
+
+import asyncio
+import multiprocessing
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from socket import create_server, socket
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model.spec import PolicySpec
+from tamiyo_client import AsyncVectorPolicyClient, Unreachable, VectorPolicyClient
+from tests.random_inputs import random_observations
+from tests.running_server import RunningServer
+
+NUM_ROWS = 3
+TIMEOUT_S = 1.0
+
+
+@contextmanager
+def dripping(answer: bytes) -> Iterator[str]:
+    """A server that answers a byte each tenth of a second.
+
+    Its answers take minutes: whose call has ended has not waited for one.
+    """
+    is_over, has_answered = threading.Event(), threading.Event()
+
+    def drip(connection: socket) -> None:
+        with connection:
+            try:
+                for at in range(len(answer)):
+                    connection.sendall(answer[at : at + 1])
+                    if is_over.wait(0.1):
+                        return
+            except OSError:
+                return
+            has_answered.set()
+
+    def accept() -> None:
+        while not is_over.is_set():
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                continue
+            threading.Thread(target=drip, args=(connection,), daemon=True).start()
+
+    with create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.2)
+        thread = threading.Thread(target=accept)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+            assert not has_answered.is_set()
+        finally:
+            is_over.set()
+            thread.join(10)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(
+    "head", [b"HTTP/1.1 200 OK\r\nX-Long: ", b"HTTP/1.1 200 OK\r\nContent-Length: 1200\r\n\r\n"]
+)
+def test_a_call_ends_in_time_however_slowly_the_answer_comes(head: bytes, is_async: bool) -> None:
+    shown = np.zeros((NUM_ROWS, 4), np.float32)
+    with dripping(head + b"a" * 1200) as url:
+        act = VectorPolicyClient(url, NUM_ROWS, timeout_s=TIMEOUT_S).act
+        act_async = AsyncVectorPolicyClient(url, NUM_ROWS, timeout_s=TIMEOUT_S).act
+        with pytest.raises(Unreachable):
+            asyncio.run(act_async(shown)) if is_async else act(shown)
+
+
+def test_so_does_one_that_fails_over() -> None:
+    shown = np.zeros((NUM_ROWS, 4), np.float32)
+    answer = b"HTTP/1.1 200 OK\r\nX-Long: " + b"a" * 1200
+    with dripping(answer) as one, dripping(answer) as other:
+        client = VectorPolicyClient([one, other], NUM_ROWS, failover=True, timeout_s=TIMEOUT_S)
+        with pytest.raises(Unreachable):
+            client.act(shown)
+
+
+def test_a_cancelled_call_may_be_made_again(server: RunningServer, spec: PolicySpec) -> None:
+    """And gives what it would have given."""
+    shown = random_observations(spec, np.random.default_rng(3), 60, NUM_ROWS)
+    with VectorPolicyClient(server.address, NUM_ROWS, seed=8) as client:
+        expected = [client.act(each).log_probs.tobytes() for each in shown]
+
+    async def cancelling() -> tuple[list[bytes], int]:
+        rng, told, num_cancelled = np.random.default_rng(4), [], 0
+        async with AsyncVectorPolicyClient(server.address, NUM_ROWS, seed=8, timeout_s=5) as client:
+            for each in shown:
+                try:
+                    act = await asyncio.wait_for(client.act(each), rng.uniform(0.0, 0.006))
+                except TimeoutError:
+                    num_cancelled += 1
+                    act = await client.act(each)
+                told.append(act.log_probs.tobytes())
+        return told, num_cancelled
+
+    told, num_cancelled = asyncio.run(cancelling())
+    assert told == expected
+    assert num_cancelled > 2
+
+
+def test_an_interrupted_call_may_be_made_again(server: RunningServer, spec: PolicySpec) -> None:
+    shown = np.ones((NUM_ROWS, spec.observation_dim), np.float32)
+    with VectorPolicyClient(server.address, NUM_ROWS, seed=8) as client:
+        expected = client.act(shown).log_probs.tobytes()
+
+    with VectorPolicyClient(server.address, NUM_ROWS, seed=8) as client:
+        client._transport._pool._connections = Interrupting()
+        with pytest.raises(KeyboardInterrupt):
+            client.act(shown)
+        assert client.act(shown).log_probs.tobytes() == expected
+
+
+class Interrupting(list[Any]):
+    """Where httpcore looks for its connection: there a signal's handler may raise."""
+
+    def __iter__(self) -> Iterator[Any]:
+        raise KeyboardInterrupt
+
+
+def in_child(client: VectorPolicyClient, shown: Any, told: Any) -> None:
+    try:
+        client.act(shown)
+    except RuntimeError as error:
+        told.put(str(error))
+
+
+def test_a_forked_process_has_to_make_its_own(server: RunningServer, spec: PolicySpec) -> None:
+    shown = np.ones((NUM_ROWS, spec.observation_dim), np.float32)
+    fork = multiprocessing.get_context("fork")
+    told = fork.SimpleQueue()
+    with VectorPolicyClient(server.address, NUM_ROWS) as client:
+        client.act(shown)
+        child = fork.Process(target=in_child, args=(client, shown, told))
+        child.start()
+        child.join(30)
+        assert "of the process that made it" in told.get()
+        assert client.act(shown).step == 1
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://127.0.0.1", "http://", ""])
+def test_what_is_no_url_is_refused_at_once(url: str) -> None:
+    with pytest.raises(ValueError, match="is no server's URL"):
+        VectorPolicyClient(url, 2)
+
+
+@pytest.mark.parametrize("name", ["a\nb", " a", ""])
+def test_what_no_header_can_hold_is_refused_at_once(name: str) -> None:
+    with pytest.raises(ValueError, match="printable"):
+        VectorPolicyClient("http://127.0.0.1:1", 2, session_id=name)
+    with pytest.raises(ValueError, match="printable"):
+        VectorPolicyClient("http://127.0.0.1:1", 2, api_key=name)
