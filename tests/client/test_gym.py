@@ -7,7 +7,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from numpy.typing import NDArray
 
 from model.spec import PolicySpec
@@ -79,13 +79,49 @@ def test_a_tuple_of_masks_for_each_row_reaches_the_policy(
 ) -> None:
     """As gymnasium collects what is no array: row by row, in an array of objects."""
     envs = SyncVectorEnv(
-        [partial(Masked, spec, at, "tuple") for at in range(1, NUM_ENVS)],
+        [partial(Masked, spec, at, "tuple") for at in range(NUM_ENVS)],
         autoreset_mode=AutoresetMode.SAME_STEP,
     )
     with wrap(envs, server.address, seed=1) as policy:
         observations, infos = policy.reset()
         for _ in range(8):
             act = policy.act(observations, infos)
+            assert (act.action[spec.op_head][1:] == ONLY).all()
+            observations, _, _, _, infos = policy.step(act)
+    envs.close()
+
+
+@pytest.mark.parametrize("form", ["dict", "side by side", "tuple"])
+def test_what_was_allowed_stays_so_while_others_are_reset(
+    server: RunningServer, spec: PolicySpec, form: str
+) -> None:
+    """Gymnasium's infos after a reset of some rows are of those alone."""
+    envs = SyncVectorEnv(
+        [partial(Masked, spec, at, form) for at in range(1, NUM_ENVS)],
+        autoreset_mode=AutoresetMode.DISABLED,
+    )
+    with wrap(envs, server.address, seed=1) as policy:
+        observations, infos = policy.reset()
+        for step in range(9):
+            act = policy.act(observations, infos)
             assert (act.action[spec.op_head] == ONLY).all()
             observations, _, _, _, infos = policy.step(act)
+            if step % 3 == 1:
+                rows = np.array([True, False])
+                observations, infos = policy.reset(options={"reset_mask": rows})
+    envs.close()
+
+
+@pytest.mark.parametrize("has_masks", [False, True])
+def test_an_asynchronous_vector_survives_being_asked_for_masks(
+    server: RunningServer, spec: PolicySpec, has_masks: bool
+) -> None:
+    make = partial(Masked, spec, 1, "method") if has_masks else partial(Counting, spec, 1, 9)
+    envs = AsyncVectorEnv([make] * NUM_ENVS, context="fork")
+    with wrap(envs, server.address, seed=1) as policy:
+        observations, infos = policy.reset()
+        for _ in range(4):
+            act = policy.act(observations, infos)
+            observations, _, _, _, infos = policy.step(act)
+            assert not has_masks or (act.action[spec.op_head] == ONLY).all()
     envs.close()

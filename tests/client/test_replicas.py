@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from model.spec import PolicySpec
-from tamiyo_client import SessionLost, Unavailable, VectorPolicyClient
+from tamiyo_client import PolicyClient, SessionLost, Unavailable, VectorPolicyClient
 from tamiyo_client.session import by_preference
 from tests.running_server import RunningServer, running_server
 
@@ -58,6 +58,24 @@ def test_a_caller_that_allows_it_begins_anew_elsewhere(
     assert np.array_equal(moved.log_probs, first.log_probs)
     assert not np.array_equal(second.log_probs, first.log_probs)
     assert client.act(shown).step == 1
+    client.close()
+
+
+def test_a_lone_environment_takes_its_seed_along(
+    artifact: Path, server: RunningServer, spec: PolicySpec
+) -> None:
+    shown = np.ones(spec.observation_dim, np.float32)
+    with PolicyClient(server.address) as client:
+        expected = client.act(shown, seed=7).log_probs
+    with running_server(artifact) as home:
+        urls = [server.address, home.address]
+        name = next(name for name in NAMES if by_preference(urls, name)[0] == home.address)
+        client = PolicyClient(urls, session_id=name, failover=True, timeout_s=4.0, retries=3)
+        client.act(shown, seed=7)
+        client.act(shown, seed=7)
+    moved = client.act(shown, seed=7)
+    assert moved.episode_start
+    assert np.array_equal(moved.log_probs, expected)
     client.close()
 
 
