@@ -71,15 +71,14 @@ class VectorCalls:
         inputs: Mapping[str, npt.ArrayLike] | None = None,
     ) -> Call[VectorAct]:
         """The next step. `seeds` are of rows that start; `inputs` what only some policies read."""
+        starts = self.autoreset.starts
+        if episode_start is not None:
+            starts = self.autoreset.flags(episode_start)
         if self.session.step == 0:
             starts = np.ones(self.num_envs, dtype=np.bool_)
-        elif episode_start is None:
-            starts = self.autoreset.starts
-        else:
-            starts = self.autoreset.flags(episode_start)
         tensors = self._tensors(observations, action_masks, inputs)
         if seeds is not None:  # read for rows that start, as all do after a failover
-            tensors["seed"] = np.array(seeds, dtype=np.uint64)
+            tensors["seed"] = wire.packed_seeds(seeds)
         seed = self._seed if seeds is None else None
         act = yield from self.session.act(tensors, starts, seed=seed, deterministic=deterministic)
         self.autoreset.acted()
@@ -103,7 +102,7 @@ class VectorCalls:
                 np.ascontiguousarray(part, dtype=np.float32) for part in state
             )
         if seeds is not None:
-            tensors["seed"] = np.array(seeds, dtype=np.uint64)
+            tensors["seed"] = wire.packed_seeds(seeds)
         return (yield from self.session.stateless(tensors, step=step, deterministic=deterministic))
 
     def predict(
@@ -118,7 +117,7 @@ class VectorCalls:
         observations = wire.one_array(observation)
         is_lone = self.num_envs == 1 and observations.ndim == 1
         if is_lone:
-            observations = observations[None]
+            observations, action_masks = observations[None], wire.lone_masks(action_masks)
         if state is None:
             self.restart()
         elif state != self._handle():

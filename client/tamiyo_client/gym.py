@@ -66,10 +66,22 @@ class VectorLoop:
         self.close()
 
     def _action(self, act: VectorAct) -> Any:
+        """In the form of the action space. Raises TypeError where that has other heads."""
         space = self.envs.single_action_space
-        if hasattr(space, "spaces"):
-            return act.action
-        return act.multi_discrete if hasattr(space, "nvec") else act.multi_discrete[:, 0]
+        spaces = getattr(space, "spaces", None)
+        if isinstance(spaces, Mapping):
+            _check_heads(spaces, act)
+            return {head: act.action[head] + _start(spaces[head]) for head in spaces}
+        if spaces is not None:
+            _check_heads(range(len(spaces)), act)
+            return tuple(
+                act.multi_discrete[:, at] + _start(of_head) for at, of_head in enumerate(spaces)
+            )
+        if hasattr(space, "nvec"):
+            _check_heads(space.nvec, act)
+            return act.multi_discrete + _start(space)
+        _check_heads(range(1), act)
+        return act.multi_discrete[:, 0] + _start(space)
 
     def _note(self, infos: Mapping[str, Any], rows: Any) -> None:
         """Keeps the masks; after a reset of some rows, of the others what was said before."""
@@ -79,6 +91,19 @@ class VectorLoop:
         if rows is not None and masks is not None and self._masks is not None:
             masks = _merged(masks, self._masks, np.asarray(rows, dtype=np.bool_))
         self._masks = masks
+
+
+def _start(space: Any) -> Any:
+    """What the space's first choice is called; the policy's is 0."""
+    return getattr(space, "start", 0)
+
+
+def _check_heads(of_space: Any, act: VectorAct) -> None:
+    if len(of_space) != len(act.heads):
+        raise TypeError(
+            f"the environment takes {len(of_space)} choices, and the policy makes "
+            f"{len(act.heads)}: {', '.join(act.heads)}"
+        )
 
 
 def _have_action_masks(envs: Any) -> bool:

@@ -65,9 +65,9 @@ class _Single:
         """Of the server that keeps the session."""
         return self._calls.session.url
 
-    def observe(self, terminated: bool, truncated: bool) -> None:
+    def observe(self, terminated: bool | np.bool_, truncated: bool | np.bool_) -> None:
         """What the environment said of its last action: where it is over, the next `act` starts."""
-        self._calls.autoreset.observe([terminated], [truncated])
+        self._calls.autoreset.observe([bool(terminated)], [bool(truncated)])
 
     def reset(self) -> None:
         """The caller has reset the environment: the next `act` starts an episode."""
@@ -87,12 +87,12 @@ class _Single:
         inputs: Mapping[str, npt.ArrayLike] | None,
     ) -> Call[Act]:
         act = yield from self._calls.act(
-            _row(observation),
-            _mask_row(action_mask),
+            wire.lone(observation),
+            wire.lone_masks(action_mask),
             episode_start=None if episode_start is None else [episode_start],
             deterministic=deterministic,
             seeds=None if seed is None else [seed],
-            inputs={name: _row(given) for name, given in (inputs or {}).items()},
+            inputs={name: wire.lone(given) for name, given in (inputs or {}).items()},
         )
         return Act.of(act)
 
@@ -108,12 +108,12 @@ class _Single:
     ) -> Call[Act]:
         act = yield from self._calls.act_from(
             state,
-            _row(observation),
-            _mask_row(action_mask),
+            wire.lone(observation),
+            wire.lone_masks(action_mask),
             step=step,
             deterministic=deterministic,
             seeds=None if seed is None else [seed],
-            inputs={name: _row(given) for name, given in (inputs or {}).items()},
+            inputs={name: wire.lone(given) for name, given in (inputs or {}).items()},
         )
         return Act.of(act)
 
@@ -247,18 +247,3 @@ class AsyncPolicyClient(_Single):
         traceback: TracebackType | None,
     ) -> None:
         await self.close()
-
-
-def _row(array: npt.ArrayLike) -> wire.Array:
-    return np.asarray(array)[None]
-
-
-def _mask_row(mask: ActionMasks | None) -> ActionMasks | None:
-    """The mask of one environment, as one of a vector of one."""
-    if mask is None:
-        return None
-    if isinstance(mask, Mapping):
-        return {head: _row(of_head) for head, of_head in mask.items()}
-    if isinstance(mask, np.ndarray) and mask.dtype != object:
-        return _row(mask)
-    return [_row(of_head) for of_head in mask]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -157,6 +158,30 @@ def _booleans(mask: npt.ArrayLike, num_rows: int) -> Array:
             raise ValueError("an action mask has values other than 0 and 1")
         return np.ascontiguousarray(allowed)
     return np.ascontiguousarray(array)
+
+
+def packed_seeds(seeds: Sequence[int]) -> npt.NDArray[np.uint64]:
+    """Raises TypeError for what is no whole number, ValueError for one beyond 64 bits."""
+    numbers = [index(seed) for seed in seeds]
+    if not all(0 <= number < 2**64 for number in numbers):
+        raise ValueError(f"the seeds are {numbers}: each is from 0 to 2**64 - 1")
+    return np.array(numbers, dtype=np.uint64)
+
+
+def lone(array: npt.ArrayLike) -> Array:
+    """What is of one environment, as of a vector of one."""
+    return np.asarray(array)[None]
+
+
+def lone_masks(masks: ActionMasks | None) -> ActionMasks | None:
+    """The same of its masks."""
+    if masks is None:
+        return None
+    if isinstance(masks, Mapping):
+        return {head: lone(mask) for head, mask in masks.items()}
+    if isinstance(masks, np.ndarray) and masks.dtype != object:
+        return lone(masks)
+    return [lone(mask) for mask in masks]
 
 
 def request(tensors: Mapping[str, Array], scalars: Mapping[str, str]) -> bytes:

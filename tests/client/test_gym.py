@@ -125,3 +125,43 @@ def test_an_asynchronous_vector_survives_being_asked_for_masks(
             observations, _, _, _, infos = policy.step(act)
             assert not has_masks or (act.action[spec.op_head] == ONLY).all()
     envs.close()
+
+
+@pytest.mark.parametrize("kind", ["Tuple", "MultiDiscrete", "Dict"])
+def test_an_action_has_its_space_s_form_and_its_first_choice_s_name(
+    server: RunningServer, spec: PolicySpec, kind: str
+) -> None:
+    discrete = [gymnasium.spaces.Discrete(head.size, start=5) for head in spec.heads]
+    sizes = [head.size for head in spec.heads]
+    space: gymnasium.Space[Any] = {
+        "Tuple": gymnasium.spaces.Tuple(discrete),
+        "Dict": gymnasium.spaces.Dict(dict(zip(spec.head_names, discrete, strict=True))),
+        "MultiDiscrete": gymnasium.spaces.MultiDiscrete(sizes, start=[5] * len(sizes)),
+    }[kind]
+    envs = SyncVectorEnv([partial(Spaced, spec, space)] * 2)
+    with wrap(envs, server.address) as policy:
+        observations, infos = policy.reset()
+        for _ in range(5):  # each environment asserts that the action is its space's
+            observations, _, _, _, infos = policy.step(policy.act(observations, infos))
+    envs.close()
+
+
+def test_a_space_of_other_heads_is_refused(server: RunningServer, spec: PolicySpec) -> None:
+    envs = SyncVectorEnv([partial(Spaced, spec, gymnasium.spaces.Discrete(3))])
+    with wrap(envs, server.address) as policy:
+        observations, infos = policy.reset()
+        with pytest.raises(TypeError, match=r"takes 1 choices, and the policy makes 8: slot, "):
+            policy.step(policy.act(observations, infos))
+    envs.close()
+
+
+class Spaced(Counting):
+    def __init__(self, spec: PolicySpec, space: gymnasium.Space[Any]) -> None:
+        super().__init__(spec, 0, 9)
+        self.action_space = space
+
+    def step(self, action: Any) -> Any:
+        if isinstance(self.action_space, gymnasium.spaces.Tuple):
+            action = tuple(action)
+        assert self.action_space.contains(action), action
+        return super().step(np.zeros(len(self._spec.heads), np.int64))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from model.spec import PolicySpec
-from tamiyo_client import VectorPolicyClient
+from tamiyo_client import PolicyClient, VectorPolicyClient
 from tests.random_inputs import random_observations
 from tests.running_server import RunningServer
 
@@ -54,9 +54,33 @@ def test_a_lone_observation_has_a_lone_action(server: RunningServer, spec: Polic
     with VectorPolicyClient(server.address, 1) as client:
         actions, state = client.predict(np.zeros(spec.observation_dim), deterministic=True)
         assert actions.shape == (len(spec.heads),)
-        masks = {spec.op_head: np.eye(spec.num_ops, dtype=bool)[[2]]}
+        masks = {spec.op_head: np.eye(spec.num_ops, dtype=bool)[2]}
+        actions, state = client.predict(np.zeros(spec.observation_dim), state, action_masks=masks)
+        assert actions[spec.op_index] == 2
         actions, _ = client.predict(
-            np.zeros((1, spec.observation_dim)), state, [False], action_masks=masks
+            np.zeros((1, spec.observation_dim)),
+            state,
+            [False],
+            action_masks={head: mask[None] for head, mask in masks.items()},
         )
         assert actions.shape == (1, len(spec.heads))
         assert actions[0, spec.op_index] == 2
+
+
+def test_starts_of_another_number_are_refused(server: RunningServer, spec: PolicySpec) -> None:
+    with (
+        VectorPolicyClient(server.address, NUM_ROWS) as client,
+        pytest.raises(ValueError, match="there are 3 environments"),
+    ):
+        client.predict(np.zeros((NUM_ROWS, spec.observation_dim)), None, [True])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, np.int64(-1)])
+def test_a_seed_beyond_64_bits_is_refused(
+    server: RunningServer, spec: PolicySpec, seed: int
+) -> None:
+    with (
+        PolicyClient(server.address) as client,
+        pytest.raises(ValueError, match=r"from 0 to 2\*\*64 - 1"),
+    ):
+        client.act(np.zeros(spec.observation_dim), seed=seed)
