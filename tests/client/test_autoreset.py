@@ -109,6 +109,7 @@ def test_an_end_that_was_told_outlives_a_restart(server: RunningServer, spec: Po
         client.act(shown)
         client.observe([True, False], [False, False])
         client.restart()
+        assert client.starts.all()
         assert client.act(shown).episode_start.all()
         client.observe([False, False], [False, False])
         assert client.act(shown).episode_start.tolist() == [True, False]

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from model.spec import PolicySpec
-from tamiyo_client import PolicyClient, SessionLost, Unavailable, VectorPolicyClient
-from tamiyo_client.session import by_preference
+from tamiyo_client import PolicyClient, SessionLost, Unavailable, Unreachable, VectorPolicyClient
+from tamiyo_client.exchange import Broken, Patience, Wait
+from tamiyo_client.session import Session, by_preference
 from tests.running_server import RunningServer, running_server
 
 URLS = [f"http://server-{at}:8000" for at in range(5)]
@@ -33,6 +34,35 @@ def test_only_the_sessions_of_a_server_that_is_gone_move() -> None:
 def test_no_server_at_all_is_refused() -> None:
     with pytest.raises(ValueError, match="no URL"):
         VectorPolicyClient([], 2)
+
+
+def test_all_servers_together_have_the_time_of_one_call() -> None:
+    now_s = [0.0]
+    session = Session(
+        URLS,
+        2,
+        name=None,
+        api_key=None,
+        patience=Patience(timeout_s=10.0, clock=lambda: now_s[0]),
+        failover=True,
+    )
+    call = session.act({}, np.ones(2, np.bool_), seed=None, deterministic=False)
+    asked = set()
+
+    def drive() -> None:
+        outcome = None
+        while True:
+            effect = call.send(outcome)
+            if isinstance(effect, Wait):
+                now_s[0], outcome = now_s[0] + effect.seconds, None
+            else:
+                now_s[0], outcome = now_s[0] + effect.timeout_s, Broken(TimeoutError())
+                asked.add(effect.url)
+
+    with pytest.raises(Unreachable):
+        drive()
+    assert now_s[0] < 11.0
+    assert asked == {f"{url}/act" for url in URLS}
 
 
 def test_a_caller_that_allows_it_begins_anew_elsewhere(
