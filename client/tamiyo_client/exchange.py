@@ -112,9 +112,8 @@ def patiently(
         if error is None:
             assert isinstance(reply, Reply)
             return reply
-        if (
-            patience.clock() - sent_s >= allowed_s
-        ):  # a slow server, it may be, and not a lost answer
+        if patience.clock() - sent_s >= allowed_s:
+            # A slow server, it may be, and not a lost answer.
             allowed_s *= 2
         wait_s = patience.wait_s(attempt, reply)
         left_s = ends_s - patience.clock() - wait_s

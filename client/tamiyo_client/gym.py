@@ -24,30 +24,36 @@ class VectorLoop:
         self.envs = envs
         self.client = VectorPolicyClient(url, envs.num_envs, **options)
         self._has_method = _have_action_masks(envs)
-        self._masks: Any = None  # what infos said last
+        self._masks: Any = None  # of the last infos
 
     def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
-        """`envs.reset`, of which the policy is told: all rows, or those of `reset_mask`."""
+        """`envs.reset`, of which the policy is told: all rows, or those of `reset_mask`.
+
+        What such a reset's infos do not say of the other rows' masks, they are completed by.
+        """
         rows = (options.get("options") or {}).get("reset_mask")
         observations, infos = self.envs.reset(**options)
         self.client.reset(rows)
-        self._note(infos, rows)
+        self._masks, before = _masks_of(infos), self._masks
+        if rows is not None and before is not None:
+            self._masks = _merged(self._masks, before, np.asarray(rows, dtype=np.bool_))
+            infos = {**infos, "action_mask": self._masks}
+            infos.pop("_action_mask", None)
         return observations, infos
 
     def act(self, observations: Any, infos: Mapping[str, Any], **options: Any) -> VectorAct:
-        """What to do; what is allowed is what `infos["action_mask"]` said last of each row, or what
-        the environments' `action_masks()` says where they have it."""
-        if "action_mask" not in infos and self._has_method:
-            return self.client.act(
-                observations, _stacked(self.envs.call("action_masks")), **options
-            )
-        return self.client.act(observations, self._masks, **options)
+        """What to do; what is allowed comes from `infos["action_mask"]`, or from the environments'
+        `action_masks()` where they have it."""
+        masks = _masks_of(infos)
+        if masks is None and self._has_method:
+            masks = _stacked(self.envs.call("action_masks"))
+        return self.client.act(observations, masks, **options)
 
     def step(self, act: VectorAct) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """`envs.step` with the action in the form that its space has."""
         observations, rewards, terminated, truncated, infos = self.envs.step(self._action(act))
         self.client.observe(terminated, truncated)
-        self._note(infos, None)
+        self._masks = _masks_of(infos)
         return observations, rewards, terminated, truncated, infos
 
     def close(self) -> None:
@@ -83,14 +89,15 @@ class VectorLoop:
         _check_heads(range(1), act)
         return act.multi_discrete[:, 0] + _start(space)
 
-    def _note(self, infos: Mapping[str, Any], rows: Any) -> None:
-        """Keeps the masks; after a reset of some rows, of the others what was said before."""
-        masks = None
-        if "action_mask" in infos:
-            masks = _with_all_allowed(infos["action_mask"], infos.get("_action_mask"))
-        if rows is not None and masks is not None and self._masks is not None:
-            masks = _merged(masks, self._masks, np.asarray(rows, dtype=np.bool_))
-        self._masks = masks
+
+def _masks_of(infos: Mapping[str, Any]) -> Any:
+    """The masks of all rows, by head, one array a head or side by side; None where there are none.
+
+    Gymnasium fills rows without a mask, which allow everything, with zeros, or None.
+    """
+    if infos.get("action_mask") is None:
+        return None
+    return _with_all_allowed(infos["action_mask"], infos.get("_action_mask"))
 
 
 def _start(space: Any) -> Any:
@@ -139,7 +146,8 @@ def _stacked(rows: Sequence[Any]) -> ActionMasks:
 
 
 def _with_all_allowed(masks: Any, has_one: Any) -> Any:
-    """Gymnasium fills rows without a mask, which allow everything, with zeros, or None."""
+    if isinstance(masks, list):  # one array a head already
+        return masks
     if isinstance(masks, Mapping):
         return {
             head: _with_all_allowed(of_head, masks.get(f"_{head}", has_one))
@@ -157,8 +165,13 @@ def _with_all_allowed(masks: Any, has_one: Any) -> Any:
 
 
 def _merged(new: Any, old: Any, is_new: npt.NDArray[np.bool_]) -> Any:
-    if isinstance(new, Mapping):
-        return {head: _merged(of_head, old[head], is_new) for head, of_head in new.items()}
-    if isinstance(new, list):
-        return [_merged(a, b, is_new) for a, b in zip(new, old, strict=True)]
+    """Row by row; where there is no mask, all is allowed."""
+    if isinstance(old, Mapping):
+        new = new or {}
+        return {head: _merged(new.get(head), old.get(head), is_new) for head in {**old, **new}}
+    if isinstance(old, list):
+        pairs = zip(new or [None] * len(old), old, strict=True)
+        return [_merged(of_new, of_old, is_new) for of_new, of_old in pairs]
+    everything = np.ones_like(old if new is None else new)
+    new, old = (everything if mask is None else mask for mask in (new, old))
     return np.where(is_new[:, None], new, old)

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from tamiyo_client import wire
 from tamiyo_client.calls import VectorCalls
-from tamiyo_client.errors import PolicyError
+from tamiyo_client.client import Awaiting, Blocking, Client
 from tamiyo_client.exchange import Call, Patience
 from tamiyo_client.wire import Act, ActionMasks, State
 
 if TYPE_CHECKING:
     import ssl
 
-    from typing_extensions import Self
 
-
-class _Single:
+class _Single(Client):
     """What both kinds of client keep, and do without the server."""
 
     def __init__(
@@ -40,7 +36,7 @@ class _Single:
 
         A call takes at most `timeout_s`, and is sent `retries` times more than once.
         """
-        self._calls = VectorCalls(
+        calls = VectorCalls(
             url,
             1,
             autoreset="same_step",  # a lone environment is reset by its loop
@@ -50,20 +46,7 @@ class _Single:
             patience=Patience(timeout_s, retries),
             failover=failover,
         )
-        self._connect(ssl_context)
-
-    def _connect(self, ssl_context: ssl.SSLContext | None) -> None:
-        raise NotImplementedError
-
-    @property
-    def session_id(self) -> str:
-        """The session's name on the server, and in `X-Session-Id`."""
-        return self._calls.session.name
-
-    @property
-    def url(self) -> str:
-        """Of the server that keeps the session."""
-        return self._calls.session.url
+        super().__init__(calls, ssl_context)
 
     def observe(self, terminated: bool | np.bool_, truncated: bool | np.bool_) -> None:
         """What the environment said of its last action: where it is over, the next `act` starts."""
@@ -72,10 +55,6 @@ class _Single:
     def reset(self) -> None:
         """The caller has reset the environment: the next `act` starts an episode."""
         self._calls.autoreset.reset()
-
-    def restart(self) -> None:
-        """Begins anew: after `SessionLost`, or a call given up."""
-        self._calls.restart()
 
     def _act(
         self,
@@ -118,13 +97,8 @@ class _Single:
         return Act.of(act)
 
 
-class PolicyClient(_Single):
+class PolicyClient(_Single, Blocking):
     """Steps one environment. Not to be shared by threads."""
-
-    def _connect(self, ssl_context: ssl.SSLContext | None) -> None:
-        from tamiyo_client.transport import Transport  # which takes long to import
-
-        self._transport = Transport(ssl_context)
 
     def act(
         self,
@@ -166,35 +140,9 @@ class PolicyClient(_Single):
             self._act_from(state, observation, action_mask, step, deterministic, seed, inputs)
         )
 
-    def policy(self) -> dict[str, Any]:
-        """What `GET /policy` says: heads, dimensions, version, limits."""
-        return self._transport.run(self._calls.policy())
 
-    def close(self) -> None:
-        """Ends the session on the server, where that can be reached, and the connection."""
-        with suppress(PolicyError):
-            self._transport.run(self._calls.session.end())
-        self._transport.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class AsyncPolicyClient(_Single):
+class AsyncPolicyClient(_Single, Awaiting):
     """`PolicyClient` for asyncio: one call at a time, any number of clients."""
-
-    def _connect(self, ssl_context: ssl.SSLContext | None) -> None:
-        from tamiyo_client.transport import AsyncTransport  # as above
-
-        self._transport = AsyncTransport(ssl_context)
 
     async def act(
         self,
@@ -226,24 +174,3 @@ class AsyncPolicyClient(_Single):
         return await self._transport.run(
             self._act_from(state, observation, action_mask, step, deterministic, seed, inputs)
         )
-
-    async def policy(self) -> dict[str, Any]:
-        """As `PolicyClient.policy`."""
-        return await self._transport.run(self._calls.policy())
-
-    async def close(self) -> None:
-        """As `PolicyClient.close`."""
-        with suppress(PolicyError):
-            await self._transport.run(self._calls.session.end())
-        await self._transport.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.close()

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tamiyo_client.calls import VectorCalls
-from tamiyo_client.errors import PolicyError
+from tamiyo_client.client import Awaiting, Blocking, Client
 from tamiyo_client.exchange import Patience
 from tamiyo_client.wire import ActionMasks, State, VectorAct
 
 if TYPE_CHECKING:
     import ssl
 
-    from typing_extensions import Self
 
-
-class _Vector:
+class _Vector(Client):
     """What both kinds of client keep, and do without the server."""
 
     def __init__(
@@ -44,7 +40,7 @@ class _Vector:
         the run's: row i's e-th episode draws with `row_seed(seed, i, e)`; without one the server
         derives it. A call takes at most `timeout_s`, and is sent `retries` times more than once.
         """
-        self._calls = VectorCalls(
+        calls = VectorCalls(
             url,
             num_envs,
             autoreset=autoreset_mode,
@@ -54,25 +50,12 @@ class _Vector:
             patience=Patience(timeout_s, retries),
             failover=failover,
         )
-        self._connect(ssl_context)
-
-    def _connect(self, ssl_context: ssl.SSLContext | None) -> None:
-        raise NotImplementedError
+        super().__init__(calls, ssl_context)
 
     @property
     def num_envs(self) -> int:
         """Rows of every call."""
         return self._calls.num_envs
-
-    @property
-    def session_id(self) -> str:
-        """The session's name on the server, and in `X-Session-Id`."""
-        return self._calls.session.name
-
-    @property
-    def url(self) -> str:
-        """Of the server that keeps the session."""
-        return self._calls.session.url
 
     @property
     def starts(self) -> npt.NDArray[np.bool_]:
@@ -91,18 +74,9 @@ class _Vector:
         """The caller has reset these rows, `[n]`, or all of them: they start at the next `act`."""
         self._calls.autoreset.reset(rows)
 
-    def restart(self) -> None:
-        """Begins anew with every row from zeros: after `SessionLost`, or a call given up."""
-        self._calls.restart()
 
-
-class VectorPolicyClient(_Vector):
+class VectorPolicyClient(_Vector, Blocking):
     """Steps `num_envs` environments with one request. Not to be shared by threads."""
-
-    def _connect(self, ssl_context: ssl.SSLContext | None) -> None:
-        from tamiyo_client.transport import Transport  # which takes long to import
-
-        self._transport = Transport(ssl_context)
 
     def act(
         self,
@@ -176,35 +150,9 @@ class VectorPolicyClient(_Vector):
             self._calls.predict(observation, state, episode_start, deterministic, action_masks)
         )
 
-    def policy(self) -> dict[str, Any]:
-        """What `GET /policy` says: heads, dimensions, version, limits."""
-        return self._transport.run(self._calls.policy())
 
-    def close(self) -> None:
-        """Ends the session on the server, where that can be reached, and the connection."""
-        with suppress(PolicyError):
-            self._transport.run(self._calls.session.end())
-        self._transport.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class AsyncVectorPolicyClient(_Vector):
+class AsyncVectorPolicyClient(_Vector, Awaiting):
     """`VectorPolicyClient` for asyncio: one call at a time, any number of clients."""
-
-    def _connect(self, ssl_context: ssl.SSLContext | None) -> None:
-        from tamiyo_client.transport import AsyncTransport  # as above
-
-        self._transport = AsyncTransport(ssl_context)
 
     async def act(
         self,
@@ -249,24 +197,3 @@ class AsyncVectorPolicyClient(_Vector):
                 inputs=inputs,
             )
         )
-
-    async def policy(self) -> dict[str, Any]:
-        """As `VectorPolicyClient.policy`."""
-        return await self._transport.run(self._calls.policy())
-
-    async def close(self) -> None:
-        """As `VectorPolicyClient.close`."""
-        with suppress(PolicyError):
-            await self._transport.run(self._calls.session.end())
-        await self._transport.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.close()

@@ -112,6 +112,46 @@ def test_what_was_allowed_stays_so_while_others_are_reset(
     envs.close()
 
 
+@pytest.mark.parametrize("form", ["dict", "side by side", "tuple"])
+def test_a_row_whose_reset_says_nothing_has_all_allowed_and_the_others_theirs(
+    server: RunningServer, spec: PolicySpec, form: str
+) -> None:
+    envs = SyncVectorEnv(
+        [partial(SilentAtReset, spec, at, form) for at in range(1, NUM_ENVS)],
+        autoreset_mode=AutoresetMode.DISABLED,
+    )
+    freed = set()
+    with wrap(envs, server.address, seed=1) as policy:
+        observations, infos = policy.reset()
+        for _ in range(20):
+            _, _, _, _, infos = policy.step(policy.act(observations, infos))
+            rows = np.array([True, False])
+            observations, infos = policy.reset(options={"reset_mask": rows})
+            act = policy.act(observations, infos)
+            assert act.action[spec.op_head][1] == ONLY
+            freed.add(int(act.action[spec.op_head][0]))
+            observations, infos = policy.reset()
+    assert len(freed) > 1
+    envs.close()
+
+
+def test_the_masks_heeded_are_those_that_are_given(server: RunningServer, spec: PolicySpec) -> None:
+    envs = SyncVectorEnv([partial(Masked, spec, 1, "dict")] * 2)
+    other = {head: np.array(mask) for head, mask in Masked(spec, 1, "dict")._by_head(int).items()}
+    other[spec.op_head] = np.roll(other[spec.op_head], 1)
+    with wrap(envs, server.address) as policy:
+        observations, _ = policy.reset()
+        given = {"action_mask": {head: np.stack([mask, mask]) for head, mask in other.items()}}
+        act = policy.act(observations, given)
+        assert (act.action[spec.op_head] == ONLY + 1).all()
+    envs.close()
+
+
+class SilentAtReset(Masked):
+    def reset(self, **options: Any) -> Any:
+        return super().reset(**options)[0], {}
+
+
 @pytest.mark.parametrize("has_masks", [False, True])
 def test_an_asynchronous_vector_survives_being_asked_for_masks(
     server: RunningServer, spec: PolicySpec, has_masks: bool
