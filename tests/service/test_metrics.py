@@ -1,0 +1,54 @@
+"""What is counted here says what prometheus_client's own would."""
+
+import asyncio
+
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.metrics import Metrics
+
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+SECONDS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2, 0.1, 1.0)
+Sample = tuple[str, frozenset[tuple[str, str]], float]
+
+sizes = st.one_of(st.sampled_from(SIZES), st.integers(1, 600))
+seconds = st.one_of(st.sampled_from(SECONDS), st.floats(0.0, 3.0))
+
+
+def samples(text: str) -> set[Sample]:
+    return {
+        (sample.name, frozenset(sample.labels.items()), sample.value)
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name.startswith(("tamiyo_act", "tamiyo_batch", "tamiyo_step"))
+    }
+
+
+def rendered(metrics: Metrics) -> str:
+    async def on_a_loop() -> bytes:  # whose tasks are counted too
+        return metrics.render()
+
+    return asyncio.run(on_a_loop()).decode()
+
+
+@given(
+    st.lists(st.tuples(sizes, seconds), max_size=20),
+    st.lists(st.sampled_from(["ok", "replayed", "invalid"]), max_size=20),
+)
+def test_batches_and_results_are_counted_as_prometheus_counts(
+    batches: list[tuple[int, float]], results: list[str]
+) -> None:
+    metrics, registry = Metrics(), CollectorRegistry()
+    of_sizes = Histogram("tamiyo_batch_size", "rows", buckets=SIZES, registry=registry)
+    of_seconds = Histogram("tamiyo_step_seconds", "s", buckets=SECONDS, registry=registry)
+    requests = Counter("tamiyo_act_requests_total", "n", ["result"], registry=registry)
+    for num_rows, step_s in batches:
+        metrics.observe_batch(num_rows, step_s)
+        of_sizes.observe(num_rows)
+        of_seconds.observe(step_s)
+    for result in results:
+        metrics.count(result)
+        requests.labels(result).inc()
+    assert samples(rendered(metrics)) == samples(generate_latest(registry).decode())
