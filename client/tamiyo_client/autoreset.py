@@ -47,6 +47,11 @@ class Autoreset:
         """`[num_envs]`, of the next step."""
         return self._starts.copy()
 
+    @property
+    def ended(self) -> npt.NDArray[np.bool_]:
+        """`[num_envs]`: whose next action is ignored, as their episodes are over."""
+        return self._done & ~self._starts
+
     def reset(self, rows: npt.ArrayLike | None = None) -> None:
         """These were reset by the caller, or all of them: they start."""
         which = np.ones(self._num_envs, dtype=np.bool_) if rows is None else self.flags(rows)

@@ -77,6 +77,7 @@ class VectorCalls:
         if self.session.step == 0:
             starts = np.ones(self.num_envs, dtype=np.bool_)
         tensors = self._tensors(observations, action_masks, inputs)
+        wire.allow_something(tensors, self.autoreset.ended)
         if seeds is not None:  # read for rows that start, as all do after a failover
             tensors["seed"] = wire.packed_seeds(seeds)
         seed = self._seed if seeds is None else None
@@ -120,7 +121,7 @@ class VectorCalls:
             observations, action_masks = observations[None], wire.lone_masks(action_masks)
         if state is None:
             self.restart()
-        elif state != self._handle():
+        elif not isinstance(state, SessionHandle) or state != self._handle():
             raise ValueError("`state` is not that of the last answer, which the server has alone")
         no_start = np.zeros(self.num_envs, dtype=np.bool_)
         starts = no_start if episode_start is None else np.atleast_1d(episode_start)

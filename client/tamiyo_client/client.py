@@ -55,10 +55,14 @@ class Blocking(Client):
         return self._transport.run(self._calls.policy())
 
     def close(self) -> None:
-        """Ends the session on the server, where that can be reached, and the connection."""
-        with suppress(PolicyError):
-            self._transport.run(self._calls.session.end())
-        self._transport.close()
+        """Ends the session on the server, where that can be reached, and the connection.
+
+        In a process that was forked it does nothing: both are its parent's.
+        """
+        if self._transport.is_ours():
+            with suppress(PolicyError):
+                self._transport.run(self._calls.session.end())
+            self._transport.close()
 
     def __enter__(self) -> Self:
         return self
@@ -86,9 +90,10 @@ class Awaiting(Client):
 
     async def close(self) -> None:
         """As `Blocking.close`."""
-        with suppress(PolicyError):
-            await self._transport.run(self._calls.session.end())
-        await self._transport.close()
+        if self._transport.is_ours():
+            with suppress(PolicyError):
+                await self._transport.run(self._calls.session.end())
+            await self._transport.close()
 
     async def __aenter__(self) -> Self:
         return self

@@ -23,7 +23,8 @@ class VectorLoop:
         options.setdefault("autoreset_mode", envs)
         self.envs = envs
         self.client = VectorPolicyClient(url, envs.num_envs, **options)
-        self._has_method = _have_action_masks(envs)
+        self._bare = getattr(envs, "unwrapped", envs)  # wrappers of vectors have no `call`
+        self._has_method = _have_action_masks(self._bare)
         self._masks: Any = None  # of the last infos
 
     def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
@@ -46,7 +47,7 @@ class VectorLoop:
         `action_masks()` where they have it."""
         masks = _masks_of(infos)
         if masks is None and self._has_method:
-            masks = _stacked(self.envs.call("action_masks"))
+            masks = _stacked(self._bare.call("action_masks"))
         return self.client.act(observations, masks, **options)
 
     def step(self, act: VectorAct) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
@@ -113,19 +114,32 @@ def _check_heads(of_space: Any, act: VectorAct) -> None:
         )
 
 
-def _have_action_masks(envs: Any) -> bool:
-    """Whether `envs.call("action_masks")` can be had: an asynchronous vector does not survive one
-    that can't."""
-    bare = getattr(envs, "unwrapped", envs)
+def _have_action_masks(bare: Any) -> bool:
+    """Whether `call("action_masks")` can be had of a vector without its wrappers.
+
+    One is asked first, because gymnasium's asynchronous vector does not survive an attribute that
+    its environments lack.
+    """
+    if not hasattr(bare, "call"):
+        return False
     if getattr(bare, "envs", None):
-        return bool(bare.envs[0].has_wrapper_attr("action_masks"))
+        return _has_action_masks(bare.envs[0])
     if getattr(bare, "env_fns", None):
         env = bare.env_fns[0]()
         try:
-            return bool(env.has_wrapper_attr("action_masks"))
+            return _has_action_masks(env)
         finally:
             env.close()
-    return False
+    try:  # a vector of its own kind
+        bare.call("action_masks")
+    except AttributeError:
+        return False
+    return True
+
+
+def _has_action_masks(env: Any) -> bool:
+    has = getattr(env, "has_wrapper_attr", None)
+    return bool(has("action_masks")) if has is not None else hasattr(env, "action_masks")
 
 
 def wrap(envs: Any, url: str | Sequence[str], **options: Any) -> VectorLoop:
@@ -140,14 +154,14 @@ def _stacked(rows: Sequence[Any]) -> ActionMasks:
     """One mask a row -> one array a head, or one of all heads."""
     if isinstance(rows[0], Mapping):
         return {head: np.stack([row[head] for row in rows]) for head in rows[0]}
-    if isinstance(rows[0], np.ndarray) and rows[0].dtype != object:
+    if all(np.ndim(choice) == 0 for choice in rows[0]):
         return np.stack(rows)
     return [np.stack(of_head) for of_head in zip(*rows, strict=True)]
 
 
 def _with_all_allowed(masks: Any, has_one: Any) -> Any:
-    if isinstance(masks, list):  # one array a head already
-        return masks
+    if isinstance(masks, (list, tuple)):  # one array a head already
+        return list(masks)
     if isinstance(masks, Mapping):
         return {
             head: _with_all_allowed(of_head, masks.get(f"_{head}", has_one))

@@ -72,12 +72,14 @@ class Session:
         deterministic: bool,
     ) -> Call[wire.VectorAct]:
         """The run's next step. `seed` is the run's, and heeded by its first."""
+        before = self._at, self.run, self.step
         num_left = len(self._urls) - 1 if self._failover else 0
         while True:
             try:
                 return (yield from self._act(tensors, starts, seed, deterministic))
             except (Unreachable, Draining, NotReady):
-                if not num_left:
+                if not num_left:  # none is there: the same call again begins where this one did
+                    self._at, self.run, self.step = before
                     raise
             num_left -= 1
             self._at = (self._at + 1) % len(self._urls)

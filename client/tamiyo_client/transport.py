@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -21,14 +22,31 @@ from tamiyo_client.exchange import Broken, Call, Reply, Result, Send, Wait
 FAILURES = (httpcore.NetworkError, httpcore.TimeoutException, httpcore.RemoteProtocolError)
 HEADERS = {"User-Agent": "tamiyo-client"}
 CLOSE_S = 1.0
+SLICE_BYTES = 262_144
+"""Written at once: a slow reader is given the time that is left for each."""
 
 
-class Transport:
+class _OfOneProcess:
+    """A forked process has its parent's socket and session, and would step both for it."""
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+
+    def is_ours(self) -> bool:
+        """Whether this is the process that it was made in."""
+        return os.getpid() == self._pid
+
+    def _check_process(self) -> None:
+        if not self.is_ours():
+            raise RuntimeError("this client is of the process that made it; make one in this one")
+
+
+class Transport(_OfOneProcess):
     """Runs calls on the caller's thread, over one connection that is kept open."""
 
     def __init__(self, ssl_context: ssl.SSLContext | None) -> None:
+        super().__init__()
         self._ssl_context = ssl_context
-        self._pid = os.getpid()
         self._ends_s = 0.0
         self._pool = self._new_pool()
 
@@ -40,12 +58,13 @@ class Transport:
 
     def run(self, call: Call[Result]) -> Result:
         """The call's result. Raises what the call does, and RuntimeError in a forked process."""
+        self._check_process()
         outcome: Reply | Broken | None = None
         while True:
             try:
                 effect = call.send(outcome)
             except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]
+                return end.value  # type: ignore[no-any-return]  # a generator's has no other type
             if isinstance(effect, Wait):
                 time.sleep(effect.seconds)
                 outcome = None
@@ -53,7 +72,6 @@ class Transport:
                 outcome = self._send(effect)
 
     def _send(self, send: Send) -> Reply | Broken:
-        _check_process(self._pid)
         self._ends_s = time.monotonic() + send.timeout_s
         try:
             return _reply(self._pool.request(**_arguments(send)))
@@ -68,12 +86,13 @@ class Transport:
         self._pool.close()
 
 
-class AsyncTransport:
+class AsyncTransport(_OfOneProcess):
     """Runs calls on the running event loop, over one connection that is kept open."""
 
     def __init__(self, ssl_context: ssl.SSLContext | None) -> None:
+        super().__init__()
         self._ssl_context = ssl_context
-        self._pid = os.getpid()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._pool = self._new_pool()
 
     def _new_pool(self) -> httpcore.AsyncConnectionPool:
@@ -81,12 +100,17 @@ class AsyncTransport:
 
     async def run(self, call: Call[Result]) -> Result:
         """The call's result. Raises what the call does, and RuntimeError in a forked process."""
+        self._check_process()
+        if (
+            self._loop is not asyncio.get_running_loop()
+        ):  # a connection is of the loop it was made on
+            self._loop, self._pool = asyncio.get_running_loop(), self._new_pool()
         outcome: Reply | Broken | None = None
         while True:
             try:
                 effect = call.send(outcome)
             except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]
+                return end.value  # type: ignore[no-any-return]  # as above
             if isinstance(effect, Wait):
                 await asyncio.sleep(effect.seconds)
                 outcome = None
@@ -94,7 +118,6 @@ class AsyncTransport:
                 outcome = await self._send(effect)
 
     async def _send(self, send: Send) -> Reply | Broken:
-        _check_process(self._pid)
         try:
             request = self._pool.request(**_arguments(send))
             return _reply(await asyncio.wait_for(request, send.timeout_s))
@@ -109,13 +132,12 @@ class AsyncTransport:
 
     async def _begin_anew(self) -> None:
         pool, self._pool = self._pool, self._new_pool()
-        with suppress(Exception):  # it may be another loop's
+        with suppress(Exception):  # whatever ails it: it is left behind
             await asyncio.wait_for(pool.aclose(), CLOSE_S)
 
     async def close(self) -> None:
         """Closes the connection."""
-        with suppress(RuntimeError):  # of a loop that has ended
-            await self._pool.aclose()
+        await self._pool.aclose()
 
 
 class _Bounded(httpcore.NetworkBackend):
@@ -125,8 +147,21 @@ class _Bounded(httpcore.NetworkBackend):
         self._backend = backend
         self._left_s = left_s
 
-    def connect_tcp(self, *args: Any, **kwargs: Any) -> httpcore.NetworkStream:
-        return _BoundedStream(self._backend.connect_tcp(*args, **kwargs), self._left_s)
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.NetworkStream:
+        try:
+            addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise httpcore.ConnectError(str(error)) from error
+        share_s = self._left_s() / max(1, len(addresses))  # each of them may take that long
+        stream = self._backend.connect_tcp(host, port, share_s, local_address, socket_options)
+        return _BoundedStream(stream, self._left_s)
 
 
 class _BoundedStream(httpcore.NetworkStream):
@@ -134,17 +169,18 @@ class _BoundedStream(httpcore.NetworkStream):
         self._stream = stream
         self._left_s = left_s
 
-    def _timeout_s(self, timeout_s: float | None) -> float:
+    def _time_left_s(self) -> float:
         left_s = self._left_s()
         if left_s <= 0:
             raise httpcore.ReadTimeout("the time allowed has passed")
-        return left_s if timeout_s is None else min(left_s, timeout_s)
+        return left_s
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._stream.read(max_bytes, self._timeout_s(timeout))
+        return self._stream.read(max_bytes, self._time_left_s())
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._stream.write(buffer, self._timeout_s(timeout))
+        for at in range(0, len(buffer), SLICE_BYTES):
+            self._stream.write(buffer[at : at + SLICE_BYTES], self._time_left_s())
 
     def close(self) -> None:
         self._stream.close()
@@ -155,17 +191,11 @@ class _BoundedStream(httpcore.NetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,
     ) -> httpcore.NetworkStream:
-        stream = self._stream.start_tls(ssl_context, server_hostname, self._timeout_s(timeout))
+        stream = self._stream.start_tls(ssl_context, server_hostname, self._time_left_s())
         return _BoundedStream(stream, self._left_s)
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)
-
-
-def _check_process(pid: int) -> None:
-    """A forked process has its parent's socket and session, and would step both for it."""
-    if os.getpid() != pid:
-        raise RuntimeError("this client is of the process that made it; make one in this process")
 
 
 def _arguments(send: Send) -> dict[str, Any]:

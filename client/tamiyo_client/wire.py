@@ -133,6 +133,18 @@ def packed_masks(masks: ActionMasks | None, num_rows: int) -> dict[str, Array]:
     return {"action_mask": np.concatenate(heads, axis=1)}
 
 
+def allow_something(tensors: dict[str, Array], rows: npt.NDArray[np.bool_]) -> None:
+    """Of these rows, whose actions nobody takes, a mask that allows nothing is to allow all.
+
+    An environment has no legal action where its episode is over, and a policy refuses that.
+    """
+    for name, mask in tensors.items():
+        if name.startswith("action_mask"):
+            empty = rows & ~mask.any(axis=1)
+            if empty.any():
+                tensors[name] = mask | empty[:, None]
+
+
 def packed_inputs(inputs: Mapping[str, npt.ArrayLike], num_rows: int) -> dict[str, Array]:
     """The tensors of what only some policies read. Raises ValueError for another length."""
     tensors: dict[str, Array] = {}
