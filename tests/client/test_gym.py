@@ -7,7 +7,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from numpy.typing import NDArray
 
 from model.spec import PolicySpec
@@ -150,6 +151,85 @@ def test_the_masks_heeded_are_those_that_are_given(server: RunningServer, spec: 
 class SilentAtReset(Masked):
     def reset(self, **options: Any) -> Any:
         return super().reset(**options)[0], {}
+
+
+class ListMasked(Counting):
+    """As sb3-contrib's environments say it: one flat list."""
+
+    def action_masks(self) -> list[bool]:
+        by_head = Masked(self._spec, 1, "method")._by_head(np.bool_)
+        masks: list[bool] = np.concatenate(list(by_head.values())).tolist()
+        return masks
+
+
+def test_masks_of_a_method_reach_the_policy_through_a_wrapper_and_as_a_list(
+    server: RunningServer, spec: PolicySpec
+) -> None:
+    envs = RecordEpisodeStatistics(SyncVectorEnv([partial(ListMasked, spec, 1, 9)] * 2))
+    with wrap(envs, server.address, autoreset_mode="next_step") as policy:
+        observations, infos = policy.reset()
+        for _ in range(4):
+            act = policy.act(observations, infos)
+            assert (act.action[spec.op_head] == ONLY).all()
+            observations, _, _, _, infos = policy.step(act)
+    envs.close()
+
+
+class OfItsOwnKind(VectorEnv[Any, Any, Any]):
+    """Two environments in one piece, that answers `call`."""
+
+    def __init__(self, spec: PolicySpec) -> None:
+        self.num_envs = 2
+        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
+        self.single_action_space = gymnasium.spaces.MultiDiscrete([h.size for h in spec.heads])
+        self._spec = spec
+
+    def reset(self, **options: Any) -> Any:
+        return np.ones((2, self._spec.observation_dim), np.float32), {}
+
+    def step(self, actions: Any) -> Any:
+        return *self.reset()[:1], np.zeros(2), np.zeros(2, bool), np.zeros(2, bool), {}
+
+    def call(self, name: str) -> Any:
+        return [getattr(ListMasked(self._spec, 1, 9), name)()] * 2
+
+
+def test_a_vector_of_its_own_kind_is_asked_for_masks_too(
+    server: RunningServer, spec: PolicySpec
+) -> None:
+    with wrap(OfItsOwnKind(spec), server.address) as policy:
+        observations, infos = policy.reset()
+        act = policy.act(observations, infos)
+        assert (act.action[spec.op_head] == ONLY).all()
+        policy.step(act)
+
+
+@pytest.mark.parametrize("form", ["dict", "side by side", "tuple"])
+def test_where_an_episode_is_over_nothing_needs_to_be_allowed(
+    server: RunningServer, spec: PolicySpec, form: str
+) -> None:
+    """With gymnasium's default mode the last observation is shown, and the action ignored."""
+    envs = SyncVectorEnv([partial(SilentAtItsEnd, spec, at, form) for at in (1, 2)])
+    with wrap(envs, server.address) as policy:
+        observations, infos = policy.reset()
+        for _ in range(25):
+            act = policy.act(observations, infos)
+            observations, _, _, _, infos = policy.step(act)
+    envs.close()
+
+
+class SilentAtItsEnd(Masked):
+    """Allows nothing any more."""
+
+    def _info(self) -> dict[str, Any]:
+        info = super()._info()
+        if self._step == self._length:
+            masks = info["action_mask"]
+            if isinstance(masks, dict):
+                return {"action_mask": {head: mask * 0 for head, mask in masks.items()}}
+            nothing = tuple(m * 0 for m in masks) if isinstance(masks, tuple) else masks * 0
+            return {"action_mask": nothing}
+        return info
 
 
 @pytest.mark.parametrize("has_masks", [False, True])

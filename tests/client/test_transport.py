@@ -1,8 +1,10 @@
 """Servers that take their time, calls that are broken off, and processes that fork."""
 
 import asyncio
+import gc
 import multiprocessing
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from socket import create_server, socket
@@ -131,6 +133,37 @@ def in_child(client: VectorPolicyClient, shown: Any, told: Any) -> None:
         client.act(shown)
     except RuntimeError as error:
         told.put(str(error))
+
+
+def closing_in_child(client: VectorPolicyClient, told: Any) -> None:
+    try:
+        with client:
+            raise KeyError("its own")
+    except KeyError as error:
+        told.put(str(error))
+
+
+def test_a_forked_process_that_closes_harms_nobody(server: RunningServer, spec: PolicySpec) -> None:
+    shown = np.ones((NUM_ROWS, spec.observation_dim), np.float32)
+    fork = multiprocessing.get_context("fork")
+    told = fork.SimpleQueue()
+    with VectorPolicyClient(server.address, NUM_ROWS) as client:
+        client.act(shown)
+        child = fork.Process(target=closing_in_child, args=(client, told))
+        child.start()
+        child.join(30)
+        assert "its own" in told.get()
+        assert client.act(shown).step == 1
+
+
+def test_an_async_client_goes_on_in_another_loop(server: RunningServer, spec: PolicySpec) -> None:
+    shown = np.ones((NUM_ROWS, spec.observation_dim), np.float32)
+    client = AsyncVectorPolicyClient(server.address, NUM_ROWS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # the first loop left its connection open
+        assert [asyncio.run(client.act(shown)).step for _ in range(3)] == [0, 1, 2]
+        asyncio.run(client.close())
+        gc.collect()
 
 
 def test_a_forked_process_has_to_make_its_own(server: RunningServer, spec: PolicySpec) -> None:
