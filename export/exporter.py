@@ -11,6 +11,7 @@ from typing import NamedTuple, TypedDict
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from export import parameters
 from export.comparison import ParityError
 from export.directory import staged
 from export.format_kinds import PORTABLE_FORMATS
@@ -37,7 +38,7 @@ from export.process import plain_process
 from export.report import REPORT_FILE, REPORT_PAGE, FormatReport, Latency, Report
 from export.report_page import render
 from export.signature import sign
-from export.step import PolicyStep
+from export.step import PolicyStep, pack
 from export.stopping import deferred
 from export.timing import this_machine
 from export.weights import WEIGHTS_FILE, pack_weights, rebuild
@@ -92,6 +93,7 @@ def export_policy(
         weights = pack_weights(policy, normalizer)
         (directory / WEIGHTS_FILE).write_bytes(weights)
         step = PolicyStep(*rebuild(weights, spec, torch.device(device)), precision)
+        packed = pack(weights, spec, precision)
         source_step = StepSource(step, max_batch_size)
         exports = {}
         for format_name in formats:
@@ -108,10 +110,9 @@ def export_policy(
         steps = {name: export.step for name, export in exports.items()}
         verdict = gate.check(steps)
         on_stage("measuring how fast each format is")
-        weights_file = File.describe(directory / WEIGHTS_FILE)
         report = Report(
             name=name,
-            policy_version=weights_file.version,
+            policy_version=f"sha256:{parameters.sha256(packed)}",
             source=source,
             precision=precision,
             device=on,
@@ -131,7 +132,9 @@ def export_policy(
             max_batch_size=max_batch_size,
             inputs=step_inputs(spec),
             outputs=step_outputs(spec),
-            weights=weights_file,
+            parameters=parameters.described(packed),
+            parameters_sha256=parameters.sha256(packed),
+            weights=File.describe(directory / WEIGHTS_FILE),
             formats={name: export.file for name, export in exports.items()},
             reports=_write_reports(report, directory),
             parity=verdict.parity,

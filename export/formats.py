@@ -3,13 +3,15 @@
 A new format is one row in `export.format_kinds`, one here, and a loader.
 """
 
+import copy
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch._inductor
+from numpy.typing import NDArray
 from torch._inductor.exc import InductorError
 from torch.export import Dim, ExportedProgram
 
@@ -40,10 +42,14 @@ class StepSource:
 
     @cached_property
     def program(self) -> ExportedProgram:
+        return self.capture(self.step)
+
+    def capture(self, step: PolicyStep) -> ExportedProgram:
+        """The graph of `step`, which is this one or has other parameters."""
         batch = Dim("batch", min=1, max=self._max_batch_size)
         with torch_speaks_of_itself(), torch.no_grad():
             return torch.export.export(
-                self.step, self.example, dynamic_shapes=tuple({0: batch} for _ in self.example)
+                step, self.example, dynamic_shapes=tuple({0: batch} for _ in self.example)
             )
 
 
@@ -60,11 +66,12 @@ class Format(NamedTuple):
 
 
 def write_torchscript(source: StepSource) -> bytes:
-    """A traced and frozen TorchScript module."""
+    """A traced TorchScript module. It is frozen where it is loaded: frozen, it has no parameters
+    that others could take the place of."""
     content = io.BytesIO()
     with torch_speaks_of_itself(), torch.no_grad():
         traced = torch.jit.trace(source.step, source.example)  # type: ignore[no-untyped-call]
-        torch.jit.save(torch.jit.freeze(traced), content)
+        torch.jit.save(traced, content)
     return content.getvalue()
 
 
@@ -99,7 +106,11 @@ def write_aoti(source: StepSource) -> bytes:
             torch._inductor.aoti_compile_and_package(
                 program,
                 package_path=content,
-                inductor_configs={"freezing": freezing, "aot_inductor.metadata": metadata},
+                inductor_configs={
+                    "freezing": freezing,
+                    "always_keep_tensor_constants": True,  # small ones are inlined otherwise
+                    "aot_inductor.metadata": metadata,
+                },
             )
     except InductorError as error:  # no compiler, or no room for what it writes
         raise FormatError(f"aoti cannot be compiled here: {first_line(error)}") from error
@@ -107,11 +118,16 @@ def write_aoti(source: StepSource) -> bytes:
 
 
 def write_onnx(source: StepSource) -> bytes:
-    """ONNX, optimised, with the manifest's names; checked by `onnx.checker`."""
+    """ONNX, optimised, with the manifest's names; checked by `onnx.checker`.
+
+    Of a step with parameters like no others, whose places the policy's then take: the optimiser
+    drops a bias of zeros, merges what is equal and multiplies by no one, and a graph without these
+    could not be given other parameters.
+    """
     spec = source.step.spec
     with torch_speaks_of_itself():
         program = torch.onnx.export(
-            source.program,
+            source.capture(_with_unlike_parameters(source.step)),
             (),
             dynamo=True,
             optimize=True,
@@ -120,9 +136,31 @@ def write_onnx(source: StepSource) -> bytes:
             output_names=[array.name for array in step_outputs(spec)],
         )
     assert program is not None
-    content: bytes = program.model_proto.SerializeToString()
+    model = program.model_proto
+    _set_initializers(model, source.step.packed())
+    content: bytes = model.SerializeToString()
     check_onnx(content)
     return content
+
+
+def _with_unlike_parameters(step: PolicyStep) -> PolicyStep:
+    """A copy, of whose parameters no two numbers are alike, nor 0 or 1."""
+    other = copy.deepcopy(step)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in other.state_dict().values():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return other
+
+
+def _set_initializers(model: Any, parameters: Mapping[str, NDArray[Any]]) -> None:
+    """Puts the parameters in their places. Raises FormatError where one has none in the graph."""
+    import onnx
+
+    places = {initializer.name: initializer for initializer in model.graph.initializer}
+    for name, parameter in parameters.items():
+        if name not in places:
+            raise FormatError(f"onnx cannot be had: its graph has no parameter {name!r}")
+        places[name].CopyFrom(onnx.numpy_helper.from_array(parameter, name))
 
 
 def check_onnx(content: bytes) -> None:

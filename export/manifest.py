@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from model.spec import PolicySpec
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
+"""What is written. The first, which is read as well, names no parameters."""
 LARGEST_BATCH_SIZE = 4096
 """Of an artifact: what a machine can still check, whole batches at once."""
 
@@ -83,6 +84,14 @@ class Array(Record):
     shape: tuple[int | str, ...]
 
 
+class Parameter(Record):
+    """One array of the step that depends on the policy's weights."""
+
+    name: str
+    dtype: Literal["float32", "bfloat16"]
+    shape: tuple[int, ...]
+
+
 class FormatFile(File):
     """A format's file, and for machine code the machine it needs: its `requires`.
 
@@ -148,13 +157,15 @@ class Source(Description):
 
 
 class Manifest(Record):
-    """`manifest.json`. `policy_version` names the weights and is the same for every format.
+    """`manifest.json`. `policy_version` names the weights and is the same for every format: it is
+    the hash of the packed parameters (`export.parameters`), and in schema 1, which has none, that
+    of the weights' file.
 
     What is at its default is not written, so that a reader of this schema takes what a later
     release writes, as long as it uses nothing the reader does not know.
     """
 
-    schema_version: Literal[1]
+    schema_version: Literal[1, 2]
     name: str
     spec: PolicySpec
     precision: Precision
@@ -163,6 +174,8 @@ class Manifest(Record):
     max_batch_size: Annotated[int, Field(ge=1)]
     inputs: tuple[Array, ...]
     outputs: tuple[Array, ...]
+    parameters: tuple[Parameter, ...] = ()
+    parameters_sha256: Sha256 | None = None
     weights: File
     formats: dict[str, FormatFile]
     reports: tuple[File, ...]
@@ -180,6 +193,16 @@ class Manifest(Record):
                 raise ValueError(f"the {name} are not those of a step of its spec")
         return self
 
+    @model_validator(mode="after")
+    def _parameters_are_named(self) -> Self:
+        is_named = bool(self.parameters), self.parameters_sha256 is not None
+        if is_named != (self.schema_version > 1,) * 2:
+            raise ValueError(
+                f"the parameters and their hash are there from schema 2 on, and this is schema "
+                f"{self.schema_version}"
+            )
+        return self
+
     @property
     def files(self) -> tuple[File, ...]:
         """Every file the artifact vouches for."""
@@ -187,7 +210,9 @@ class Manifest(Record):
 
     @property
     def policy_version(self) -> str:
-        return self.weights.version
+        if self.parameters_sha256 is None:
+            return self.weights.version
+        return f"sha256:{self.parameters_sha256}"
 
     @classmethod
     def read(cls, directory: Path) -> Self:

@@ -7,21 +7,29 @@ one with zeros and ones that lays the choices out as a table of heads.
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export.manifest import Precision
+from export.weights import rebuild
 from model.heads import MASKED_LOGIT, Decision, HeadTable
 from model.normalizer import CLIP, VARIANCE_EPSILON, ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 from model.recurrence import LSTM, ResidualLSTM, State, cell_update
+from model.spec import PolicySpec
 
 StepInput = tuple[Tensor, ...]
 StepOutput = tuple[Tensor, ...]
 
 PRODUCT_DTYPE: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def pack(weights: bytes, spec: PolicySpec, precision: Precision) -> dict[str, NDArray[Any]]:
+    """The packed parameters of an artifact's weights: the same on every machine, to the bit."""
+    return PolicyStep(*rebuild(weights, spec, torch.device("cpu")), precision).packed()
 
 
 class PolicyStep(nn.Module):
@@ -30,10 +38,14 @@ class PolicyStep(nn.Module):
     `observation` is raw: the normaliser, where the policy has one, is inside; the value is in
     returns. All rows are independent; nothing is random, and no shape depends on data. `precision`
     is that of weights and products; everything between them, the state included, is float32.
+
+    `state_dict` is the packed parameters: all that depends on the policy's weights, by name, and
+    nothing else. What a spec alone decides is in buffers that are no part of it.
     """
 
     placement: Tensor
     padding: Tensor
+    value_scale: Tensor
 
     def __init__(
         self,
@@ -59,8 +71,18 @@ class PolicyStep(nn.Module):
         valid = self.heads.valid.flatten()
         columns = torch.eye(self.spec.num_choices, device=valid.device)
         placement = self.heads.spread(columns).flatten(1) * valid  # [num_choices, heads * width]
-        self.register_buffer("placement", placement.t().contiguous())
-        self.register_buffer("padding", torch.where(valid, 0.0, MASKED_LOGIT))
+        self.register_buffer("placement", placement.t().contiguous(), persistent=False)
+        self.register_buffer("padding", torch.where(valid, 0.0, MASKED_LOGIT), persistent=False)
+        self.register_buffer("value_scale", self.padding.new_tensor([self.spec.value_scale]))
+
+    def packed(self) -> dict[str, NDArray[Any]]:
+        """Copies of the parameters, in order; bfloat16, which NumPy has not, as its 16 bits."""
+        arrays = {}
+        for name, parameter in self.state_dict().items():
+            host = parameter.detach().to("cpu", copy=True).contiguous()
+            is_wide = host.dtype != torch.bfloat16
+            arrays[name] = (host if is_wide else host.view(torch.uint16)).numpy()
+        return arrays
 
     def example(self, batch_size: int) -> StepInput:
         """Inputs of the right names' shapes and dtypes: zeros, with everything allowed."""
@@ -94,10 +116,11 @@ class PolicyStep(nn.Module):
         y, (h, c) = self.recurrence(x, (state_h_in, state_c_in))
         logits, value = self.outputs(y)
         action, log_prob = self._decide(logits, action_mask, slot_by_op_mask, noise)
-        if self.spec.value_scale != 1.0:
-            value = value * self.spec.value_scale
         op = action[:, self.heads.op_index]
-        return action, log_prob, value, h, c, *(extra(y, op) for extra in self.extras.values())
+        extras = {name: extra(y, op) for name, extra in self.extras.items()}
+        if "q_value" in extras:
+            extras["q_value"] = extras["q_value"] * self.value_scale
+        return action, log_prob, value * self.value_scale, h, c, *extras.values()
 
     def _decide(
         self, logits: Tensor, action_mask: Tensor, slot_by_op_mask: Tensor | None, noise: Tensor
@@ -147,11 +170,13 @@ class _Features(nn.Module):
             self.null_index = policy.spec.num_blueprints
             embedding = policy.blueprint_embedding.embedding.weight.detach()
             by_slot = torch.split(weight[:, observation_dim:], embedding.shape[1], dim=1)
-            # What each blueprint in each slot adds to the features: products that need no batch.
-            table = torch.cat([embedding @ columns.t() for columns in by_slot])
+            # What each blueprint in each slot adds to the features: products that need no batch. In
+            # float64, so that every machine rounds to the same table: it names the version too.
+            wide = embedding.double()
+            table = torch.cat([wide @ columns.double().t() for columns in by_slot])
             self.register_buffer("blueprints", table.to(dtype))  # [slots * rows, feature]
             rows = torch.arange(0, len(table), len(embedding), device=table.device)
-            self.register_buffer("first_row", rows)  # [slots]
+            self.register_buffer("first_row", rows, persistent=False)  # [slots]
 
     def forward(self, observation: Tensor, blueprint_index: Tensor | None) -> Tensor:
         x = observation
@@ -160,7 +185,8 @@ class _Features(nn.Module):
         x = self.linear(x.to(self.linear.weight.dtype)).float()
         if blueprint_index is not None:
             index = torch.where(blueprint_index < 0, self.null_index, blueprint_index)
-            x = x + self.blueprints[index + self.first_row].float().sum(dim=1)
+            rows = nn.functional.embedding(index + self.first_row, self.blueprints)
+            x = x + rows.float().sum(dim=1)
         return torch.relu(self.norm(x))
 
 
@@ -247,21 +273,20 @@ class _DeepOutputs(nn.Module):
 
 
 class _QValue(nn.Module):
-    """Q(s, op) in returns, `[B]`."""
+    """Q(s, op) in the network's own units, `[B]`."""
 
     ops: Tensor
 
     def __init__(self, policy: FactoredRecurrentActorCritic, dtype: torch.dtype) -> None:
         super().__init__()
         self.layers = _Layers(policy.get_submodule("q_head").children(), dtype)
-        self.scale = policy.spec.value_scale
         ops = torch.arange(policy.spec.num_ops, device=policy.heads.valid.device)
-        self.register_buffer("ops", ops)
+        self.register_buffer("ops", ops, persistent=False)
 
     def forward(self, y: Tensor, op: Tensor) -> Tensor:
         one_hot = torch.eq(op[:, None], self.ops).float()
         q_value: Tensor = self.layers(torch.cat([y, one_hot], dim=-1))
-        return q_value.squeeze(-1) * self.scale
+        return q_value.squeeze(-1)
 
 
 class _Contribution(nn.Module):

@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Sequence
 
-from export.loaders.protocol import LoadedStep
+from export.loaders.protocol import RenewableStep
 from export.manifest import Array, ArtifactError, Device, FormatFile
 
 FORMAT_OF = {
@@ -28,7 +28,7 @@ def load_step(
     outputs: Sequence[Array],
     device: Device,
     num_threads: int,
-) -> LoadedStep:
+) -> RenewableStep:
     """The runtime `name` on a file's content, which the caller has hashed.
 
     Raises ArtifactError, naming the file, where it holds machine code for another machine, cannot
@@ -52,7 +52,7 @@ def _load(
     outputs: Sequence[Array],
     device: Device,
     num_threads: int,
-) -> LoadedStep:
+) -> RenewableStep:
     if name == "onnx":
         from export.loaders.onnx import OnnxStep
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from export.loaders.arrays import FileArray, check_arrays
 from export.manifest import Array, ArtifactError, Device
+from export.parameters import Parameters
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -42,6 +43,7 @@ class OnnxStep:
         outputs: Sequence[Array],
         device: Device,
         num_threads: int,
+        parameters: Parameters | None = None,
     ) -> None:
         self.device: str = device
         provider, _ = PROVIDERS[device]
@@ -52,6 +54,13 @@ class OnnxStep:
         options.inter_op_num_threads = 1
         # Waiting threads would spin on the cores that the event loop and the clients need.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # The session reads their memory as long as it lives.
+        self._values = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(array)
+            for name, array in (parameters or {}).items()
+        }
+        for name, value in self._values.items():
+            options.add_initializer(name, value)
         session = onnxruntime.InferenceSession(content, options, providers=[PROVIDERS[device]])
         # A provider that finds no device, or not its libraries, leaves the graph to the CPU.
         if session.get_providers()[0] != provider:
@@ -61,6 +70,14 @@ class OnnxStep:
         self._session = session
         self._inputs = [array.name for array in inputs]
         self._outputs = [array.name for array in outputs]
+        self._with_parameters = partial(
+            OnnxStep,
+            content,
+            inputs=inputs,
+            outputs=outputs,
+            device=device,
+            num_threads=num_threads,
+        )
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> Callable[[], None]:
         if self.device != "cpu":  # a binding would copy to the device once, when it is made
@@ -78,6 +95,9 @@ class OnnxStep:
                 bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         # The binding knows addresses; the call keeps the arrays at them alive.
         return partial(self._run_bound, binding, inputs, outputs)
+
+    def with_parameters(self, parameters: Parameters) -> "OnnxStep":
+        return self._with_parameters(parameters=parameters)
 
     def _run_bound(self, binding: onnxruntime.IOBinding, inputs: Arrays, outputs: Arrays) -> None:
         self._session.run_with_iobinding(binding)

@@ -5,6 +5,8 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from export.parameters import Parameters
+
 
 class LoadedStep(Protocol):
     """One exported step. `name` is its runtime's, `device` where it runs."""
@@ -20,4 +22,15 @@ class LoadedStep(Protocol):
         Both are by the manifest's names: contiguous arrays on the host, of one batch size, that
         share no memory. Binding them once spares each call finding and checking them. A call
         raises ArtifactError, and writes nothing, where the step's results are not the manifest's.
+        """
+
+
+class RenewableStep(LoadedStep, Protocol):
+    """One that may be given new weights."""
+
+    def with_parameters(self, parameters: Parameters) -> "RenewableStep":
+        """The same step with other parameters, all of them: what an export of these would load.
+
+        This one goes on as it was, and calls bound to it too. Raises ArtifactError where the
+        format, or the runtime, takes no others than its file's.
         """

@@ -7,26 +7,28 @@ the step as torch has it, and what its file says of inputs and outputs.
 
 import io
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
 from export.loaders.arrays import FileArray, check_arrays
-from export.loaders.torch_step import TorchStep, dtype_name
+from export.loaders.torch_step import Renewed, TorchStep, dtype_name
 from export.loaders.torch_warnings import torch_speaks_of_itself
-from export.manifest import Array, Device
+from export.manifest import Array, ArtifactError, Device
 
 
 class Loaded(NamedTuple):
-    """A step of tensors, and the arrays of its file."""
+    """A step of tensors, and the arrays of its file. `renewed` makes one with other parameters."""
 
     call: Callable[..., Any]
     inputs: list[FileArray]
     outputs: list[FileArray]
+    renewed: Renewed | None
 
 
 def load_torch_step(
@@ -47,19 +49,34 @@ def load_torch_step(
     loaded = LOADERS[name](content, device)
     check_arrays("input", loaded.inputs, inputs)
     check_arrays("output", loaded.outputs, outputs)
-    return TorchStep(name, loaded.call, inputs, outputs, device)
+    return TorchStep(name, loaded.call, inputs, outputs, device, renewed=loaded.renewed)
 
 
 @torch_speaks_of_itself()
 def load_torchscript(content: bytes, device: str) -> Loaded:
-    """A trace keeps the names of its arguments, and the number of its results."""
-    step = torch.jit.load(io.BytesIO(content), map_location=device)  # type: ignore[no-untyped-call]
+    """A trace keeps the names of its arguments, and the number of its results.
+
+    Frozen, it is some hundredths faster, and takes no parameters any more: it is frozen with them.
+    """
+
+    @torch_speaks_of_itself()
+    def renewed(parameters: Mapping[str, Tensor]) -> Callable[..., Any]:
+        step = torch.jit.load(io.BytesIO(content), map_location=device)  # type: ignore[no-untyped-call]
+        own = {**dict(step.named_parameters()), **dict(step.named_buffers())}
+        check_names(parameters, own)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                own[name].copy_(parameter)
+        frozen: Callable[..., Any] = torch.jit.freeze(step)
+        return frozen
+
+    step: Any = renewed({})
     schema = step.forward.schema
     (returned,) = schema.returns
     is_tuple = isinstance(returned.type, torch.TupleType)
     num_outputs = len(returned.type.elements()) if is_tuple else 1
     inputs = [FileArray(argument.name) for argument in schema.arguments[1:]]
-    return Loaded(step, inputs, [FileArray()] * num_outputs)
+    return Loaded(step, inputs, [FileArray()] * num_outputs, renewed)
 
 
 @torch_speaks_of_itself()
@@ -69,29 +86,54 @@ def load_aoti(content: bytes, device: str) -> Loaded:
     import torch._inductor
     from torch.utils._pytree import treespec_loads
 
-    # The loader unpacks from a path; what it opens is what was hashed, in a directory of our own.
-    with tempfile.TemporaryDirectory(prefix="tamiyo-aoti-") as directory:
-        package = Path(directory) / "policy.pt2"
-        package.write_bytes(content)
-        step = torch._inductor.aoti_load_package(str(package))
+    @torch_speaks_of_itself()
+    def renewed(parameters: Mapping[str, Tensor]) -> Callable[..., Any]:
+        # The loader unpacks from a path; what it opens is what was hashed, in a directory of ours.
+        with tempfile.TemporaryDirectory(prefix="tamiyo-aoti-") as directory:
+            package = Path(directory) / "policy.pt2"
+            package.write_bytes(content)
+            step = torch._inductor.aoti_load_package(str(package))
+        if parameters:
+            check_names(parameters, step.get_constant_fqns())
+            step.load_constants(dict(parameters), check_full_update=False)
+        return step
+
+    step: Any = renewed({})
     metadata = step.get_metadata()
     if "inputs" in metadata:
         said = (FileArray.read(metadata["inputs"]), FileArray.read(metadata["outputs"]))
-        return Loaded(step, *said)
+        return Loaded(step, *said, renewed)
     taken, given = map(treespec_loads, step.loader.get_call_spec())
-    return Loaded(step, [FileArray()] * taken.num_leaves, [FileArray()] * given.num_leaves)
+    inputs, outputs = [FileArray()] * taken.num_leaves, [FileArray()] * given.num_leaves
+    return Loaded(step, inputs, outputs, renewed)
 
 
 @torch_speaks_of_itself()
 def load_eager(content: bytes, device: str) -> Loaded:
-    program = torch.export.load(io.BytesIO(content))
-    step = move_to_device_pass(program, device).module()
-    return Loaded(step, *program_arrays(program))
+    program = move_to_device_pass(torch.export.load(io.BytesIO(content)), device)
+
+    def renewed(parameters: Mapping[str, Tensor]) -> Callable[..., Any]:
+        step = program.module()
+        check_names(parameters, step.state_dict())
+        step.load_state_dict(parameters, strict=False, assign=True)
+        return step
+
+    return Loaded(renewed({}), *program_arrays(program), renewed)
 
 
 def load_compiled(content: bytes, device: str) -> Loaded:
     eager = load_eager(content, device)
-    return eager._replace(call=torch.compile(eager.call, dynamic=True))
+    return eager._replace(call=torch.compile(eager.call, dynamic=True), renewed=None)
+
+
+def check_names(parameters: Iterable[str], own: Container[str]) -> None:
+    """Raises ArtifactError where a file has no such parameter to be replaced."""
+    for name in parameters:
+        if name not in own:
+            raise ArtifactError(
+                f"its parameters cannot be replaced: it has none called {name!r} (machine code "
+                "with bf16 products for a CPU holds them as its kernels want them)"
+            )
 
 
 def program_arrays(program: ExportedProgram) -> tuple[list[FileArray], list[FileArray]]:

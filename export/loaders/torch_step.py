@@ -9,12 +9,16 @@ from torch import Tensor
 
 from export.loaders.arrays import FileArray, check_arrays
 from export.manifest import Array, ArtifactError
+from export.parameters import Parameters
+
+Renewed = Callable[[Mapping[str, Tensor]], Callable[..., Any]]
 
 
 class TorchStep:
     """`call` takes a tensor on `device` for each of `inputs`, and gives one for each of `outputs`.
 
     Both in the manifest's order: what a format says of its order was compared with it before.
+    `renewed` makes such a call with other parameters, where the runtime can.
     """
 
     def __init__(
@@ -24,12 +28,15 @@ class TorchStep:
         inputs: Sequence[Array],
         outputs: Sequence[Array],
         device: str = "cpu",
+        *,
+        renewed: Renewed | None = None,
     ) -> None:
         self.name = name
         self.device = device
         self._call = call
         self._inputs = inputs
         self._outputs = outputs
+        self._renewed = renewed
 
     def bind(
         self, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]
@@ -50,6 +57,17 @@ class TorchStep:
 
         return run
 
+    def with_parameters(self, parameters: Parameters) -> "TorchStep":
+        if self._renewed is None:
+            raise ArtifactError(
+                f"{self.name} takes no new parameters: it would compile its step anew, for a minute"
+            )
+        tensors = {name: _tensor(array).to(self.device) for name, array in parameters.items()}
+        call = self._renewed(tensors)
+        return TorchStep(
+            self.name, call, self._inputs, self._outputs, self.device, renewed=self._renewed
+        )
+
     def _check(self, results: Any, wanted: Sequence[Tensor]) -> None:
         if not isinstance(results, (tuple, list)):
             raise ArtifactError(f"the step gives a {type(results).__name__}, not its outputs")
@@ -59,6 +77,11 @@ class TorchStep:
             for array, tensor in zip(self._outputs, wanted, strict=True)
         ]
         check_arrays("output", got, expected)
+
+
+def _tensor(parameter: NDArray[Any]) -> Tensor:
+    tensor = torch.from_numpy(parameter)
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
 
 
 def dtype_name(tensor: Tensor) -> str:

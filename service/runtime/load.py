@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from export.loaders.load import FORMAT_OF, has_torch, load_step
-from export.loaders.protocol import LoadedStep
+from export.loaders.protocol import LoadedStep, RenewableStep
 from export.manifest import ArtifactError, Device, Manifest
 from service.runtime.host import HostRuntime, HostStates
 from service.runtime.protocol import Runtime
@@ -24,7 +24,7 @@ def runs_on(name: str, manifest: Manifest, device: Device) -> bool:
 
 def load_runtime(
     directory: Path, manifest: Manifest, *, name: str, device: Device, num_threads: int
-) -> LoadedStep:
+) -> RenewableStep:
     """The named runtime on the artifact's file of its format, after its SHA-256 was checked.
 
     Raises ArtifactError where the artifact has no such format, a file is not what was exported or
