@@ -20,6 +20,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype("<u2"),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+VALUE_SCALE = "value_scale"
+"""The parameter that the value is multiplied by, where a policy's network has units of its own."""
 BFLOAT16_EXPONENT = np.uint16(0x7F80)
 """All ones in infinities and NaN."""
 
@@ -73,6 +75,12 @@ def first_difference(parameters: Parameters, expected: Sequence[Parameter]) -> D
             where = "".join(f"[{index}]" for index in np.argwhere(~is_finite)[0])
             return Difference(f"{name}{where}", "is NaN or infinite")
     return None
+
+
+def value_unit(parameters: Parameters) -> float:
+    """What one unit of the network's own value is worth in returns."""
+    scale = parameters.get(VALUE_SCALE)
+    return 1.0 if scale is None else float(np.abs(scale).max())
 
 
 def _is_finite(array: NDArray[Any]) -> NDArray[np.bool_]:

@@ -5,7 +5,10 @@
         UnknownSession          404 unknown_session
         RequestTimeout          408 request_timeout
         StepConflict            409 step_conflict
+        PushConflict            409 push_conflict
+        NoPreviousVersion       409 no_previous_version
         SessionLost             410 session_lost
+        VersionMismatch         412 version_mismatch
         TooLarge                413 too_large
         UnsupportedContentType  415 unsupported_content_type
         Invalid                 422 invalid
@@ -58,6 +61,24 @@ class StepConflict(ServiceError):
     """The request is not the session's next step, nor a retry of its last one."""
 
     status_code, error_type = 409, "step_conflict"
+
+
+class PushConflict(ServiceError):
+    """Other weights are being checked."""
+
+    status_code, error_type = 409, "push_conflict"
+
+
+class NoPreviousVersion(ServiceError):
+    """There are no weights to go back to."""
+
+    status_code, error_type = 409, "no_previous_version"
+
+
+class VersionMismatch(ServiceError):
+    """The version that serves is not the one the request was made for."""
+
+    status_code, error_type = 412, "version_mismatch"
 
 
 class SessionLost(ServiceError):

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pydantic_settings import CliApp
 
 from export.artifact import Artifact, open_artifact
-from export.loaders.protocol import LoadedStep
+from export.loaders.protocol import RenewableStep
 from export.manifest import ArtifactError, Manifest
 from service.artifact import find_artifact
 from service.engine.engine import Engine
@@ -110,7 +110,10 @@ def main(asked_to_stop: Sequence[int] = ()) -> int:
 
 
 def serve(
-    settings: Settings, manifest: Manifest, runtime: LoadedStep, asked_to_stop: Sequence[int] = ()
+    settings: Settings,
+    manifest: Manifest,
+    runtime: RenewableStep,
+    asked_to_stop: Sequence[int] = (),
 ) -> int:
     """What `main` does once there is a runtime."""
     metrics = Metrics()

@@ -11,14 +11,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export.loaders.load import RUNTIME_OF, load_step
-from export.loaders.protocol import LoadedStep
+from export.loaders.protocol import RenewableStep
 from export.manifest import Array, FormatFile, Manifest, step_inputs, step_outputs
 from model.spec import PolicySpec
 
 TensorStep = Callable[..., tuple[Tensor, ...]]
 
 
-def load(content: bytes, name: str, spec: PolicySpec, *, requires: str | None = None) -> LoadedStep:
+def load(
+    content: bytes, name: str, spec: PolicySpec, *, requires: str | None = None
+) -> RenewableStep:
     """The runtime `name` on the content of some file."""
     file = FormatFile(
         file=f"policy.{name}",
@@ -37,7 +39,7 @@ def load(content: bytes, name: str, spec: PolicySpec, *, requires: str | None = 
     )
 
 
-def load_from(artifact: Path, format_name: str) -> LoadedStep:
+def load_from(artifact: Path, format_name: str) -> RenewableStep:
     """The step of an artifact's format, its hash checked first."""
     manifest = Manifest.read(artifact)
     file = manifest.formats[format_name]
@@ -55,7 +57,7 @@ def allocated(arrays: Sequence[Array], num_rows: int) -> dict[str, NDArray[Any]]
     }
 
 
-def run_step(step: LoadedStep, spec: PolicySpec, *inputs: Tensor) -> tuple[Tensor, ...]:
+def run_step(step: RenewableStep, spec: PolicySpec, *inputs: Tensor) -> tuple[Tensor, ...]:
     """One step, tensors in and out, in the manifest's order."""
     given = {
         array.name: tensor.contiguous().numpy()

@@ -8,11 +8,13 @@ from tamiyo_client.errors import (
     NotReady,
     Overloaded,
     PolicyError,
+    PushConflict,
     ServerError,
     SessionLost,
     StepConflict,
     Unavailable,
     Unreachable,
+    VersionMismatch,
 )
 from tamiyo_client.gym import VectorLoop, wrap
 from tamiyo_client.noise import gumbel_noise, row_seed
@@ -32,6 +34,7 @@ __all__ = [
     "Overloaded",
     "PolicyClient",
     "PolicyError",
+    "PushConflict",
     "ServerError",
     "SessionLost",
     "StepConflict",
@@ -40,6 +43,7 @@ __all__ = [
     "VectorAct",
     "VectorLoop",
     "VectorPolicyClient",
+    "VersionMismatch",
     "gumbel_noise",
     "row_seed",
     "wrap",

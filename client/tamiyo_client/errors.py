@@ -43,6 +43,10 @@ class SessionLost(PolicyError):
     """The server does not have the session's state any more: idle, evicted, or restarted."""
 
 
+class VersionMismatch(PolicyError):
+    """The version that serves is not the one that a push was to replace."""
+
+
 class Unavailable(PolicyError):
     """The server did not answer in time, however often it was asked.
 
@@ -62,6 +66,10 @@ class Draining(Unavailable):
     """The server is shutting down."""
 
 
+class PushConflict(Unavailable):
+    """The server was checking other weights all the time."""
+
+
 class DeadlineExceeded(Unavailable):
     """The policy was not free in time."""
 
@@ -78,6 +86,8 @@ BY_TYPE: dict[str, type[PolicyError]] = {
     "unknown_session": SessionLost,
     "session_lost": SessionLost,
     "step_conflict": StepConflict,
+    "push_conflict": PushConflict,
+    "version_mismatch": VersionMismatch,
     "overloaded": Overloaded,
     "not_ready": NotReady,
     "draining": Draining,
@@ -88,6 +98,7 @@ BY_STATUS: dict[int, type[PolicyError]] = {
     **dict.fromkeys((401, 403), NotAllowed),
     409: StepConflict,
     410: SessionLost,
+    412: VersionMismatch,
     429: Overloaded,
     502: Unreachable,
     503: NotReady,

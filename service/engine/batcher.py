@@ -111,6 +111,7 @@ class Batcher:
         self._first_deadline_s = inf  # of all that wait, or earlier
         self._seconds_per_row = 0.0  # of late, while there was always more to do
         self._busy_since_s: float | None = None
+        self._change: Callable[[], None] | None = None
         self._is_scheduled = False
         self._is_closed = False
         self._drained: asyncio.Event = asyncio.Event()
@@ -167,6 +168,20 @@ class Batcher:
         """How many rows wait."""
         return self._num_rows
 
+    def between(self, change: Callable[[], None]) -> None:
+        """Has `change` called once, now or soon: no batch is under way then, no block half run.
+
+        One at a time. What waits goes on waiting meanwhile, for a batch or two.
+        """
+        assert self._change is None
+        self._change = change
+        self._make_change()
+
+    def _make_change(self) -> None:
+        if self._change is not None and not self._under_way and self._partial is None:
+            change, self._change = self._change, None
+            change()
+
     def wake(self) -> None:
         """A batch that was under way is done, and may have been collected already."""
         if self._under_way:
@@ -189,10 +204,12 @@ class Batcher:
         if now_s >= self._first_deadline_s:
             self._expire(now_s)
         self._collect()
+        self._make_change()
         while self._may_launch() and self._launch():
             pass
         # Only now, where the model has more to do: it is not to wait until answers are written.
         self._collect()
+        self._make_change()
         self._settle()
         if not self._under_way:
             if self._num_rows:
@@ -209,6 +226,7 @@ class Batcher:
             len(self._under_way) < MOST_UNDER_WAY
             and self._num_ready() >= self._enough_rows
             and self._partial is None  # a part under way may fail, and its block with it
+            and self._change is None
             and not self._steps.is_done()
         )
 
@@ -231,7 +249,7 @@ class Batcher:
             self._num_rows -= stop - waiting.num_run
             waiting.num_run = stop
             self._partial = waiting if stop < waiting.block.num_rows else None
-            waiting = self._next(room)
+            waiting = None if self._change is not None else self._next(room)
         if not parts:
             return False
         try:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from weakref import ref
 
-from export.loaders.protocol import LoadedStep
+from export.loaders.protocol import RenewableStep
 from export.manifest import Manifest, bucket_sizes
 from service.engine.batcher import Batcher
+from service.engine.policy_versions import PolicyVersion, PolicyVersions
 from service.engine.rows import RowTable
 from service.engine.sessions import SessionTable
 from service.engine.stepper import Stepper
@@ -21,15 +22,17 @@ class Engine:
     """Steps blocks of at most `max_rows` rows. Made on the event loop it serves.
 
     `submit` is the batcher's: it has a block answered later.
-    `observe` is told the rows and seconds of each batch.
+    `observe` is told the rows and seconds of each batch, `observe_change` the result and seconds of
+    each change of weights.
     """
 
     def __init__(
         self,
         manifest: Manifest,
-        loaded: LoadedStep,
+        loaded: RenewableStep,
         settings: Settings,
         observe: Callable[[int, float], None] = lambda num_rows, seconds: None,
+        observe_change: Callable[[str, float], None] = lambda result, seconds: None,
     ) -> None:
         spec = manifest.spec
         self._drain_s = settings.drain_s
@@ -53,20 +56,30 @@ class Engine:
             seed=settings.seed,
             clock=time.monotonic,
         )
+        stepper = Stepper(
+            self.runtime,
+            rows,
+            self.sessions,
+            spec,
+            policy_version=manifest.policy_version,
+            seed=settings.seed,
+            observe=observe,
+        )
         self.batcher = Batcher(
-            Stepper(
-                self.runtime,
-                rows,
-                self.sessions,
-                spec,
-                policy_version=manifest.policy_version,
-                seed=settings.seed,
-                observe=observe,
-            ),
+            stepper,
             max_batch_size=self.max_batch_size,
             max_waiting=settings.max_waiting,
         )
         self.submit = self.batcher.submit
+        self.versions = PolicyVersions(
+            manifest,
+            PolicyVersion(manifest.policy_version, loaded),
+            runtime=self.runtime,
+            batcher=self.batcher,
+            stepper=stepper,
+            sessions=self.sessions,
+            observe=observe_change,
+        )
         runtime = self.runtime
         self.warm_up = WarmUp(lambda is_wanted: runtime.warm_up(is_wanted=is_wanted))
 
@@ -85,13 +98,19 @@ class Engine:
 
     def is_stepping(self) -> bool:
         """Whether a thread is in the middle of a step, which nothing can stop."""
-        return self.warm_up.is_running() or not self.runtime.is_idle()
+        is_idle = self.runtime.is_idle() and not self.versions.is_changing()
+        return self.warm_up.is_running() or not is_idle
 
     async def stop(self) -> None:
         """Answers what waits, as far as `--drain-s` goes, and takes nothing more."""
         self.warm_up.stop()
         with suppress(TimeoutError):
             await asyncio.wait_for(self.batcher.drain(), self._drain_s)
+
+    def check_ready(self) -> None:
+        """Raises NotReady before warm-up's end, and Draining once the server stops."""
+        self.warm_up.check()
+        self.batcher.check_room(0)
 
     def check_open(self) -> None:
         """Raises what any block would meet now, whatever is in it: then it need not be read."""

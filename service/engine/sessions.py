@@ -90,7 +90,7 @@ class SessionTable:
     ) -> None:
         self.capacity = capacity
         self.num_rows = 0
-        self.events = dict.fromkeys(("started", "ended", "expired", "evicted"), 0)
+        self.events = dict.fromkeys(("started", "ended", "expired", "evicted", "restarted"), 0)
         self._rows = rows
         self._live: OrderedDict[str, Session] = OrderedDict()  # least recently used first
         self._num_waiting: dict[str, int] = {}
@@ -219,6 +219,11 @@ class SessionTable:
         if session_id not in self._live:
             raise self._absent(session_id, None)
         self._remove(session_id, "ended")
+
+    def restart(self) -> None:
+        """Gives up every session. No turn of one is under way."""
+        for session_id in list(self._live):
+            self._remove(session_id, "restarted")
 
     def _begin(self, session_id: str, session: Session | None, block: Block) -> Turn:
         """The first turn of a run."""

@@ -71,7 +71,8 @@ class Stepper:
         self._sessions = sessions
         self._noise_ahead = NoiseAhead(spec.num_choices, rows.zero_row + 1)
         self._zero_row = np.array(rows.zero_row)  # an int would be made one of, each time
-        self._policy_version = policy_version
+        self.policy_version = policy_version
+        """Of what `runtime` runs: it changes while no batch is under way."""
         self._seed = seed
         self._observe = observe
         self._num_stateless = 0
@@ -184,10 +185,10 @@ class Stepper:
                 if block.session_id is None:
                     self._give_back(turn)
                 else:
-                    self._sessions.commit(turn, self._policy_version)
+                    self._sessions.commit(turn, self.policy_version)
                 of, at = (batch, first) if start == 0 else (self._rows.last(turn.write_rows), 0)
                 state = states.get(first)
-                version, num_rows = self._policy_version, block.num_rows
+                version, num_rows = self.policy_version, block.num_rows
                 settled.append(Answer(of, at, num_rows, turn.step, version, state))
             first += stop - start
         if len(parts) < len(rows):  # where they are not all single environments

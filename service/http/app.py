@@ -30,6 +30,7 @@ from service.http.documentation import (
 )
 from service.http.endpoint import PATH, ActEndpoint
 from service.http.front_page import as_html, front_page, respond
+from service.http.policy_routes import policy_routes
 from service.http.schemas import (
     Alive,
     FrontPage,
@@ -42,6 +43,7 @@ from service.http.schemas import (
     vector_act_request,
     vector_act_response,
 )
+from service.http.weights_codec import WeightsCodec
 from service.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
 from service.metrics import Metrics
 from service.settings import Settings
@@ -176,13 +178,19 @@ def create_app(engine: Engine, manifest: Manifest, settings: Settings, metrics: 
         engine.warm_up.check()
         return Ready()
 
+    weights = WeightsCodec(manifest)
+    app.include_router(policy_routes(engine, weights, _anybody))
+
     def policy_response() -> PolicyResponse:
         return PolicyResponse(
             name=manifest.name,
-            policy_version=manifest.policy_version,
+            policy_version=engine.versions.current.policy_version,
             spec=spec,
             runtime=engine.runtime.name,
             device=engine.runtime.device,
+            precision=manifest.precision,
+            has_normalizer=manifest.has_normalizer,
+            parameters=list(manifest.parameters),
             limits=Limits(
                 max_batch_size=engine.max_batch_size,
                 max_rows=engine.max_rows,
@@ -192,6 +200,7 @@ def create_app(engine: Engine, manifest: Manifest, settings: Settings, metrics: 
                 timeout_ms=settings.timeout_ms,
                 max_body_bytes=app.act.max_body_bytes[JSON],
                 max_safetensors_bytes=app.act.max_body_bytes[SAFETENSORS],
+                max_weights_bytes=weights.max_body_bytes,
             ),
         )
 
@@ -212,7 +221,7 @@ def create_app(engine: Engine, manifest: Manifest, settings: Settings, metrics: 
         return Response(metrics.render(), media_type=METRICS_CONTENT_TYPE)
 
     def page(prefix: str) -> FrontPage:
-        return front_page(manifest.name, manifest.policy_version, prefix)
+        return front_page(manifest.name, engine.versions.current.policy_version, prefix)
 
     either = json_content(page("").model_dump()) | text_content("text/html", as_html(page("")))
 
@@ -222,6 +231,10 @@ def create_app(engine: Engine, manifest: Manifest, settings: Settings, metrics: 
         return respond(page(request.scope.get("root_path", "")), request)
 
     return app
+
+
+def _anybody(request: Request) -> str:
+    return "somebody"
 
 
 async def _service_error(request: Request, error: Exception) -> Response:

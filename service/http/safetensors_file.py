@@ -29,6 +29,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype("<i8"),
     "U64": np.dtype("<u8"),
     "BOOL": np.dtype("?"),
+    "BF16": np.dtype("<u2"),  # which NumPy has not: its 16 bits
 }
 ALL_DTYPES = tuple(DTYPES)
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, create_
 from pydantic_core import CoreSchema
 from typing_extensions import TypedDict
 
+from export.manifest import Parameter, Precision
 from model.spec import PolicySpec
 
 Identifier = Annotated[str, Field(min_length=1, max_length=256)]
@@ -421,6 +422,7 @@ class Limits(BaseModel):
     timeout_ms: float
     max_body_bytes: int
     max_safetensors_bytes: int
+    max_weights_bytes: int
 
 
 class PolicyResponse(BaseModel):
@@ -431,6 +433,9 @@ class PolicyResponse(BaseModel):
     spec: PolicySpec
     runtime: str
     device: str
+    precision: Precision
+    has_normalizer: bool
+    parameters: list[Parameter]
     limits: Limits
 
 

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import inf
+from operator import attrgetter
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -58,30 +59,37 @@ class HostStates:
             self.h[rows], self.c[rows] = h[:num], c[:num]
 
 
+Steps = tuple[Callable[[], None], ...]
+"""A step bound to a lane's arrays, at every batch size."""
+
+
 class _BatchSize(NamedTuple):
-    step: Callable[[], None]
+    inputs: Arrays
     outputs: Arrays
     floats: NDArray[np.float32]
 
 
 class _Lane:
-    """The arrays of one batch at a time, and the step bound to them at every batch size."""
+    """The arrays of one batch at a time, at every batch size."""
 
     def __init__(
         self,
-        loaded: LoadedStep,
+        number: int,
         inputs: Sequence[Array],
         outputs: Sequence[Array],
         batch_sizes: Sequence[int],
     ) -> None:
+        self.number = number
         batch = allocate(inputs, max(batch_sizes))
         self.h, self.c = (batch[name] for name in STATE_INPUTS)
         self.inputs = {name: array for name, array in batch.items() if name not in STATE_INPUTS}
-        self.batch_sizes = []
-        for size in batch_sizes:
-            decided, floats = allocate_in_a_row(outputs, size)
-            step = loaded.bind(first(batch, size), decided)
-            self.batch_sizes.append(_BatchSize(step, decided, floats))
+        self.batch_sizes = [
+            _BatchSize(first(batch, size), *allocate_in_a_row(outputs, size))
+            for size in batch_sizes
+        ]
+
+    def bind(self, loaded: LoadedStep) -> Steps:
+        return tuple(loaded.bind(size.inputs, size.outputs) for size in self.batch_sizes)
 
 
 class HostRuntime:
@@ -104,12 +112,15 @@ class HostRuntime:
         self.zero_row = states.zero_row
         self.when_done: Callable[[], None] = lambda: None
         self._states = states
-        sizes = sorted(batch_sizes)
+        self._arrays = (inputs, outputs)
+        self._sizes = sizes = sorted(batch_sizes)
         self._step_s = [0.0] * len(sizes)  # as they were warmed up
         self._by_num_rows = [0]  # which of the batch sizes a batch of so many rows takes
         for at, size in enumerate(sizes):
             self._by_num_rows += [at] * (size + 1 - len(self._by_num_rows))
-        self._lanes = deque(_Lane(loaded, inputs, outputs, sizes) for _ in range(MOST_UNDER_WAY))
+        lanes = [_Lane(number, inputs, outputs, sizes) for number in range(MOST_UNDER_WAY)]
+        self._lanes = deque(lanes)
+        self._steps = [lane.bind(loaded) for lane in lanes]  # by the lane's number
         self._outputs: Outputs | None = None  # of a step that was waited for
         self._under_way: deque[Future[Outputs]] = deque()
         self._beside = ThreadPoolExecutor(1, "step")
@@ -122,13 +133,13 @@ class HostRuntime:
         lane = self._lanes[0]
         at = self._by_num_rows[len(read_rows)]
         self._states.gather(read_rows, lane.h, lane.c)
-        batch_size = lane.batch_sizes[at]
+        step, batch_size = self._steps[lane.number][at], lane.batch_sizes[at]
         if self._step_s[at] < beside_s and not self._under_way:
-            self._outputs = self._run(batch_size, write_rows)
+            self._outputs = self._run(step, batch_size, write_rows)
             return  # and the lane is free again
         begun = Lock()
         begun.acquire()
-        future = self._beside.submit(self._run, batch_size, write_rows, begun.release)
+        future = self._beside.submit(self._run, step, batch_size, write_rows, begun.release)
         future.add_done_callback(lambda _: self.when_done())
         if not self._under_way:
             # The other thread needs the interpreter to begin, and would get it by chance.
@@ -148,11 +159,12 @@ class HostRuntime:
 
     def _run(
         self,
+        step: Callable[[], None],
         batch_size: _BatchSize,
         write_rows: Rows,
         begin: Callable[[], None] = lambda: None,
     ) -> Outputs:
-        step, outputs, floats = batch_size
+        _, outputs, floats = batch_size
         begin()
         step()
         h, c = (outputs[name] for name in STATE_OUTPUTS)
@@ -172,13 +184,25 @@ class HostRuntime:
     def write(self, rows: Rows, state: State) -> None:
         self._states.scatter(rows, *state)
 
+    def prepare(self, loaded: LoadedStep) -> Callable[[], None]:
+        # On arrays of its own: those that it will have are in use.
+        inputs, outputs = (allocate(arrays, self._sizes[-1]) for arrays in self._arrays)
+        for size in self._sizes:
+            loaded.bind(first(inputs, size), first(outputs, size))()
+        steps = [lane.bind(loaded) for lane in sorted(self._lanes, key=attrgetter("number"))]
+
+        def adopt() -> None:
+            self._steps = steps
+
+        return adopt
+
     def warm_up(self, *, is_wanted: Callable[[], bool] = lambda: True) -> None:
         self._beside.submit(int).result()  # it is now that a thread too many is to be told
         for at in range(len(self._step_s)):
             seconds = []
-            for lane in (self._lanes[0], *self._lanes):
+            for steps in (self._steps[0], *self._steps):
                 if is_wanted():
                     began_s = time.perf_counter()
-                    lane.batch_sizes[at].step()
+                    steps[at]()
                     seconds.append(time.perf_counter() - began_s)
             self._step_s[at] = min(seconds, default=0.0)

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from export.loaders.protocol import LoadedStep
+
 Rows = NDArray[np.intp]
 """Numbers of state rows, one for each row of a batch."""
 
@@ -75,6 +77,13 @@ class Runtime(Protocol):
 
     def write(self, rows: Rows, state: State) -> None:
         """Sets the states in these rows."""
+
+    def prepare(self, loaded: LoadedStep) -> Callable[[], None]:
+        """Readies another step of the same inputs and outputs beside the one that serves.
+
+        From any thread, one at a time. Every batch size of it has run when this returns; what it
+        gives, called while no batch is under way, has the launches from then on run that step.
+        """
 
     def warm_up(self, *, is_wanted: Callable[[], bool] = lambda: True) -> None:
         """Runs every batch size, so that no batch pays for a first run; until it is not wanted.

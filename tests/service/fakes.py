@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
+from copy import copy
 from math import inf
 from typing import Any, NamedTuple, Self, TypeVar
 from weakref import ref
@@ -19,8 +20,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from export.loaders.protocol import LoadedStep
+from export.loaders.protocol import RenewableStep
 from export.manifest import Manifest, step_inputs, step_outputs
+from export.parameters import Parameters
 from model.spec import PolicySpec
 from service.engine.batcher import Batcher
 from service.engine.block import Answer, Block
@@ -100,6 +102,7 @@ class SummingRuntime:
         self.failure: Exception | None = None
         self.gate: threading.Event | None = None
         self.spoil: Callable[[Arrays], None] = lambda decided: None
+        self.scale = np.ones(1, dtype=np.float32)
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> Callable[[], None]:
         def run() -> None:
@@ -113,13 +116,19 @@ class SummingRuntime:
 
         return run
 
+    def with_parameters(self, parameters: Parameters) -> "SummingRuntime":
+        """One whose value is the sum times its one parameter, `scale`."""
+        other = copy(self)
+        other.scale = parameters["scale"]
+        return other
+
     def _step(self, inputs: Arrays, outputs: Arrays) -> None:
         observation = inputs["observation"]
         h, c = outputs["state_h_out"], outputs["state_c_out"]
         h[:] = inputs["state_h_in"] + observation[:, :1, None]
         c[:] = inputs["state_c_in"] + np.float32(1)
         is_poison = observation[:, -1] == np.float32(POISON)
-        outputs["value"][:] = np.where(is_poison, np.nan, h[:, 0, 0])
+        outputs["value"][:] = np.where(is_poison, np.nan, h[:, 0, 0]) * self.scale
         masked = np.where(inputs["action_mask"], inputs["noise"], -np.inf)
         heads = np.split(masked, np.cumsum(self.spec.head_sizes)[:-1], axis=1)
         outputs["action"][:] = np.stack([head.argmax(1) for head in heads], axis=1)
@@ -251,7 +260,7 @@ class Bench:
         idle_timeout_s: float = 60.0,
         buckets: Sequence[int] = (1, 2, 4, 8),
         turns: float | None = None,
-        over: LoadedStep | None = None,
+        over: RenewableStep | None = None,
         host: type[HostRuntime] = HostRuntime,
     ) -> None:
         self.spec = spec
@@ -379,7 +388,7 @@ class Served(NamedTuple):
     metrics: Metrics
 
     @classmethod
-    def make(cls, manifest: Manifest, loaded: LoadedStep, settings: Settings) -> "Served":
+    def make(cls, manifest: Manifest, loaded: RenewableStep, settings: Settings) -> "Served":
         """As `service.server` does."""
         metrics = Metrics()
         return cls(

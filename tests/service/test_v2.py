@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from export.exporter import export_policy
-from export.loaders.protocol import LoadedStep
+from export.loaders.protocol import RenewableStep
 from export.manifest import Manifest
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
@@ -49,13 +49,13 @@ def v2_artifact(
 
 
 @pytest.fixture(scope="module", params=["onnx", "torchscript", "eager"])
-def v2_runtime(request: pytest.FixtureRequest, v2_artifact: Path) -> LoadedStep:
+def v2_runtime(request: pytest.FixtureRequest, v2_artifact: Path) -> RenewableStep:
     manifest = Manifest.read(v2_artifact)
     return load_runtime(v2_artifact, manifest, name=request.param, device="cpu", num_threads=1)
 
 
 @pytest.fixture
-def v2_client(v2_artifact: Path, v2_runtime: LoadedStep) -> Iterator[AppClient]:
+def v2_client(v2_artifact: Path, v2_runtime: RenewableStep) -> Iterator[AppClient]:
     manifest = Manifest.read(v2_artifact)
     with AppClient(Served.make(manifest, v2_runtime, Settings(artifact=v2_artifact))) as client:
         yield client
@@ -124,7 +124,7 @@ def test_every_answer_is_the_policy_s_own(
 
 
 def test_the_bench_finds_every_answer_of_v2_its_artifact_s_own(
-    v2_client: AppClient, v2_runtime: LoadedStep
+    v2_client: AppClient, v2_runtime: RenewableStep
 ) -> None:
     pool = Pool.random(SPEC, 4)
     wire = JsonWire(SPEC, pool, None)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from export.exporter import export_policy
 from export.loaders.load import FORMAT_OF
 from export.loaders.onnx import OnnxStep
-from export.loaders.protocol import LoadedStep
+from export.loaders.protocol import RenewableStep
 from export.loaders.torch_formats import load_eager, load_torchscript
 from export.manifest import (
     ArtifactError,
@@ -53,13 +53,13 @@ def all_formats(
 
 
 @pytest.fixture(scope="module", params=FORMAT_OF)
-def runtime(request: pytest.FixtureRequest, all_formats: Path) -> LoadedStep:
+def runtime(request: pytest.FixtureRequest, all_formats: Path) -> RenewableStep:
     return load(all_formats, Manifest.read(all_formats), name=request.param)
 
 
 def load(
     artifact: Path, manifest: Manifest, *, name: str = "torchscript", device: Device = "cpu"
-) -> LoadedStep:
+) -> RenewableStep:
     return load_runtime(artifact, manifest, name=name, device=device, num_threads=1)
 
 
@@ -95,7 +95,7 @@ def answered(answers: list[Stepped | ServiceError]) -> list[Stepped]:
 
 
 def test_answers_are_the_same_bits_from_a_thread_beside_the_loop(
-    runtime: LoadedStep, spec: PolicySpec, rng: np.random.Generator
+    runtime: RenewableStep, spec: PolicySpec, rng: np.random.Generator
 ) -> None:
     """Torch keeps some of what decides them for each thread: grad mode, how many threads it has."""
     blocks, _ = episode_blocks(spec, rng)
@@ -107,7 +107,7 @@ def test_answers_are_the_same_bits_from_a_thread_beside_the_loop(
 
 
 def test_sessions_follow_the_naive_policy_step_by_step(
-    runtime: LoadedStep,
+    runtime: RenewableStep,
     spec: PolicySpec,
     policy: FactoredRecurrentActorCritic,
     rng: np.random.Generator,
@@ -147,7 +147,7 @@ def test_in_onnx_a_session_is_the_same_bit_for_bit_alone_and_in_company(
 
 
 def test_a_session_decides_the_same_alone_and_in_company(
-    runtime: LoadedStep, spec: PolicySpec, rng: np.random.Generator
+    runtime: RenewableStep, spec: PolicySpec, rng: np.random.Generator
 ) -> None:
     blocks, _ = episode_blocks(spec, rng)
     together = Bench(spec, over=runtime)
@@ -161,7 +161,7 @@ def test_a_session_decides_the_same_alone_and_in_company(
 
 
 def test_a_bound_step_reads_what_its_inputs_hold_by_then_and_leaves_them_alone(
-    runtime: LoadedStep, spec: PolicySpec, rng: np.random.Generator
+    runtime: RenewableStep, spec: PolicySpec, rng: np.random.Generator
 ) -> None:
     inputs = allocate(step_inputs(spec), 2)
     outputs, floats = allocate_in_a_row(step_outputs(spec), 2)

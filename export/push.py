@@ -1,0 +1,185 @@
+"""New weights for a policy that serves: packed, probed, sent, and taken between two batches.
+
+The probe is what the learner's own policy does, in eager mode, in some steps of some rows; the
+server compares what it would serve with that, and takes nothing that differs.
+"""
+
+import copy
+import json
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from export.episodes import LIFT, EpisodeMaker, Moment
+from export.manifest import Precision
+from export.parity import TOLERANCES
+from export.process import plain_process
+from export.step import pack
+from export.weights import RebuiltPolicy, pack_weights
+from model.normalizer import ObservationNormalizer
+from model.policy import FactoredRecurrentActorCritic, Scores
+from model.recurrence import State
+from model.spec import PolicySpec
+from tamiyo_client.exchange import Patience, Reply, patiently
+from tamiyo_client.session import checked_url
+from tamiyo_client.transport import Transport
+from tamiyo_client.wire import SAFETENSORS
+
+ROWS = 32
+STEPS = 4
+MARGIN = 8.0
+"""Tolerances. A choice that wins by less is lifted, for the step is not to choose otherwise."""
+OF_THE_EXPORT = {"name", "value_scale", "extra_outputs"}
+"""What a learner's spec may have otherwise than the artifact's: no parameter depends on it."""
+
+
+class PushAnswer(NamedTuple):
+    """What the server says: the version that serves now, the one before, and the probe's error."""
+
+    policy_version: str
+    previous_version: str | None
+    probe_error: float
+
+
+def push_policy(
+    policy: nn.Module,
+    normalizer: ObservationNormalizer | None,
+    url: str,
+    api_key: str | None = None,
+    *,
+    if_match: str | None = None,
+    restart_sessions: bool = False,
+    timeout_s: float = 30.0,
+) -> PushAnswer:
+    """Has the server at `url` serve these weights, once it has seen them do what `policy` does.
+
+    `policy` may be compiled, on any device, and go on learning: all of it is copied. `api_key` is
+    an admin key; `if_match` the version to be replaced; `restart_sessions` gives up the sessions,
+    whose states the older weights made. It is sent again where no answer comes.
+
+    Raises ValueError, before anything is sent, for weights that are not finite, and for a policy
+    whose spec is not the served one's; `tamiyo_client.PolicyError`, with the server's sentence,
+    where it is refused.
+    """
+    weights = pack_weights(policy, normalizer)
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key is not None else {}
+    transport = Transport(None)
+    patience = Patience(timeout_s)
+    base = checked_url(url).rstrip("/")
+
+    def answered(method: str, path: str, body: bytes, **more: str) -> dict[str, Any]:
+        call = patiently(method, base + path, {**headers, **more}, body, patience)
+        reply: Reply = transport.run(call)
+        described: dict[str, Any] = json.loads(reply.body)
+        return described
+
+    try:
+        served = answered("GET", "/policy", b"")
+        spec = _served_spec(policy, PolicySpec.model_validate(served["spec"]))
+        body = push_body(policy, normalizer, weights, spec, served["precision"])
+        conditions = {"If-Match": f'"{if_match}"'} if if_match is not None else {}
+        path = "/policy/weights" + ("?sessions=restart" if restart_sessions else "")
+        answer = answered("PUT", path, body, **{"Content-Type": SAFETENSORS}, **conditions)
+    finally:
+        transport.close()
+    return PushAnswer(**answer)
+
+
+def push_body(
+    policy: nn.Module,
+    normalizer: ObservationNormalizer | None,
+    weights: bytes,
+    spec: PolicySpec,
+    precision: Precision,
+) -> bytes:
+    """A push as it is sent: the packed parameters of `weights`, and the probe of `policy`."""
+    with plain_process():
+        tensors: dict[str, Tensor] = {}
+        for name, array in pack(weights, spec, precision).items():
+            tensor = torch.from_numpy(array)
+            is_bfloat16 = tensor.dtype == torch.uint16
+            tensors[name] = tensor.view(torch.bfloat16) if is_bfloat16 else tensor
+        probe = _probe(_own(policy, normalizer), spec, precision)
+        return save(tensors | {f"probe.{name}": value for name, value in probe.items()})
+
+
+def _served_spec(policy: nn.Module, served: PolicySpec) -> PolicySpec:
+    """The served spec, with the scale of this policy's value. Raises ValueError for another's."""
+    own = policy.spec
+    assert isinstance(own, PolicySpec)
+    for name in PolicySpec.model_fields.keys() - OF_THE_EXPORT:
+        if getattr(own, name) != getattr(served, name):
+            raise ValueError(
+                f"the policy's {name} is {getattr(own, name)}, and that of the policy which is "
+                f"served {getattr(served, name)}"
+            )
+    return served.model_copy(update={"value_scale": own.value_scale})
+
+
+def _own(policy: nn.Module, normalizer: ObservationNormalizer | None) -> RebuiltPolicy:
+    """Copies of the learner's own modules, in float32 on this CPU, that run as they are written."""
+    eager = getattr(policy, "_orig_mod", policy)
+    policy, normalizer = copy.deepcopy((eager, normalizer))
+    assert isinstance(policy, FactoredRecurrentActorCritic)
+    policy = policy.to("cpu", torch.float32).eval().requires_grad_(False)
+    return RebuiltPolicy(policy, None if normalizer is None else normalizer.cpu().float())
+
+
+def _probe(own: RebuiltPolicy, spec: PolicySpec, precision: Precision) -> dict[str, Tensor]:
+    """What goes in and comes out, `[steps, rows, ...]`, by the manifest's names."""
+    maker = EpisodeMaker(own, ROWS)
+    generator = torch.Generator().manual_seed(0)
+    shape = (ROWS, spec.num_layers, spec.hidden_dim)
+    h = torch.rand(shape, generator=generator) * 2 - 1
+    state: State = (h, torch.randn(shape, generator=generator))
+    steps: list[dict[str, Tensor]] = []
+    first = {"state_h_in": state[0], "state_c_in": state[1]}
+    for number in range(STEPS):
+        moment = maker.moment(ROWS, number)
+        given = {name: value for name, value in moment.inputs(state).items() if name not in first}
+        observation = moment.observation
+        if own.normalizer is not None:
+            observation = own.normalizer(observation)
+        scores = own.policy.step_scores(
+            observation, state, moment.masks(maker.heads), blueprint_index=moment.blueprint_index
+        )
+        given["noise"] = _decisive(moment, scores, maker, TOLERANCES[precision].atol * MARGIN)
+        steps.append(given | _outputs(own.policy, spec, scores, given["noise"]))
+        state = scores.state
+    return first | {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+
+
+def _decisive(moment: Moment, scores: Scores, maker: EpisodeMaker, margin: float) -> Tensor:
+    """The moment's noise, but that in a row where some choice is close all that win are lifted."""
+    heads, noise = maker.heads, moment.noise
+    action = scores.choices.choose(heads.spread(noise)).action
+    op = action[..., heads.op_index]
+    log_probs, allowed = scores.choices.given(op)
+    by_score = torch.where(allowed, log_probs + heads.spread(noise), -torch.inf).sort(-1).values
+    # Where a log-prob is far below, so is what it may be off.
+    slack = margin * (1 + by_score[..., -1].abs())
+    is_close = (by_score[..., -1] - by_score[..., -2] < slack).any(-1)
+    starts = torch.tensor(heads.sizes).cumsum(0) - torch.tensor(heads.sizes)
+    winners = torch.zeros_like(noise).scatter(-1, starts + action, 1.0)
+    return torch.where(is_close[:, None], noise + LIFT * winners, noise)
+
+
+def _outputs(
+    policy: FactoredRecurrentActorCritic, spec: PolicySpec, scores: Scores, noise: Tensor
+) -> dict[str, Tensor]:
+    decision = scores.choices.choose(policy.heads.spread(noise))
+    op = decision.action[..., policy.heads.op_index]
+    critics = {
+        "q_value": lambda: policy.q_value(scores.output, op) * spec.value_scale,
+        "contribution": lambda: policy.contribution(scores.output),
+    }
+    return {
+        "action": decision.action,
+        "log_prob": decision.log_prob,
+        "value": scores.value * spec.value_scale,
+        "state_h_out": scores.state[0],
+        "state_c_out": scores.state[1],
+        **{name: critics[name]() for name in spec.extra_outputs},
+    }

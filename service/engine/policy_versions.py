@@ -1,0 +1,228 @@
+"""Which weights serve, which did before, and the way from one to the next while `/act` answers."""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+from export.loaders.protocol import RenewableStep
+from export.manifest import ArtifactError, Manifest
+from export.parameters import Parameters, first_difference, sha256, value_unit
+from service.engine.batcher import Batcher
+from service.engine.probe import Probe
+from service.engine.sessions import SessionTable
+from service.engine.stepper import Stepper
+from service.errors import Invalid, NoPreviousVersion, PushConflict, ServiceError, VersionMismatch
+from service.runtime.protocol import Runtime
+
+logger = logging.getLogger(__name__)
+
+MOST_LISTED = 16
+
+
+class Push(NamedTuple):
+    """New weights, and what their owner's policy did with them."""
+
+    parameters: Parameters
+    probe: Probe
+
+
+class Change(NamedTuple):
+    """What a push or a rollback did."""
+
+    policy_version: str
+    previous_version: str | None
+    probe_error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyVersion:
+    """Weights that serve or did, since when, and how near they came to their probe.
+
+    `parameters` are those that were pushed; None for the artifact's own, which have no probe.
+    """
+
+    policy_version: str
+    loaded: RenewableStep
+    parameters: Parameters | None = None
+    probe_error: float | None = None
+    since: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+
+class _Built(NamedTuple):
+    version: PolicyVersion
+    adopt: Callable[[], None]
+
+
+class PolicyVersions:
+    """Changes what `runtime` runs, one change at a time, between two batches.
+
+    `observe` is told how each ended, ok or an error's type, and the seconds it took until the new
+    weights served. On the event loop; weights are built and probed beside it.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        first: PolicyVersion,
+        *,
+        runtime: Runtime,
+        batcher: Batcher,
+        stepper: Stepper,
+        sessions: SessionTable,
+        observe: Callable[[str, float], None],
+    ) -> None:
+        self.current = first
+        self.previous: PolicyVersion | None = None
+        self._listed = deque([first], maxlen=MOST_LISTED)
+        self._manifest = manifest
+        self._runtime = runtime
+        self._batcher = batcher
+        self._stepper = stepper
+        self._sessions = sessions
+        self._observe = observe
+        self._is_changing = False
+        self._beside = ThreadPoolExecutor(1, "weights")
+
+    @property
+    def listed(self) -> list[PolicyVersion]:
+        """Those that served last, the newest first."""
+        return list(reversed(self._listed))
+
+    def is_changing(self) -> bool:
+        """Whether weights are being built or probed now."""
+        return self._is_changing
+
+    def check_idle(self) -> None:
+        """Raises PushConflict while weights are being changed."""
+        if self._is_changing:
+            raise PushConflict("other weights are being checked just now; try again")
+
+    async def push(
+        self,
+        read: Callable[[], Push],
+        *,
+        if_match: str | None,
+        restarts_sessions: bool,
+        by: str,
+    ) -> Change:
+        """Has the weights that `read` gives serve, once they do what their probe says.
+
+        Raises PushConflict while others are being checked, VersionMismatch where `if_match` is not
+        the version that serves (nor these weights do already), what `read` does, and Invalid,
+        naming the parameter or the number, where they are not this policy's or not the probe's:
+        then nothing has changed.
+        """
+        return await self._changed(
+            lambda: self._built(read(), if_match), restarts_sessions, by, "pushed"
+        )
+
+    async def rollback(self, *, if_match: str | None, restarts_sessions: bool, by: str) -> Change:
+        """Has the version before the one that serves serve again. The way back leads once.
+
+        Raises NoPreviousVersion where there is none, PushConflict and VersionMismatch as `push`
+        does.
+        """
+        return await self._changed(
+            lambda: self._built_again(if_match), restarts_sessions, by, "rolled back to"
+        )
+
+    async def _changed(
+        self, build: Callable[[], _Built], restarts_sessions: bool, by: str, what: str
+    ) -> Change:
+        began_s = time.perf_counter()
+        result = "internal"
+        try:
+            with self._exclusively():
+                change = await self._change(build, restarts_sessions)
+            result = "ok"
+        except ServiceError as error:
+            result = error.error_type
+            logger.warning("weights of %s refused: %s", by, error)
+            raise
+        finally:
+            self._observe(result, time.perf_counter() - began_s)
+        logger.info("%s %s by %s", what, change.policy_version[:19], by)
+        return change
+
+    @contextmanager
+    def _exclusively(self) -> Iterator[None]:
+        self.check_idle()
+        self._is_changing = True
+        try:
+            yield
+        finally:
+            self._is_changing = False
+
+    async def _change(self, build: Callable[[], _Built], restarts_sessions: bool) -> Change:
+        loop = asyncio.get_running_loop()
+        built = await loop.run_in_executor(self._beside, build)
+        changed: asyncio.Future[Change] = loop.create_future()
+
+        def serve() -> None:
+            change = self._serve(built, restarts_sessions)
+            if not changed.cancelled():  # as it is where the server's patience ends
+                changed.set_result(change)
+
+        self._batcher.between(serve)
+        return await changed
+
+    def _serve(self, built: _Built, restarts_sessions: bool) -> Change:
+        version, adopt = built
+        if restarts_sessions:
+            self._sessions.restart()
+        if version is not self.current:
+            adopt()
+            self._stepper.policy_version = version.policy_version
+            is_rollback = version is self.previous
+            self.previous = None if is_rollback else self.current
+            self.current = replace(version, since=datetime.now(UTC))
+            self._listed.append(self.current)
+        previous = None if self.previous is None else self.previous.policy_version
+        return Change(version.policy_version, previous, version.probe_error)
+
+    def _built(self, push: Push, if_match: str | None) -> _Built:
+        """What is to serve, all of it that can be done while another does."""
+        manifest, parameters = self._manifest, push.parameters
+        if not manifest.parameters:
+            raise Invalid(
+                "this artifact takes no weights: it was exported before it could name its "
+                "parameters; export it again"
+            )
+        difference = first_difference(parameters, manifest.parameters)
+        if difference is not None:
+            raise Invalid(f"`{difference.name}` {difference.what}")
+        name = f"sha256:{sha256(parameters)}"
+        is_current = name == self.current.policy_version
+        if not is_current:  # or it is asked for again, as its answer was lost
+            self._check_match(if_match)
+        try:
+            loaded = self.current.loaded.with_parameters(parameters)
+        except ArtifactError as error:
+            raise Invalid(f"{error}; serve the artifact with another runtime") from error
+        probe_error = push.probe.error(loaded, manifest, unit=value_unit(parameters))
+        if is_current:
+            return _Built(self.current, _nothing)
+        version = PolicyVersion(name, loaded, parameters, probe_error)
+        return _Built(version, self._runtime.prepare(loaded))
+
+    def _built_again(self, if_match: str | None) -> _Built:
+        self._check_match(if_match)
+        if self.previous is None:
+            raise NoPreviousVersion("there is no version before this one to go back to")
+        return _Built(self.previous, self._runtime.prepare(self.previous.loaded))
+
+    def _check_match(self, if_match: str | None) -> None:
+        serves = self.current.policy_version
+        if if_match not in (None, "*", serves):
+            raise VersionMismatch(f"{serves} serves, not {if_match}")
+
+
+def _nothing() -> None:
+    """There is nothing to adopt."""

@@ -1,0 +1,184 @@
+"""The routes that change the weights which serve, and that say which do."""
+
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
+
+from service.engine.engine import Engine
+from service.engine.policy_versions import Change
+from service.errors import Disconnected, Malformed, TooLarge, UnsupportedContentType, short
+from service.http.codec import SAFETENSORS
+from service.http.documentation import Responses, error_responses, json_content
+from service.http.weights_codec import WeightsCodec
+
+LONGEST_LENGTH = 18
+SESSIONS = {
+    "name": "sessions",
+    "in": "query",
+    "description": "`restart` gives up every session (410), whose states other weights made.",
+    "schema": {"enum": ["keep", "restart"], "default": "keep"},
+}
+IF_MATCH = {
+    "name": "If-Match",
+    "in": "header",
+    "description": "The version that is to be replaced; another serves: 412.",
+    "schema": {"type": "string"},
+}
+EXAMPLE_VERSION = "sha256:" + "ab12" * 16
+
+
+class WeightsResponse(BaseModel):
+    """Which weights serve now, which did before, and how near they came to their probe."""
+
+    policy_version: str
+    previous_version: str | None
+    probe_error: float | None
+
+
+class ServedVersion(BaseModel):
+    """Weights, and since when they served. The artifact's own have no probe error."""
+
+    policy_version: str
+    since: datetime
+    probe_error: float | None
+
+
+class VersionsResponse(BaseModel):
+    """The weights that served last, the newest first, of which the first serve."""
+
+    policy_version: str
+    previous_version: str | None
+    versions: list[ServedVersion]
+
+
+def policy_routes(
+    engine: Engine, codec: WeightsCodec, admin: Callable[[Request], str]
+) -> APIRouter:
+    """Routes below `/policy`; `admin` raises where a request may not change anything, and names
+    whose it is."""
+    router = APIRouter(prefix="/policy")
+    versions = engine.versions
+    changed = {"policy_version": EXAMPLE_VERSION, "previous_version": None, "probe_error": 3e-7}
+    answers: Responses = {200: {"content": json_content(changed)}}
+
+    @router.put(
+        "/weights",
+        responses={**answers, **error_responses(400, 409, 412, 413, 415, 422, 503)},
+        openapi_extra={
+            "parameters": [SESSIONS, IF_MATCH],
+            "requestBody": {"required": True, "content": _weights_file()},
+        },
+    )
+    async def put_weights(request: Request, by: str = Depends(admin)) -> WeightsResponse:
+        """Has other weights serve, between two batches, once they do what their probe says."""
+        engine.check_ready()
+        versions.check_idle()
+        restarts, if_match = _restarts_sessions(request), _if_match(request)
+        body = await _read_body(request, codec.max_body_bytes)
+        change = await versions.push(
+            lambda: codec.parse(body), if_match=if_match, restarts_sessions=restarts, by=by
+        )
+        return _response(change)
+
+    @router.post(
+        "/rollback",
+        responses={**answers, **error_responses(400, 409, 412, 503)},
+        openapi_extra={"parameters": [SESSIONS, IF_MATCH]},
+    )
+    async def roll_back(request: Request, by: str = Depends(admin)) -> WeightsResponse:
+        """Has the version before the last push serve again; the way back leads once."""
+        engine.check_ready()
+        restarts, if_match = _restarts_sessions(request), _if_match(request)
+        return _response(
+            await versions.rollback(if_match=if_match, restarts_sessions=restarts, by=by)
+        )
+
+    @router.get("/versions")
+    async def list_versions() -> VersionsResponse:
+        """The weights that served last, with times and probe errors."""
+        previous = versions.previous
+        return VersionsResponse(
+            policy_version=versions.current.policy_version,
+            previous_version=None if previous is None else previous.policy_version,
+            versions=[
+                ServedVersion(
+                    policy_version=version.policy_version,
+                    since=version.since,
+                    probe_error=version.probe_error,
+                )
+                for version in versions.listed
+            ],
+        )
+
+    return router
+
+
+def _response(change: Change) -> WeightsResponse:
+    return WeightsResponse(**change._asdict())
+
+
+def _restarts_sessions(request: Request) -> bool:
+    for name in request.query_params:
+        if name != "sessions":
+            raise Malformed(f"`{short(name)}` is no parameter of this route; `sessions` is")
+    what = request.query_params.get("sessions", "keep")
+    if what not in ("keep", "restart"):
+        raise Malformed(f"`sessions` is {short(what)!r}, not 'keep' or 'restart'")
+    return what == "restart"
+
+
+def _if_match(request: Request) -> str | None:
+    """As RFC 9110 writes it, within quotes, or bare."""
+    given = request.headers.get("if-match")
+    return None if given is None else given.strip().strip('"')
+
+
+async def _read_body(request: Request, limit: int) -> bytearray:
+    """Raises UnsupportedContentType, TooLarge before anything is read beyond the limit, and
+    Disconnected where the rest never came."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != SAFETENSORS:
+        raise UnsupportedContentType(
+            f"the content type is {short(content_type)!r}; send {SAFETENSORS}"
+        )
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise UnsupportedContentType(
+            f"the Content-Encoding is {short(encoding)!r}; send the body as it is"
+        )
+    length = request.headers.get("content-length", "0")
+    if not (length.isascii() and length.isdigit()):
+        raise Malformed("the Content-Length is not a number")
+    body = bytearray()
+    _check_length(int(length[:LONGEST_LENGTH]), limit)
+    try:
+        async for part in request.stream():
+            body += part
+            _check_length(len(body), limit)
+    except ClientDisconnect as error:
+        raise Disconnected("the client hung up") from error
+    return body
+
+
+def _check_length(num_bytes: int, limit: int) -> None:
+    if num_bytes > limit:
+        raise TooLarge(f"the body is larger than {limit} bytes, which the largest push takes")
+
+
+def _weights_file() -> dict[str, Any]:
+    return {
+        SAFETENSORS: {
+            "schema": {
+                "type": "string",
+                "format": "binary",
+                "description": "One safetensors file: every one of the policy's parameters, by the "
+                "names in `GET /policy`, and a probe of what the learner's policy does with them: "
+                "`probe.NAME` for each input and output of the step, [steps, rows, ...], the "
+                "states that went in [rows, ...].",
+            }
+        }
+    }
