@@ -56,8 +56,19 @@ class Metrics:
             "Time of one step: state, noise, model, state.",
             (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2, 0.1, 1.0),
         )
-        for histogram in (self._batch_size, self._step_seconds):
+        self._swap_seconds = _Histogram(
+            "tamiyo_weights_swap_seconds",
+            "From the last byte of a push, or a rollback, until its weights served.",
+            (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0),
+        )
+        for histogram in (self._batch_size, self._step_seconds, self._swap_seconds):
             self._registry.register(histogram)
+        self._changes = Counter(
+            "tamiyo_weights_changes_total",
+            "Pushes and rollbacks by result: ok, or the error's type.",
+            ["result"],
+            registry=self._registry,
+        )
         self._waiting = Gauge(
             "tamiyo_waiting", "Environments that wait for the policy.", registry=self._registry
         )
@@ -92,6 +103,16 @@ class Metrics:
         """The policy has taken one more step."""
         self._batch_size.observe(num_rows)
         self._step_seconds.observe(seconds)
+
+    def observe_change(self, result: str, seconds: float) -> None:
+        """Other weights serve, or were refused."""
+        self._changes.labels(result).inc()
+        if result == "ok":
+            self._swap_seconds.observe(seconds)
+
+    def watch_version(self, version: Callable[[], str]) -> None:
+        """Says which weights serve."""
+        self._registry.register(_VersionCollector(version))
 
     def watch_engine(self, sessions: Sessions, num_waiting: Callable[[], int]) -> None:
         """Says what is kept, and how many rows wait."""
@@ -152,6 +173,20 @@ class _ResultCollector(Collector):
         yield results
 
 
+class _VersionCollector(Collector):
+    """Which weights serve: a gauge of 1, labelled."""
+
+    def __init__(self, version: Callable[[], str]) -> None:
+        self._version = version
+
+    def collect(self) -> Iterator[Metric]:
+        info = GaugeMetricFamily(
+            "tamiyo_policy_info", "1, of the weights that serve.", labels=["policy_version"]
+        )
+        info.add_metric([self._version()], 1)
+        yield info
+
+
 class _SessionCollector(Collector):
     """How many rows are kept, and what became of sessions: live ones are started - all the rest."""
 
@@ -164,7 +199,8 @@ class _SessionCollector(Collector):
         yield GaugeMetricFamily("tamiyo_sessions", help_text, value=self._sessions.num_rows)
         events = CounterMetricFamily(
             "tamiyo_session_events",
-            "Sessions started; ended by a client; expired for want of requests; evicted for room.",
+            "Sessions started; ended by a client; expired for want of requests; evicted for room; "
+            "restarted by a push.",
             labels=["event"],
         )
         for event, count in self._sessions.events.items():

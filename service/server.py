@@ -117,7 +117,7 @@ def serve(
 ) -> int:
     """What `main` does once there is a runtime."""
     metrics = Metrics()
-    engine = Engine(manifest, runtime, settings, metrics.observe_batch)
+    engine = Engine(manifest, runtime, settings, metrics.observe_batch, metrics.observe_change)
     logger.info(
         "%s %s, %s on %s, batches up to %d",
         manifest.name,

@@ -171,7 +171,13 @@ def _replay(
     )
     spec = manifest.spec
     pool = Pool.random(spec, options.seed)
-    return replay(load.sessions, pool, _wire(options, spec), runtime, spec)
+    loaded = {manifest.policy_version: runtime}
+    try:
+        return replay(load.sessions, pool, _wire(options, spec), loaded, spec)
+    except KeyError as error:
+        raise ArtifactError(
+            f"{directory}: the server took other weights meanwhile, {error.args[0][:19]}"
+        ) from error
 
 
 def _summary(

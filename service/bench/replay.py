@@ -1,10 +1,11 @@
 """Were the answers right? Every trajectory again on the artifact itself, each environment alone.
 
 The server batched these rows as they came and kept their states; here each starts from zeros and
-steps alone. The same seed and observations must give the same answers.
+steps alone. The same seed and observations must give the same answers, of the version that each
+answer names.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,16 +35,24 @@ class Differences(NamedTuple):
 
 
 def replay(
-    sessions: Sequence[Session], pool: Pool, wire: Wire, runtime: LoadedStep, spec: PolicySpec
+    sessions: Sequence[Session],
+    pool: Pool,
+    wire: Wire,
+    loaded: Mapping[str, LoadedStep],
+    spec: PolicySpec,
 ) -> Differences:
-    """Compares every answer with the runtime's own, stepping each environment by itself."""
-    alone = _Alone(runtime, pool, spec)
+    """Compares every answer with that of the step loaded for its version, each environment alone.
+
+    Raises KeyError for a version that none was loaded for.
+    """
+    alone = _Alone(loaded, pool, spec)
     answers = differing = other_actions = 0
     largest = 0.0
     for session in sessions:
         got = [wire.answer(content) for content in session.answers]
+        versions = [wire.version(content) for content in session.answers]
         for row in range(session.num_rows or 1):
-            for answer, expected in zip(got, alone.steps(session, row), strict=True):
+            for answer, expected in zip(got, alone.steps(session, row, versions), strict=True):
                 is_other = not np.array_equal(answer["action"][row], expected["action"][0])
                 errors = [
                     float(np.abs(answer[name][row] - array[0]).max())
@@ -60,14 +69,16 @@ def replay(
 class _Alone:
     """One environment on the artifact, in batches of one."""
 
-    def __init__(self, runtime: LoadedStep, pool: Pool, spec: PolicySpec) -> None:
+    def __init__(self, loaded: Mapping[str, LoadedStep], pool: Pool, spec: PolicySpec) -> None:
         self._pool = pool.by_name()
         self._num_choices = spec.num_choices
         self._inputs = allocate(step_inputs(spec), 1)
         self._outputs = allocate(step_outputs(spec), 1)
-        self._step = runtime.bind(self._inputs, self._outputs)
+        self._steps = {
+            version: step.bind(self._inputs, self._outputs) for version, step in loaded.items()
+        }
 
-    def steps(self, session: Session, row: int) -> Iterator[Arrays]:
+    def steps(self, session: Session, row: int, versions: Sequence[str]) -> Iterator[Arrays]:
         """What each of the session's steps gives for the row; good until the next."""
         num_steps = len(session.answers)
         starts = np.zeros(num_steps, dtype=np.bool_)
@@ -88,5 +99,5 @@ class _Alone:
             for given, carried in zip(STATE_INPUTS, STATE_OUTPUTS, strict=True):
                 self._inputs[given][:] = 0.0 if starts[step] else self._outputs[carried]
             self._inputs["noise"][0] = noise[step]
-            self._step()
+            self._steps[versions[step]]()
             yield decided

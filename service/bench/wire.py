@@ -10,6 +10,8 @@ from safetensors.numpy import load, save
 from model.spec import PolicySpec
 from service.bench.pool import POOL_SIZE, Pool, json_fields
 
+LENGTH_BYTES = 8
+"""Of a safetensors file, before its header."""
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -25,6 +27,9 @@ class Wire(Protocol):
 
     def answer(self, content: bytes) -> Arrays:
         """An answer's outputs by name, `[rows, ...]`."""
+
+    def version(self, content: bytes) -> str:
+        """The version that an answer names."""
 
 
 class JsonWire:
@@ -66,6 +71,9 @@ class JsonWire:
             return arrays
         return {name: array[None] for name, array in arrays.items()}
 
+    def version(self, content: bytes) -> str:
+        return str(from_json(content)["policy_version"])
+
 
 class SafetensorsWire:
     """safetensors, for speed."""
@@ -93,6 +101,12 @@ class SafetensorsWire:
         tensors = load(content)
         names = ("action", "log_prob", "value", *self._spec.extra_outputs)
         return {name: tensors[name] for name in names}
+
+    def version(self, content: bytes) -> str:
+        header = content[
+            LENGTH_BYTES : LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
+        ]
+        return str(from_json(header)["__metadata__"]["policy_version"])
 
 
 def wire_of(kind: str, spec: PolicySpec, pool: Pool, num_rows: int | None) -> Wire:

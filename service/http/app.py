@@ -126,6 +126,7 @@ def create_app(engine: Engine, manifest: Manifest, settings: Settings, metrics: 
     app.add_exception_handler(Exception, _unknown_error)
 
     metrics.watch_engine(engine.sessions, lambda: len(engine.batcher))
+    metrics.watch_version(lambda: engine.versions.current.policy_version)
     app.act = Act(engine, manifest, settings)
     app.act_endpoint = ActEndpoint(app.act, metrics)
     app.prefix = settings.root_path

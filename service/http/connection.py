@@ -288,10 +288,10 @@ class Connection(asyncio.Protocol):
             self.loop.call_soon(self._start_next)
         elif self._last_words is not None:
             self.write_refusal(self._last_words)
-        elif self._is_reading:
-            self._read_on()
         else:
-            self._rest()
+            self._read_on()  # a large body's end may have come in a piece too many
+            if not self._is_reading:
+                self._rest()
 
     def _rest(self) -> None:
         """Between requests."""
