@@ -1,9 +1,11 @@
 """`python -m export`: a trainer's checkpoint becomes a verified artifact directory.
 
-`python -m export verify DIR` checks an artifact again, anywhere; `inspect DIR` says what it is.
+`python -m export verify DIR` checks an artifact again, anywhere; `inspect DIR` says what it is;
+`push --checkpoint FILE --to URL` has a running service take newer weights.
 
-Exit codes: 0 every requested format passed its parity check; 1 one did not, and there is no
-artifact; 2 bad input; 130 interrupted, 143 terminated. One clear line on stderr says why.
+Exit codes: 0 every requested format passed its parity check, or the weights serve; 1 one did not,
+and there is no artifact, or the service refused; 2 bad input; 130 interrupted, 143 terminated. One
+clear line on stderr says why.
 """
 
 import sys
@@ -13,16 +15,21 @@ from contextlib import contextmanager
 from export.console import fail
 from export.inspection import show_artifact
 from export.manifest import ArtifactError
-from export.options import export_parser, inspect_parser, verify_parser
+from export.options import export_parser, inspect_parser, push_parser, verify_parser
 
-PARSERS = {"export": export_parser, "verify": verify_parser, "inspect": inspect_parser}
+PARSERS = {
+    "export": export_parser,
+    "verify": verify_parser,
+    "inspect": inspect_parser,
+    "push": push_parser,
+}
 EXTRA = "torch"
 BROUGHT_BY_EXTRA = {"jinja2", "onnx", "onnxscript", "torch"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    has_command = bool(arguments) and arguments[0] in ("verify", "inspect")
+    has_command = bool(arguments) and arguments[0] in PARSERS.keys() - {"export"}
     command, options = (arguments[0], arguments[1:]) if has_command else ("export", arguments)
     try:
         return _run(command, options)

@@ -1,4 +1,4 @@
-"""The commands that take torch: `python -m export`, and `verify`."""
+"""The commands that take torch: `python -m export`, `verify` and `push`."""
 
 import argparse
 import sys
@@ -17,12 +17,17 @@ from export.exporter import export_policy
 from export.formats import FormatError
 from export.manifest import ArtifactError, Manifest
 from export.options import chosen_formats
+from export.push import push_policy
 from export.report import REPORT_PAGE, Report
 from export.signature import load_private_key, load_public_key
 from export.sources import load_source, readable
 from export.stopping import Stopped, stoppable
 from export.verify import verify_artifact
 from model.checkpoint import CheckpointError
+from tamiyo_client import PolicyError
+
+PATIENCE_S = 10.0
+"""With a service that does not answer."""
 
 
 def run(command: str, options: argparse.Namespace) -> int:
@@ -31,7 +36,7 @@ def run(command: str, options: argparse.Namespace) -> int:
         fail("argument --device: no CUDA device is visible to torch on this machine")
     torch.set_num_threads(1)  # the gate's many small products are slower with more
     try:
-        return _verify(options) if command == "verify" else _export(options)
+        return COMMANDS[command](options)
     except (CheckpointError, ArtifactError, FormatError, FileExistsError) as error:
         fail(str(error))
     except ParityError as error:
@@ -117,3 +122,46 @@ def _verify(options: argparse.Namespace) -> int:
     say(f"{options.directory} is what was exported, and does what its policy does")
     name_unlisted(artifact)
     return 0
+
+
+def _push(options: argparse.Namespace) -> int:
+    api_key = None if options.api_key_file is None else _first_word(options.api_key_file)
+    policy, normalizer, _ = load_source(options)
+    try:
+        answer = push_policy(
+            policy,
+            normalizer,
+            options.to,
+            api_key,
+            if_match=options.if_match,
+            restart_sessions=options.restart_sessions,
+            timeout_s=PATIENCE_S,
+        )
+    except ValueError as error:
+        fail(str(error))
+    except PolicyError as error:
+        fail(f"{options.to}: {error}", code=1)
+    say(f"{options.to} serves {answer.policy_version}")
+    say(f"  before it {answer.previous_version or 'nothing else'}")
+    say(f"  {answer.probe_error:.1e} from the probe at most")
+    return 0
+
+
+def _first_word(path: Path) -> str:
+    """The key in a file as `--admin-keys` has them. ArtifactError where there is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise ArtifactError(f"{path}: cannot be read ({reason})") from error
+    words = [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
+    if not words:
+        raise ArtifactError(f"{path}: holds no key")
+    return words[0]
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "export": _export,
+    "verify": _verify,
+    "push": _push,
+}

@@ -22,6 +22,7 @@ EXAMPLES = """examples:
   python -m export --checkpoint best.pt --output artifacts/best --formats onnx --sign key.pem
   python -m export verify artifacts/best --trusted key.pub
   python -m export inspect artifacts/best
+  python -m export push --checkpoint newer.pt --to http://127.0.0.1:8000
 """
 
 
@@ -39,31 +40,7 @@ def export_parser() -> Parser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    origin = parser.add_mutually_exclusive_group(required=True)
-    origin.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="a trainer's checkpoint or state_dict (.pt, .safetensors); code in it is refused",
-    )
-    origin.add_argument("--preset", help=f"a freshly initialised policy: {', '.join(PRESETS)}")
-    parser.add_argument(
-        "--seed", type=_seed, default=0, metavar="N", help="initialises a preset (default 0)"
-    )
-    parser.add_argument(
-        "--normaliser",
-        metavar=f"FILE|{IDENTITY}",
-        help="the observation statistics of a checkpoint that has none: a .json or .safetensors "
-        f"with mean and var, or another checkpoint; {IDENTITY} says that there are none to apply",
-    )
-    parser.add_argument(
-        "--probability-floors",
-        type=_floors,
-        default={},
-        metavar="default|HEAD=P,...",
-        help="raise each allowed choice's probability to this, as V2's trainer does to explore "
-        "(default: none; with the trainer's own, `default`, sampling is nearly uniform)",
-    )
+    _add_source(parser)
     parser.add_argument(
         "--outputs",
         type=_outputs,
@@ -131,6 +108,65 @@ def verify_parser() -> Parser:
         "the other is not run",
     )
     return parser
+
+
+def push_parser() -> Parser:
+    parser = Parser(
+        prog="python -m export push",
+        description="Has a running service take a policy's weights, once it has seen them do what "
+        "the policy does.",
+    )
+    _add_source(parser)
+    parser.add_argument(
+        "--to", required=True, metavar="URL", help="of the service, as http://127.0.0.1:8000 is"
+    )
+    parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="an admin key of the service, as its first word; needed from another host",
+    )
+    parser.add_argument(
+        "--if-match", metavar="VERSION", help="refuse where another version serves than this one"
+    )
+    parser.add_argument(
+        "--restart-sessions",
+        action="store_true",
+        help="give up every session (410), whose states the older weights made; without it they "
+        "go on",
+    )
+    # What is served decides it.
+    parser.set_defaults(outputs=(), device="cpu")
+    return parser
+
+
+def _add_source(parser: Parser) -> None:
+    """Which policy."""
+    origin = parser.add_mutually_exclusive_group(required=True)
+    origin.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="a trainer's checkpoint or state_dict (.pt, .safetensors); code in it is refused",
+    )
+    origin.add_argument("--preset", help=f"a freshly initialised policy: {', '.join(PRESETS)}")
+    parser.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="initialises a preset (default 0)"
+    )
+    parser.add_argument(
+        "--normaliser",
+        metavar=f"FILE|{IDENTITY}",
+        help="the observation statistics of a checkpoint that has none: a .json or .safetensors "
+        f"with mean and var, or another checkpoint; {IDENTITY} says that there are none to apply",
+    )
+    parser.add_argument(
+        "--probability-floors",
+        type=_floors,
+        default={},
+        metavar="default|HEAD=P,...",
+        help="raise each allowed choice's probability to this, as V2's trainer does to explore "
+        "(default: none; with the trainer's own, `default`, sampling is nearly uniform)",
+    )
 
 
 def inspect_parser() -> Parser:

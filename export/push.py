@@ -109,13 +109,29 @@ def _served_spec(policy: nn.Module, served: PolicySpec) -> PolicySpec:
     """The served spec, with the scale of this policy's value. Raises ValueError for another's."""
     own = policy.spec
     assert isinstance(own, PolicySpec)
-    for name in PolicySpec.model_fields.keys() - OF_THE_EXPORT:
-        if getattr(own, name) != getattr(served, name):
-            raise ValueError(
-                f"the policy's {name} is {getattr(own, name)}, and that of the policy which is "
-                f"served {getattr(served, name)}"
-            )
+    fields, expected = (spec.model_dump(exclude=OF_THE_EXPORT) for spec in (own, served))
+    difference = _first_difference(fields, expected)
+    if difference is not None:
+        where, mine, theirs = difference
+        raise ValueError(
+            f"the policy is not of the spec that is served: {where} is {mine}, expected {theirs}"
+        )
     return served.model_copy(update={"value_scale": own.value_scale})
+
+
+def _first_difference(own: Any, served: Any, where: str = "") -> tuple[str, Any, Any] | None:
+    """The innermost field that differs, and what it is on both sides."""
+    if isinstance(own, dict) and isinstance(served, dict):
+        inner = [(name, own[name], served[name]) for name in own]
+    elif isinstance(own, tuple) and isinstance(served, tuple) and len(own) == len(served):
+        inner = [(str(at), *pair) for at, pair in enumerate(zip(own, served, strict=True))]
+    else:
+        return None if own == served else (where, own, served)
+    for name, mine, theirs in inner:
+        difference = _first_difference(mine, theirs, f"{where}.{name}" if where else name)
+        if difference is not None:
+            return difference
+    return None
 
 
 def _own(policy: nn.Module, normalizer: ObservationNormalizer | None) -> RebuiltPolicy:

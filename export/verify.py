@@ -7,9 +7,11 @@ import torch
 from export.artifact import Artifact
 from export.format_kinds import FORMAT_KINDS
 from export.loaders.load import RUNTIME_OF, load_step
-from export.manifest import ArtifactError, Device, FormatParity
+from export.manifest import ArtifactError, Device, FormatParity, Manifest
+from export.parameters import sha256
 from export.parity import Gate
 from export.process import plain_process
+from export.step import pack
 
 
 def verify_artifact(
@@ -60,7 +62,14 @@ def verify_artifact(
                 max_batch_size=manifest.max_batch_size,
                 device=torch.device(device),
             )
+            weights = contents[manifest.weights.file]
+            if manifest.parameters and _version(weights, manifest) != manifest.policy_version:
+                raise ArtifactError("the weights are not those that the policy's version names")
             on_stage("running the policy's own episodes, and each format beside it")
             return gate.check(steps).parity.formats
     except ArtifactError as error:
         raise ArtifactError(f"{directory}: {error}") from error
+
+
+def _version(weights: bytes, manifest: Manifest) -> str:
+    return f"sha256:{sha256(pack(weights, manifest.spec, manifest.precision))}"
