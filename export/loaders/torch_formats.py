@@ -67,7 +67,8 @@ def load_torchscript(content: bytes, device: str) -> Loaded:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 own[name].copy_(parameter)
-        frozen: Callable[..., Any] = torch.jit.freeze(step)
+        is_frozen = not hasattr(step, "training")  # in an older artifact's file
+        frozen: Callable[..., Any] = step if is_frozen else torch.jit.freeze(step)
         return frozen
 
     step: Any = renewed({})
