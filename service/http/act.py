@@ -116,7 +116,9 @@ class Act:
             elif name == b"expect":
                 exchange.expects_continue = value.lower() == b"100-continue"
             else:  # given twice it is no key: none has a space in it
-                authorization = b"%b, %b" % (authorization, value) if authorization else value
+                authorization = (
+                    value if authorization is None else b"%b, %b" % (authorization, value)
+                )
         if self._keys.are_needed_to_act:
             self._keys.check_act(authorization)
         if is_of_two_sessions:

@@ -74,7 +74,7 @@ def _read(path: Path) -> list[Key]:
         raise KeyFileError(f"{path}: there is no key in it")
     if mode & stat.S_IROTH:
         logger.warning("%s can be read by every user of this machine (chmod o-r)", path)
-    logger.info("%s: %d keys (%s)", path, len(keys), ", ".join(key.name for key in keys))
+    logger.info("keys in %s: %d (%s)", path, len(keys), ", ".join(key.name for key in keys))
     return keys
 
 

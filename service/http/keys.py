@@ -66,10 +66,11 @@ class Keys:
 
     def _names(self, authorization: bytes | None) -> tuple[str | None, str | None]:
         """What the key is called in either file; in one of them it is."""
-        scheme, _, key = (authorization or b"").partition(b" ")
-        if scheme.lower() != b"bearer":
+        scheme, _, rest = (authorization or b"").partition(b" ")
+        key = rest.strip(b" ")
+        if scheme.lower() != b"bearer" or not key:
             raise Unauthorized("there is no key; send `Authorization: Bearer KEY`")
-        digest = digest_of(key.strip(b" "))
+        digest = digest_of(key)
         act = None if self._act is None else self._act.name_of(digest)
         admin = None if self._admin is None else self._admin.name_of(digest)
         if act is None and admin is None:
