@@ -27,7 +27,6 @@ from tests.service.http.bodies import body, error_of
 
 ACT, OTHER_ACT, ADMIN, UNKNOWN = (f"{word}-{'x' * 20}" for word in ("act", "other", "admin", "un"))
 TIMEOUT_S = 30.0
-RELOADED = "keys in "
 
 Headers = list[tuple[str, str | bytes]]
 Ask = Callable[..., httpx.Response]
@@ -60,6 +59,7 @@ def server(artifact: Path, files: Files) -> Iterator[RunningServer]:
     """Whatever the tests send it, no key of theirs is in what it says."""
     with running_server(artifact, *files.flags(), "--log-level", "debug") as server:
         yield server
+        httpx.post(f"{server.address}/act", headers={"Authorization": f"Bearer {UNKNOWN}"})
         said = httpx.get(f"{server.address}/metrics").text
         assert 'result="unauthorized"' in said
         assert server.stop() == 0
