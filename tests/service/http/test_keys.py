@@ -24,6 +24,7 @@ from tests.running_server import RunningServer, running, running_server, service
 from tests.service.conftest import MakeClient
 from tests.service.fakes import AppClient
 from tests.service.http.bodies import body, error_of
+from tests.service.http.test_connection import Server, scenario
 
 ACT, OTHER_ACT, ADMIN, UNKNOWN = (f"{word}-{'x' * 20}" for word in ("act", "other", "admin", "un"))
 TIMEOUT_S = 30.0
@@ -242,19 +243,22 @@ def test_admin_keys_alone_leave_acting_open(
 # What changes the policy
 
 
-def administer(client: AppClient, headers: Headers, host: str | None) -> httpx.Response:
-    """Asks for a route that only administrators have, from an address or from none."""
-    app, keys = client.app, client.served.keys
+def add_route(client: AppClient) -> None:
+    """`PUT /test`, for administrators."""
 
-    @app.put("/test", dependencies=[Depends(keys.may_administer)])
+    @client.app.put("/test", dependencies=[Depends(client.served.keys.may_administer)])
     async def changed() -> str:
         return "changed"
 
+
+def administer(client: AppClient, headers: Headers, host: str | None) -> httpx.Response:
+    """Asks for that route from an address or from none."""
+    add_route(client)
     peer: Any = None if host is None else (host, 40_000)
     options: Any = {"headers": headers}
 
     async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(app, client=peer)
+        transport = httpx.ASGITransport(client.app, client=peer)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
             return await http.put("/test", **options)
 
@@ -313,6 +317,18 @@ def test_without_admin_keys_no_proxy_or_browser_may(
 ) -> None:
     answer = administer(client, [(header, value)], "127.0.0.1")
     assert "--admin-keys FILE" in error_of(answer, 403, "forbidden")
+
+
+def test_where_a_request_comes_from_is_read_off_its_connection(client: AppClient) -> None:
+    add_route(client)
+
+    async def play(server: Server) -> list[int]:
+        async with server.connect() as connection:
+            connection.send(b"PUT /test HTTP/1.1\r\nHost: test\r\n\r\n")
+            connection.send(b"PUT /test HTTP/1.1\r\nHost: test\r\nVIA: 1.1 proxy\r\n\r\n")
+            return [(await connection.answer()).status for _ in range(2)]
+
+    assert scenario(client, play) == [200, 403]
 
 
 # Reading again
