@@ -1,6 +1,7 @@
 """`python -m service`: serves an artifact until SIGTERM or Ctrl-C.
 
-Exit codes: 0 asked to stop; 1 the policy failed while warming up; 2 bad settings or artifact.
+Exit codes: 0 asked to stop; 1 the policy failed while warming up; 2 bad settings, key file
+or artifact.
 """
 
 import signal
@@ -21,6 +22,8 @@ if __name__ == "__main__":
     # one has no default for SIGTERM: it would be lost.
     for number in EXIT_CODES:
         signal.signal(number, _stop_at_once)
+    # Nothing is read yet that this would have read again.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     from service.server import main
 
     raise SystemExit(main(asked_to_stop))

@@ -2,6 +2,8 @@
 
     ServiceError                500 internal
         Malformed               400 malformed
+        Unauthorized            401 unauthorized
+        Forbidden               403 forbidden
         UnknownSession          404 unknown_session
         RequestTimeout          408 request_timeout
         StepConflict            409 step_conflict
@@ -43,6 +45,19 @@ class Malformed(ServiceError):
     """The body is not JSON, or not of the request's form."""
 
     status_code, error_type = 400, "malformed"
+
+
+class Unauthorized(ServiceError):
+    """The request has no key, or none of this server's."""
+
+    status_code, error_type = 401, "unauthorized"
+    headers = {"WWW-Authenticate": "Bearer"}  # noqa: RUF012
+
+
+class Forbidden(ServiceError):
+    """The route is not open to this key, or not to requests from elsewhere."""
+
+    status_code, error_type = 403, "forbidden"
 
 
 class UnknownSession(ServiceError):

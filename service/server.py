@@ -22,6 +22,8 @@ from service.engine.engine import Engine
 from service.http.app import create_app
 from service.http.connections import Connections
 from service.http.descriptors import raise_descriptor_limit
+from service.http.key_file import KeyFileError
+from service.http.keys import Keys, is_loopback
 from service.metrics import Metrics
 from service.runtime.auto import choose_runtime
 from service.runtime.device import choose_device
@@ -90,6 +92,9 @@ def main(asked_to_stop: Sequence[int] = ()) -> int:
         stream=sys.stdout,
     )
     try:
+        keys = Keys(settings.act_keys, settings.admin_keys)
+        signal.signal(signal.SIGHUP, lambda *_: keys.reload())
+        _warn_if_open(settings)
         artifact = _opened(settings)
         directory, manifest = artifact.directory, artifact.manifest
         device = choose_device(settings.device, manifest, settings.runtime)
@@ -104,15 +109,16 @@ def main(asked_to_stop: Sequence[int] = ()) -> int:
         runtime = load_runtime(
             directory, manifest, name=name, device=device, num_threads=settings.num_threads
         )
-    except ArtifactError as error:
+    except (ArtifactError, KeyFileError) as error:
         _fail(str(error))
-    return serve(settings, manifest, runtime, asked_to_stop)
+    return serve(settings, manifest, runtime, keys, asked_to_stop)
 
 
 def serve(
     settings: Settings,
     manifest: Manifest,
     runtime: RenewableStep,
+    keys: Keys,
     asked_to_stop: Sequence[int] = (),
 ) -> int:
     """What `main` does once there is a runtime."""
@@ -126,7 +132,7 @@ def serve(
         runtime.device,
         engine.max_batch_size,
     )
-    app = create_app(engine, manifest, settings, metrics)
+    app = create_app(engine, manifest, settings, metrics, keys)
     connections = Connections(app.act, metrics, settings, limit=raise_descriptor_limit())
     config = uvicorn.Config(
         app,
@@ -168,6 +174,19 @@ def _opened(settings: Settings) -> Artifact:
     from export.signature import load_public_key
 
     return open_artifact(directory, trusted=load_public_key(settings.trusted))
+
+
+def _warn_if_open(settings: Settings) -> None:
+    """Says what is open to whom where the service can be reached from elsewhere."""
+    is_reachable = settings.host != "localhost" and not is_loopback(settings.host)
+    if is_reachable and settings.act_keys is None:
+        admin = "are closed to them" if settings.admin_keys is None else "take an admin key"
+        logger.warning(
+            "whoever reaches %s may act, as there are no --act-keys; the routes that change the "
+            "policy %s",
+            settings.host,
+            admin,
+        )
 
 
 def _settle_garbage() -> None:

@@ -39,6 +39,21 @@ class Settings(BaseSettings):
     port: Annotated[
         int, Field(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     ] = 8000
+    act_keys: Annotated[
+        Path | None,
+        Field(
+            description="A file of keys, one a line and after it its name for the log: POST /act "
+            "and all under /sessions then take `Authorization: Bearer KEY`. Without one, whoever "
+            "reaches the service may act. SIGHUP has it read again."
+        ),
+    ] = None
+    admin_keys: Annotated[
+        Path | None,
+        Field(
+            description="The same for what changes the policy; these keys may act as well. Without "
+            "one, only programs on this machine may change it."
+        ),
+    ] = None
     root_path: Annotated[
         str,
         Field(

@@ -13,6 +13,7 @@ from service.errors import Malformed, ServiceError, TooLarge, UnsupportedContent
 from service.http.accept import quality
 from service.http.codec import JSON, Codec
 from service.http.json_codec import JsonCodec
+from service.http.keys import Keys
 from service.http.safetensors_codec import SafetensorsCodec
 from service.metrics import Metrics
 from service.settings import Settings
@@ -27,7 +28,7 @@ LONGEST_LENGTH = 18  # digits; as many as an int may have is a way to hold the l
 
 HEEDED = {
     *(b"content-type", b"content-length", b"content-encoding", b"transfer-encoding"),
-    *(b"accept", b"expect", b"x-session-id"),
+    *(b"accept", b"authorization", b"expect", b"x-session-id"),
 }
 """Headers, of which a request has many more."""
 
@@ -77,8 +78,9 @@ class Exchange(ABC):
 class Act:
     """The one way from a request's headers and body to the engine and back, for one policy."""
 
-    def __init__(self, engine: Engine, manifest: Manifest, settings: Settings) -> None:
+    def __init__(self, engine: Engine, manifest: Manifest, settings: Settings, keys: Keys) -> None:
         self._engine = engine
+        self._keys = keys
         self._timeout_ms = settings.timeout_ms
         spec = manifest.spec
         codecs = (
@@ -94,7 +96,9 @@ class Act:
 
     def open(self, exchange: Exchange, headers: Headers) -> None:
         """Raises why a request with these headers, names in lower case, need not be read."""
-        content_type = content_length = accept = None
+        content_type = content_length = accept = authorization = None
+        encodings: Headers = []
+        is_of_two_sessions = False
         for name, value in headers:
             if name not in HEEDED:
                 continue
@@ -105,13 +109,22 @@ class Act:
             elif name == b"accept":
                 accept = value if accept is None else b"%b,%b" % (accept, value)
             elif name == b"x-session-id":
-                if exchange.session_header not in (None, value):
-                    raise Malformed("`X-Session-Id` is given twice, with two names")
+                is_of_two_sessions |= exchange.session_header not in (None, value)
                 exchange.session_header = value
             elif name in (b"content-encoding", b"transfer-encoding"):
-                _check_encoding(name, value)
+                encodings.append((name, value))
             elif name == b"expect":
                 exchange.expects_continue = value.lower() == b"100-continue"
+            else:  # given twice it is no key: none has a space in it
+                authorization = (
+                    value if authorization is None else b"%b, %b" % (authorization, value)
+                )
+        if self._keys.are_needed_to_act:
+            self._keys.check_act(authorization)
+        if is_of_two_sessions:
+            raise Malformed("`X-Session-Id` is given twice, with two names")
+        for name, value in encodings:
+            _check_encoding(name, value)
         if content_type == b"application/json":
             exchange.reads = self._json
         else:

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
-from fastapi import Body, FastAPI, Header, Request, Response
+from fastapi import Body, Depends, FastAPI, Header, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
@@ -20,16 +20,19 @@ from service.http.documentation import (
     REPLAYED,
     act_answer,
     act_examples,
+    bearer,
     error_responses,
     every_error,
     json_content,
     safetensors_answer,
     safetensors_request,
     text_content,
+    with_bearer,
     with_whole_bounds,
 )
 from service.http.endpoint import PATH, ActEndpoint
 from service.http.front_page import as_html, front_page, respond
+from service.http.keys import Keys
 from service.http.policy_routes import policy_routes
 from service.http.schemas import (
     Alive,
@@ -101,11 +104,13 @@ class App(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """The document of `/openapi.json`; made once."""
         if self.openapi_schema is None:
-            self.openapi_schema = with_whole_bounds(super().openapi())
+            self.openapi_schema = with_bearer(with_whole_bounds(super().openapi()))
         return self.openapi_schema
 
 
-def create_app(engine: Engine, manifest: Manifest, settings: Settings, metrics: Metrics) -> App:
+def create_app(
+    engine: Engine, manifest: Manifest, settings: Settings, metrics: Metrics, keys: Keys
+) -> App:
     """The HTTP face of `engine`; warm-up runs while the socket already answers `/healthz`."""
 
     @asynccontextmanager
@@ -127,7 +132,7 @@ def create_app(engine: Engine, manifest: Manifest, settings: Settings, metrics: 
 
     metrics.watch_engine(engine.sessions, lambda: len(engine.batcher))
     metrics.watch_version(lambda: engine.versions.current.policy_version)
-    app.act = Act(engine, manifest, settings)
+    app.act = Act(engine, manifest, settings, keys)
     app.act_endpoint = ActEndpoint(app.act, metrics)
     app.prefix = settings.root_path
 
@@ -135,12 +140,13 @@ def create_app(engine: Engine, manifest: Manifest, settings: Settings, metrics: 
     act_body: Any = act_request(spec) | vector_act_request(spec)
     act_answers: Any = act_response(spec) | vector_act_response(spec)
     answers = json_content(act_answer(spec, manifest.policy_version)) | safetensors_answer(spec)
+    to_act = bearer(is_needed=keys.are_needed_to_act)
 
     @app.post(
         PATH,
         response_model=act_answers,
         responses={200: {"content": answers, "headers": REPLAYED}, **every_error()},
-        openapi_extra={"requestBody": {"content": safetensors_request(spec)}},
+        openapi_extra={"requestBody": {"content": safetensors_request(spec)}, **to_act},
     )
     async def act(
         body: Annotated[act_body, Body(openapi_examples=act_examples(spec))],
@@ -158,8 +164,9 @@ def create_app(engine: Engine, manifest: Manifest, settings: Settings, metrics: 
     @app.delete(
         "/sessions/{session_id:any}",
         status_code=204,
-        responses=error_responses(404, 410),
-        openapi_extra={"parameters": [SESSION_ID]},
+        dependencies=[Depends(keys.may_act)],
+        responses=error_responses(401, 404, 410),
+        openapi_extra={"parameters": [SESSION_ID], **to_act},
     )
     async def end_session(request: Request) -> None:
         """Ends a session and frees its state."""
@@ -180,7 +187,7 @@ def create_app(engine: Engine, manifest: Manifest, settings: Settings, metrics: 
         return Ready()
 
     weights = WeightsCodec(manifest)
-    app.include_router(policy_routes(engine, weights, _anybody))
+    app.include_router(policy_routes(engine, weights, keys))
 
     def policy_response() -> PolicyResponse:
         return PolicyResponse(
@@ -232,10 +239,6 @@ def create_app(engine: Engine, manifest: Manifest, settings: Settings, metrics: 
         return respond(page(request.scope.get("root_path", "")), request)
 
     return app
-
-
-def _anybody(request: Request) -> str:
-    return "somebody"
 
 
 async def _service_error(request: Request, error: Exception) -> Response:

@@ -21,6 +21,8 @@ Responses = dict[int | str, Json]
 
 ANYWHERE = (408, 431, 500)
 """What any request may get, whatever its route."""
+ELSEWHERE = (403,)
+"""What `POST /act` never answers, and other routes do."""
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 REPLAYED = {
     "Replayed": {
@@ -28,7 +30,19 @@ REPLAYED = {
         "schema": {"const": "true"},
     }
 }
-RETRY_AFTER = {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}}
+OF_ERRORS: Json = {
+    "Retry-After": {
+        "description": "Seconds to wait.",
+        "schema": {"type": "integer", "minimum": 1},
+    },
+    "WWW-Authenticate": {"description": "How to show a key.", "schema": {"const": "Bearer"}},
+}
+"""The headers that come with some errors."""
+BEARER = {
+    "type": "http",
+    "scheme": "bearer",
+    "description": "A key of `--act-keys` or, for what changes the policy, of `--admin-keys`.",
+}
 
 
 def error_responses(*statuses: int) -> Responses:
@@ -46,7 +60,18 @@ def error_responses(*statuses: int) -> Responses:
 
 def every_error() -> Responses:
     """Everything that `POST /act` may answer but 200."""
-    return error_responses(*{error.status_code for error in _sent_errors()})
+    return error_responses(*{error.status_code for error in _sent_errors()}.difference(ELSEWHERE))
+
+
+def bearer(*, is_needed: bool) -> Json:
+    """What a route's operation says of keys."""
+    return {"security": [{"bearer": []}] if is_needed else [{}, {"bearer": []}]}
+
+
+def with_bearer(document: Json) -> Json:
+    """The same document with what `bearer` speaks of."""
+    components = document["components"] | {"securitySchemes": {"bearer": BEARER}}
+    return {**document, "components": components}
 
 
 def json_content(example: Any) -> Json:
@@ -200,7 +225,10 @@ def _response(errors: list[type[ServiceError]]) -> Json:
         ),
         "content": {"application/json": {"examples": examples}},
     }
-    may_retry = ["Retry-After" in error("").headers for error in errors]
-    if any(may_retry):
-        response["headers"] = {"Retry-After": RETRY_AFTER | {"required": all(may_retry)}}
-    return response
+    given = [error("").headers for error in errors]
+    headers = {
+        name: {**header, "required": all(name in of for of in given)}
+        for name, header in OF_ERRORS.items()
+        if any(name in of for of in given)
+    }
+    return {**response, "headers": headers} if headers else response

@@ -1,8 +1,7 @@
 """The routes that change the weights which serve, and that say which do."""
 
-from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel
@@ -12,7 +11,8 @@ from service.engine.engine import Engine
 from service.engine.policy_versions import Change
 from service.errors import Disconnected, Malformed, TooLarge, UnsupportedContentType, short
 from service.http.codec import SAFETENSORS
-from service.http.documentation import Responses, error_responses, json_content
+from service.http.documentation import Responses, bearer, error_responses, json_content
+from service.http.keys import Keys
 from service.http.weights_codec import WeightsCodec
 
 LONGEST_LENGTH = 18
@@ -55,25 +55,24 @@ class VersionsResponse(BaseModel):
     versions: list[ServedVersion]
 
 
-def policy_routes(
-    engine: Engine, codec: WeightsCodec, admin: Callable[[Request], str]
-) -> APIRouter:
-    """Routes below `/policy`; `admin` raises where a request may not change anything, and names
-    whose it is."""
+def policy_routes(engine: Engine, codec: WeightsCodec, keys: Keys) -> APIRouter:
+    """Routes below `/policy`."""
     router = APIRouter(prefix="/policy")
     versions = engine.versions
+    By = Annotated[str, Depends(keys.may_administer)]
     changed = {"policy_version": EXAMPLE_VERSION, "previous_version": None, "probe_error": 3e-7}
     answers: Responses = {200: {"content": json_content(changed)}}
 
     @router.put(
         "/weights",
-        responses={**answers, **error_responses(400, 409, 412, 413, 415, 422, 503)},
+        responses={**answers, **error_responses(400, 401, 403, 409, 412, 413, 415, 422, 503)},
         openapi_extra={
+            **bearer(is_needed=keys.are_needed_to_administer),
             "parameters": [SESSIONS, IF_MATCH],
             "requestBody": {"required": True, "content": _weights_file()},
         },
     )
-    async def put_weights(request: Request, by: str = Depends(admin)) -> WeightsResponse:
+    async def put_weights(request: Request, by: By) -> WeightsResponse:
         """Has other weights serve, between two batches, once they do what their probe says."""
         engine.check_ready()
         versions.check_idle()
@@ -86,10 +85,13 @@ def policy_routes(
 
     @router.post(
         "/rollback",
-        responses={**answers, **error_responses(400, 409, 412, 503)},
-        openapi_extra={"parameters": [SESSIONS, IF_MATCH]},
+        responses={**answers, **error_responses(400, 401, 403, 409, 412, 503)},
+        openapi_extra={
+            **bearer(is_needed=keys.are_needed_to_administer),
+            "parameters": [SESSIONS, IF_MATCH],
+        },
     )
-    async def roll_back(request: Request, by: str = Depends(admin)) -> WeightsResponse:
+    async def roll_back(request: Request, by: By) -> WeightsResponse:
         """Has the version before the last push serve again; the way back leads once."""
         engine.check_ready()
         restarts, if_match = _restarts_sessions(request), _if_match(request)

@@ -32,6 +32,7 @@ from service.engine.sessions import SessionTable
 from service.engine.stepper import Stepper
 from service.errors import Overloaded, ServiceError
 from service.http.app import create_app
+from service.http.keys import Keys
 from service.metrics import Metrics
 from service.runtime.host import HostRuntime, HostStates, _Lane
 from service.runtime.protocol import Outputs, Rows, State
@@ -386,14 +387,15 @@ class Served(NamedTuple):
     manifest: Manifest
     settings: Settings
     metrics: Metrics
+    keys: Keys
 
     @classmethod
     def make(cls, manifest: Manifest, loaded: RenewableStep, settings: Settings) -> "Served":
         """As `service.server` does."""
         metrics = Metrics()
-        return cls(
-            Engine(manifest, loaded, settings, metrics.observe_batch), manifest, settings, metrics
-        )
+        engine = Engine(manifest, loaded, settings, metrics.observe_batch)
+        keys = Keys(settings.act_keys, settings.admin_keys)
+        return cls(engine, manifest, settings, metrics, keys)
 
 
 class AppClient:

@@ -20,6 +20,7 @@ from export.manifest import Manifest
 from model.spec import PolicySpec
 from service.artifact import find_artifact
 from service.engine import stepper
+from service.http.keys import Keys
 from service.server import serve
 from service.settings import Settings
 from tests.service.fakes import Arrays, SummingRuntime
@@ -55,7 +56,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stdout)
     manifest = Manifest.read(find_artifact(settings.artifact))
     asked_to_stop = [signal.SIGTERM] if mode == "asked" else []
-    return serve(settings, manifest, GatedRuntime(manifest.spec, mode), asked_to_stop)
+    return serve(settings, manifest, GatedRuntime(manifest.spec, mode), Keys(), asked_to_stop)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ ANOTHER = {
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("0", 0),
     "trusted": ("key.pub", Path("key.pub")),
+    "act_keys": ("act.keys", Path("act.keys")),
+    "admin_keys": ("admin.keys", Path("admin.keys")),
     "runtime": ("torchscript", "torchscript"),
     "device": ("cuda", "cuda"),
     "num_threads": ("2", 2),

@@ -1,4 +1,7 @@
-"""A running server does what its `/openapi.json` says, and `HEAD` wherever `GET`, over sockets."""
+"""A running server does what its `/openapi.json` says, and `HEAD` wherever `GET`, over sockets.
+
+The one with V2's policy takes a key.
+"""
 
 import socket
 import subprocess
@@ -17,6 +20,7 @@ from tests.running_server import ROOT, RunningServer, clean_environment, running
 
 SCHEMATHESIS_TIMEOUT_S = 240.0
 SOCKET_TIMEOUT_S = 20.0
+KEY = "schemathesis-has-one"
 NUM_EXAMPLES = 25
 """Of each route in the search; the cases that cover the document come on top."""
 GET_PATHS = ("/", "/healthz", "/readyz", "/policy", "/metrics", "/openapi.json", "/docs", "/redoc")
@@ -36,7 +40,9 @@ def v2_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServe
     export_policy(
         random_policy(spec), None, directory, name="tiny-v2", formats=("onnx",), max_batch_size=4
     )
-    with running_server(directory) as server:
+    keys = directory / "act.keys"
+    keys.write_text(KEY)
+    with running_server(directory, "--act-keys", str(keys)) as server:
         yield server
         assert server.stop() == 0
 
@@ -48,6 +54,8 @@ def test_schemathesis_finds_nothing(
     """All its checks; what they cannot know of is in schemathesis_hooks, each with its reason."""
     server: RunningServer = request.getfixturevalue(f"{version}_server")
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.address}/openapi.json"]
+    if version == "v2":
+        command += ["--header", f"Authorization: Bearer {KEY}"]
     checks = ["--checks", "all", "--continue-on-failure", "--no-color"]
     search = ["--generation-deterministic", "--max-examples", str(NUM_EXAMPLES)]
     done = subprocess.run(

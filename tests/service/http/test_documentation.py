@@ -13,7 +13,7 @@ from safetensors.numpy import save
 
 from export.manifest import Manifest
 from model.spec import HeadSpec, PolicySpec
-from service.errors import Disconnected, ServiceError
+from service.errors import Disconnected, Forbidden, ServiceError
 from service.http.codec import JSON, SAFETENSORS
 from service.http.safetensors_codec import SCALARS, request_tensors
 from service.http.safetensors_file import read_file
@@ -328,10 +328,14 @@ def statuses(root: type[ServiceError] = ServiceError) -> set[int]:
 
 def test_every_error_of_act_is_documented_in_the_one_form(openapi: Json) -> None:
     responses = operations(openapi)["POST /act"]["responses"]
-    assert {int(status) for status in responses} == statuses() - {Disconnected.status_code} | {200}
-    assert {400, 404, 409, 410, 413, 415, 422, 429, 500, 503, 504} <= {int(of) for of in responses}
+    never = {Disconnected.status_code, Forbidden.status_code}
+    assert {int(status) for status in responses} == statuses() - never | {200}
+    assert {400, 401, 404, 409, 410, 413, 415, 422, 429, 500, 503, 504} <= {
+        int(of) for of in responses
+    }
     assert responses["429"]["headers"]["Retry-After"]["required"] is True
     assert responses["503"]["headers"]["Retry-After"]["required"] is False
+    assert responses["401"]["headers"]["WWW-Authenticate"]["schema"] == {"const": "Bearer"}
     assert responses["200"]["headers"]["Replayed"]["schema"] == {"const": "true"}
 
 
@@ -350,6 +354,25 @@ def test_no_route_documents_an_error_of_another_form(openapi: Json) -> None:
     assert {"204", "404", "410"} <= sessions.keys()
     assert "422" not in sessions, "FastAPI's own form of a validation error"
     assert "503" in operations(openapi)["GET /readyz"]["responses"]
+
+
+def test_which_routes_take_a_key_is_documented(
+    make_client: MakeClient, openapi: Json, tmp_path: Path
+) -> None:
+    """One that is not needed may be there all the same."""
+    file = tmp_path / "act.keys"
+    file.write_text("x" * 20)
+    documents = {True: make_client(act_keys=file).get("/openapi.json").json(), False: openapi}
+    for is_needed, document in documents.items():
+        scheme = document["components"]["securitySchemes"]["bearer"]
+        assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+        security = {name: of.get("security") for name, of in operations(document).items()}
+        expected: list[Json] = [{"bearer": []}] if is_needed else [{}, {"bearer": []}]
+        keyed = ("POST /act", "DELETE /sessions/{session_id}")
+        assert {name for name, of in security.items() if of} == {*keyed}
+        for name in keyed:
+            assert security[name] == expected
+            assert "401" in operations(document)[name]["responses"]
 
 
 def test_a_header_for_load_balancers_is_documented(openapi: Json) -> None:
