@@ -113,6 +113,7 @@ class Batcher:
         self._busy_since_s: float | None = None
         self._is_scheduled = False
         self._is_closed = False
+        self._is_halted = False
         self._drained: asyncio.Event = asyncio.Event()
         self._drained.set()
 
@@ -177,6 +178,10 @@ class Batcher:
         self._is_closed = True
         await self._drained.wait()
 
+    def halt(self) -> None:
+        """Runs and answers nothing any more: what waits or is under way has not moved anything."""
+        self._is_halted = True
+
     def _schedule(self) -> None:
         # Called back after all I/O that is ready now: what arrived together rides together.
         if not self._is_scheduled and self._may_launch():
@@ -185,6 +190,8 @@ class Batcher:
 
     def _run_turn(self) -> None:
         self._is_scheduled = False
+        if self._is_halted:
+            return
         now_s = self._clock()
         if now_s >= self._first_deadline_s:
             self._expire(now_s)

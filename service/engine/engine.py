@@ -9,8 +9,10 @@ from weakref import ref
 from export.loaders.protocol import LoadedStep
 from export.manifest import Manifest, bucket_sizes
 from service.engine.batcher import Batcher
+from service.engine.kept_sessions import KeptSessions, Served
 from service.engine.rows import RowTable
 from service.engine.sessions import SessionTable
+from service.engine.snapshots import Snapshots
 from service.engine.stepper import Stepper
 from service.engine.warm_up import WarmUp
 from service.runtime.load import with_states
@@ -21,7 +23,8 @@ class Engine:
     """Steps blocks of at most `max_rows` rows. Made on the event loop it serves.
 
     `submit` is the batcher's: it has a block answered later.
-    `observe` is told the rows and seconds of each batch.
+    `observe` is told the rows and seconds of each batch. Raises SnapshotError where none can be
+    written to `--snapshot`.
     """
 
     def __init__(
@@ -67,8 +70,27 @@ class Engine:
             max_waiting=settings.max_waiting,
         )
         self.submit = self.batcher.submit
-        runtime = self.runtime
-        self.warm_up = WarmUp(lambda is_wanted: runtime.warm_up(is_wanted=is_wanted))
+        self.snapshots: Snapshots | None = None
+        if settings.snapshot is not None:
+            kept = KeptSessions(
+                self.sessions,
+                rows,
+                self.runtime,
+                manifest.outputs,
+                artifact_version=manifest.policy_version,
+                max_rows=self.max_rows,
+                served=lambda: Served(manifest.policy_version),
+                clock=time.monotonic,
+            )
+            self.snapshots = Snapshots(settings.snapshot, kept, every_s=settings.snapshot_every_s)
+        runtime, snapshots = self.runtime, self.snapshots
+
+        def first_runs(is_wanted: Callable[[], bool]) -> None:
+            runtime.warm_up(is_wanted=is_wanted)
+            if snapshots is not None and is_wanted():
+                snapshots.outdate()
+
+        self.warm_up = WarmUp(first_runs)
 
     def start(self) -> None:
         """Warms up; blocks are taken once that has ended well. On the event loop."""
@@ -82,16 +104,26 @@ class Engine:
 
         self.runtime.when_done = wake
         self.warm_up.start()
+        if self.snapshots is not None:
+            assert self.warm_up.done is not None
+            self.snapshots.start(self.warm_up.done)
 
     def is_stepping(self) -> bool:
         """Whether a thread is in the middle of a step, which nothing can stop."""
         return self.warm_up.is_running() or not self.runtime.is_idle()
 
     async def stop(self) -> None:
-        """Answers what waits, as far as `--drain-s` goes, and takes nothing more."""
+        """Answers what waits, as far as `--drain-s` goes, and takes nothing more.
+
+        Then a last snapshot is written, where there is one to be.
+        """
         self.warm_up.stop()
         with suppress(TimeoutError):
             await asyncio.wait_for(self.batcher.drain(), self._drain_s)
+        if self.snapshots is not None:
+            await self.snapshots.stop()
+            self.batcher.halt()
+            self.snapshots.write_last()
 
     def check_open(self) -> None:
         """Raises what any block would meet now, whatever is in it: then it need not be read."""

@@ -22,9 +22,11 @@ from numpy.typing import NDArray
 from export.loaders.protocol import LoadedStep
 from export.manifest import Manifest, step_inputs, step_outputs
 from model.spec import PolicySpec
+from service.engine import kept_sessions
 from service.engine.batcher import Batcher
 from service.engine.block import Answer, Block
 from service.engine.engine import Engine
+from service.engine.kept_sessions import KeptSessions
 from service.engine.rows import RowTable
 from service.engine.sessions import SessionTable
 from service.engine.stepper import Stepper
@@ -43,6 +45,7 @@ TIMEOUT_S = 20.0
 POISON = 1e30
 """In an observation's last column: the fake policy's output for that row is not a number."""
 SERVER_SEED = 7
+VERSION = "sha256:0"
 
 
 def run(coroutine: Coroutine[Any, Any, Result]) -> Result:
@@ -285,9 +288,22 @@ class Bench:
             self.rows,
             self.sessions,
             spec,
-            policy_version="sha256:0",
+            policy_version=VERSION,
             seed=SERVER_SEED,
             observe=lambda num_rows, seconds: observed.append(num_rows),
+        )
+
+    def kept(self, version: str = VERSION) -> KeptSessions:
+        """The sessions, as snapshots of an artifact of this version have them."""
+        return KeptSessions(
+            self.sessions,
+            self.rows,
+            self.runtime,
+            step_outputs(self.spec),
+            artifact_version=version,
+            max_rows=64,
+            served=lambda: kept_sessions.Served(version),
+            clock=self.clock,
         )
 
     @property
