@@ -162,6 +162,12 @@ class Snapshot:
     def close(self) -> None:
         self._file.close()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _check_schema(self) -> None:
         found = FIRST_LINE.fullmatch(self._file.readline(LONGEST_FIRST_LINE))
         if not found:

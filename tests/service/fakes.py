@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from math import inf
+from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 from weakref import ref
 
@@ -29,6 +30,7 @@ from service.engine.engine import Engine
 from service.engine.kept_sessions import KeptSessions
 from service.engine.rows import RowTable
 from service.engine.sessions import SessionTable
+from service.engine.snapshot_file import Draft, Snapshot
 from service.engine.stepper import Stepper
 from service.errors import Overloaded, ServiceError
 from service.http.app import create_app
@@ -258,6 +260,14 @@ class Bench:
         host: type[HostRuntime] = HostRuntime,
     ) -> None:
         self.spec = spec
+        self._options: dict[str, Any] = {
+            "capacity": capacity,
+            "idle_timeout_s": idle_timeout_s,
+            "buckets": buckets,
+            "turns": turns,
+            "over": over,
+            "host": host,
+        }
         self.clock = FakeClock()
         self.observed = observed = list[int]()
         self.settled: list[Block] = []
@@ -305,6 +315,26 @@ class Bench:
             served=lambda: kept_sessions.Served(version),
             clock=self.clock,
         )
+
+    def write(self, path: Path, *, is_final: bool = True) -> None:
+        """A snapshot of it as it is."""
+        with Draft(path) as draft:
+            for frame in self.kept().frames():
+                draft.add(frame)
+            draft.publish(is_final=is_final)
+
+    def restarted(self, path: Path, *, is_final: bool = True, **options: Any) -> "Bench":
+        """Another, with the same options or others, that goes on from a snapshot of this one."""
+        self.write(path, is_final=is_final)
+        return self.after(path, **options)
+
+    def after(self, path: Path, **options: Any) -> "Bench":
+        """Another, that goes on from the snapshot at `path`."""
+        bench = Bench(self.spec, **(self._options | options))
+        bench.clock.now_s = self.clock.now_s + 5000.0  # where a clock begins, nobody knows
+        with Snapshot(path) as snapshot:
+            bench.kept().restore(snapshot)
+        return bench
 
     @property
     def device(self) -> Device:
