@@ -303,7 +303,13 @@ class Bench:
             observe=lambda num_rows, seconds: observed.append(num_rows),
         )
 
-    def kept(self, version: str = VERSION) -> KeptSessions:
+    def kept(
+        self,
+        version: str = VERSION,
+        *,
+        max_rows: int = 64,
+        served: kept_sessions.Served | None = None,
+    ) -> KeptSessions:
         """The sessions, as snapshots of an artifact of this version have them."""
         return KeptSessions(
             self.sessions,
@@ -311,8 +317,8 @@ class Bench:
             self.runtime,
             step_outputs(self.spec),
             artifact_version=version,
-            max_rows=64,
-            served=lambda: kept_sessions.Served(version),
+            max_rows=max_rows,
+            served=lambda: served or kept_sessions.Served(version),
             clock=self.clock,
         )
 

@@ -372,8 +372,11 @@ class SessionContract(RuleBasedStateMachine):
     @rule()
     def a_restart(self) -> None:
         """Another server goes on from the last snapshot: no client can tell, whoever waited."""
+        before_s = self.bench.clock.now_s
         with TemporaryDirectory() as directory:
             self.bench = self.bench.restarted(Path(directory) / "sessions")
+        for run in self.model.live.values():
+            run.used_s += self.bench.clock.now_s - before_s
         self.held.clear()
 
     @rule(wave=st.lists(requests(), min_size=1, max_size=4))
