@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from model.spec import PolicySpec
 from service.engine.block import Block
@@ -17,7 +18,7 @@ from service.engine.snapshot_file import Draft, Snapshot, SnapshotError
 from service.errors import ServiceError, SessionLost, StepConflict, UnknownSession
 from tests.service.fakes import Bench, Stepped, single, vector
 
-RUN = {"run": "p"}
+RUN: dict[str, Any] = {"run": "p"}
 NUM_STEPS = 6
 
 
@@ -59,7 +60,8 @@ def test_the_last_answer_of_one_is_given_again(bench: Bench, path: Path) -> None
 def test_a_first_step_that_is_sent_again_is_given_again(bench: Bench, path: Path) -> None:
     first = bench.start(1.0, "a", **RUN)
     after = stale(bench, path)
-    for more in ({}, {"step": 0}):
+    moreover: list[dict[str, Any]] = [{}, {"step": 0}]
+    for more in moreover:
         assert after.start(1.0, "a", **RUN, **more) == first._replace(is_replay=True)
 
 
@@ -289,7 +291,7 @@ def test_another_policy_s_is_refused_and_nothing_is_restored(bench: Bench, path:
     after = Bench(bench.spec)
     with (
         Snapshot(path) as snapshot,
-        pytest.raises(SnapshotError, match="is of another policy, sha256:0 .* is sha256:1"),
+        pytest.raises(SnapshotError, match=r"is of another policy, sha256:0 .* is sha256:1"),
     ):
         after.kept(OTHER).restore(snapshot)
     assert len(after.sessions) == 0
@@ -303,7 +305,7 @@ def test_one_of_other_shapes_is_refused(bench: Bench, path: Path) -> None:
         Bench(larger).kept().restore(snapshot)
 
 
-PARAMETERS = {
+PARAMETERS: dict[str, NDArray[Any]] = {
     "lstm.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
     "heads.op": np.array([1, 2**16 - 1], dtype=np.uint16),
 }
@@ -402,12 +404,12 @@ def blocks_of(
         if starts and not is_vector:
             step, episode = 0, at
         fields: dict[str, Any] = {"run": str(episode)} if is_named else {}
-        if numbers_steps:
+        if numbers_steps and (is_named or is_vector or not starts):  # or it may be a retry
             fields["step"] = step
         x = float(request["x"])
         if is_vector:
             which = starts if at == 0 else np.array([starts, False])
-            seeds = {"seed": 5} if at == 0 else {}
+            seeds: dict[str, Any] = {"seed": 5} if at == 0 else {}
             blocks.append(vector(spec, [x, 1.0], "s", starts=which, **seeds, **fields))
         else:
             seeds = {"seed": at} if starts else {}
