@@ -179,11 +179,10 @@ def _engine(
             engine.snapshots.restore()
         except SnapshotError as error:
             if settings.snapshot_required:
-                _fail(f"{error}; without --snapshot-required no session goes on, and it is kept")
+                _fail(f"{error}; put another there, or leave --snapshot-required out to lose it")
+            aside = engine.snapshots.refused_path
             logger.warning(
-                "%s; no session goes on, and once there is a new snapshot this is %s",
-                error,
-                engine.snapshots.refused_path,
+                "%s; no session goes on, and the next snapshot moves it to %s", error, aside
             )
     return engine
 

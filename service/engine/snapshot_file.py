@@ -171,7 +171,7 @@ class Snapshot:
     def _check_schema(self) -> None:
         found = FIRST_LINE.fullmatch(self._file.readline(LONGEST_FIRST_LINE))
         if not found:
-            raise SnapshotError(f"{self.path}: is not a snapshot; name another file")
+            raise SnapshotError(f"{self.path}: is not a snapshot")
         if int(found[1]) != SCHEMA:
             raise SnapshotError(
                 f"{self.path}: is of schema {int(found[1])}, which a later release wrote; this "
@@ -192,7 +192,7 @@ class Snapshot:
                 return
             self._frames.append((at, length))
             at += length
-        raise self._damaged("it ends before its end")
+        raise self._damaged("it was cut short")
 
     def _check_digest(self) -> bool:
         """Whether the snapshot is final."""
@@ -202,7 +202,7 @@ class Snapshot:
         while left:
             piece = self._file.read(min(left, PIECE_BYTES))
             if not piece:
-                raise self._damaged("it ends before its end")
+                raise self._damaged("it was cut short")
             digest.update(piece)
             left -= len(piece)
         self._digests = {}
@@ -217,7 +217,7 @@ class Snapshot:
         raise self._damaged("its SHA-256 is not the one at its end")
 
     def _damaged(self, how: str) -> SnapshotError:
-        return SnapshotError(f"{self.path}: is damaged, {how}; put back a copy if there is one")
+        return SnapshotError(f"{self.path}: is damaged, {how}")
 
 
 def check_place(path: Path) -> Path:

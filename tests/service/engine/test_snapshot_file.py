@@ -123,7 +123,7 @@ def test_a_file_cut_at_any_border_is_refused(path: Path) -> None:
     for border in borders(content):
         refusal(path, content[:border])
     for border in borders(content)[1:]:
-        assert "is damaged, it ends before its end" in refusal(path, content[:border])
+        assert "is damaged, it was cut short" in refusal(path, content[:border])
 
 
 @given(share=st.floats(0.0, 1.0, exclude_max=True))
