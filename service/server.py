@@ -182,7 +182,7 @@ def _engine(
                 _fail(f"{error}; put another there, or leave --snapshot-required out to lose it")
             aside = engine.snapshots.refused_path
             logger.warning(
-                "%s; no session goes on, and the next snapshot moves it to %s", error, aside
+                "%s; no session goes on, and the next one moves this to %s", error, aside
             )
     return engine
 

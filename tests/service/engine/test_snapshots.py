@@ -1,4 +1,4 @@
-"""When snapshots are written while blocks are answered, and what an end does to one half written."""
+"""When snapshots are written, while blocks are answered, and what an end does to half a one."""
 
 import asyncio
 import logging
