@@ -1,13 +1,13 @@
 """The session table <-> the frames of a snapshot.
 
-Sessions come first, the least recently used before the others; then what is remembered of those
-that are no more; and last the policy that is served, which may be pushed while the others are
-written: no session has seen a later one. Knows nothing of files, nor of when they are written.
+Sessions come first, in a final one the least recently used before the others; then what is
+remembered of those that are no more; and last the policy that is served, which may be pushed while
+the others are written: no session has seen a later one. Knows nothing of files, nor of when they are written.
 """
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import inf
 from pathlib import Path
 from sys import intern
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from export.manifest import Array
 from service.engine.rows import ONE, RowTable
 from service.engine.sessions import Past, Session, SessionTable
 from service.engine.snapshot_file import Frame, Snapshot, SnapshotError
-from service.runtime.protocol import Runtime
+from service.runtime.protocol import Rows, Runtime
 
 FRAME_ROWS = 256
 """Copied at once while the event loop waits: a millisecond of the largest policies. A session of
@@ -71,11 +71,13 @@ class KeptSessions:
         self._served = served
         self._clock = clock
 
-    def frames(self) -> Iterator[Frame]:
+    def frames(self, *, is_final: bool) -> Iterator[Frame]:
         """A snapshot's frames, each as its sessions are when it is asked for."""
-        names = deque(self._sessions.names())
+        names, num_rows = self._sessions.names(in_order=is_final), 0
+        names.reverse()
         while names:
             if some := self._next_sessions(names):
+                num_rows += sum(len(session.rows) for _, session in some)
                 yield self._sessions_frame(some)
         past = self._sessions.past()
         for first in range(0, len(past), FRAME_NAMES):
@@ -87,6 +89,7 @@ class KeptSessions:
             "artifact_version": self._artifact_version,
             "policy_version": served.policy_version,
             "outputs": self._shapes,
+            "num_rows": num_rows,
             "forgotten_starts": self._sessions.forgotten_starts,
             "is_pushed": served.parameters is not None,
         }
@@ -105,27 +108,31 @@ class KeptSessions:
         while num_frames and (frame := snapshot[num_frames - 1]).record["kind"] == "past":
             past = _past_of(frame) | past
             num_frames -= 1
-        lost: dict[str, Past] = {}
+        too_idle_s = inf
+        if policy.record["num_rows"] > self._sessions.capacity:
+            too_idle_s = self._too_idle_s(snapshot[at] for at in range(num_frames))
+        live, lost = dict[str, Session](), dict[str, Past]()
         for at in range(num_frames):
-            # Who is past ended after its frame was written.
-            lost |= self._restore_sessions(snapshot[at], past, is_final=snapshot.is_final)
-        num_restored, num_sessions = self._sessions.events["restored"], len(self._sessions)
-        num_lost = len(lost) + num_restored - num_sessions
-        self._sessions.remember(past | lost, policy.record["forgotten_starts"])
-        return Restored(served, policy.record["written_at_s"], num_sessions, num_lost)
+            for name, session in self._restored(snapshot[at], past, too_idle_s, snapshot.is_final):
+                if isinstance(session, Past):
+                    lost[name] = session
+                else:
+                    live[name] = session
+        self._sessions.restore(live, past | lost, policy.record["forgotten_starts"])
+        return Restored(served, policy.record["written_at_s"], len(live), len(lost))
 
-    def _next_sessions(self, names: deque[str]) -> list[tuple[str, Session]]:
-        """The next that fit in a frame; who is gone meanwhile is passed over."""
+    def _next_sessions(self, names: list[str]) -> list[tuple[str, Session]]:
+        """The last that fit in a frame, taken off; who is gone meanwhile is passed over."""
         some: list[tuple[str, Session]] = []
         num_rows = 0
         while names:
-            session = self._sessions.get(names[0])
+            session = self._sessions.get(names[-1])
             if session is not None:
                 num_rows += len(session.rows)
                 if some and num_rows > FRAME_ROWS:
                     break
-                some.append((names[0], session))
-            names.popleft()
+                some.append((names[-1], session))
+            names.pop()
         return some
 
     def _sessions_frame(self, some: list[tuple[str, Session]]) -> Frame:
@@ -175,24 +182,35 @@ class KeptSessions:
         arrays = policy.arrays.items()
         return Served(version, {name.removeprefix(PARAMETER): array for name, array in arrays})
 
-    def _restore_sessions(
-        self, frame: Frame, past: Mapping[str, Past], *, is_final: bool
-    ) -> dict[str, Past]:
-        """Those of a frame that are not past; who is lost."""
+    def _too_idle_s(self, frames: Iterable[Frame]) -> float:
+        """From when on there is no room for a session, where those used last are kept."""
+        columns = [(frame.arrays["idle_s"], frame.arrays["num_rows"]) for frame in frames]
+        idle_s, num_rows = (np.concatenate(column) for column in zip(*columns, strict=True))
+        order = np.argsort(idle_s)
+        beyond = np.flatnonzero(np.cumsum(num_rows[order]) > self._sessions.capacity)
+        return float(idle_s[order[beyond[0]]])
+
+    def _restored(
+        self, frame: Frame, past: Mapping[str, Past], too_idle_s: float, is_final: bool
+    ) -> Iterator[tuple[str, Session | Past]]:
+        """Those of a frame that have not ended since it was made, or what is known of who is lost.
+
+        Fills their rows.
+        """
         arrays, now_s = frame.arrays, self._clock()
         columns = {name: arrays[name].tolist() for name in _COLUMNS}
         stops = np.cumsum(arrays["num_rows"]).tolist()
-        lost: dict[str, Past] = {}
-        restored: list[tuple[str, Session, int]] = []
+        rows, of_rows = [], []
         for at, (name, stop) in enumerate(zip(frame.record["names"], stops, strict=True)):
             if name in past:
                 continue
             of = {key: column[at] for key, column in columns.items()}
             num_rows, run = of["num_rows"], frame.record["runs"][at]
-            if (run is None and not is_final) or num_rows > self._max_rows:
-                lost[name] = Past(of["num_starts"], is_lost=True)
+            has_room = of["idle_s"] < too_idle_s and num_rows <= self._max_rows
+            if not has_room or (run is None and not is_final):
+                yield name, Past(of["num_starts"], is_lost=True)
                 continue
-            episodes = arrays["episodes"][stop - num_rows : stop].copy()
+            where = slice(stop - num_rows, stop)
             session = Session(
                 rows=self._rows.reserve(num_rows),
                 is_vector=of["is_vector"],
@@ -201,29 +219,20 @@ class KeptSessions:
                 previous_run=frame.record["previous_runs"][at],
                 next_step=of["next_step"],
                 num_starts=of["num_starts"],
-                episodes=episodes if of["is_vector"] else None,
+                episodes=arrays["episodes"][where].copy() if of["is_vector"] else None,
                 last_request=arrays["last_request"][at].tobytes(),
                 policy_version=intern(frame.record["policy_versions"][at]),
                 last_used_s=now_s - of["idle_s"],
                 is_stale=of["is_stale"] or not is_final,
             )
-            self._sessions.restore(name, session)
-            restored.append((name, session, stop - num_rows))
-        # Where there is less room than there was, one may have made room for another already.
-        self._restore_rows(
-            arrays,
-            [(x.rows, start) for name, x, start in restored if self._sessions.get(name) is x],
-        )
-        return lost
+            rows.append(session.rows)
+            of_rows.append(np.arange(where.start, where.stop))
+            yield name, session
+        if rows:
+            self._fill(np.concatenate(rows), np.concatenate(of_rows), arrays)
 
-    def _restore_rows(
-        self, arrays: Mapping[str, NDArray[Any]], live: list[tuple[NDArray[np.intp], int]]
-    ) -> None:
-        """Fills rows with what lies in `arrays` from a row on."""
-        if not live:
-            return
-        rows = np.concatenate([rows for rows, _ in live])
-        of = np.concatenate([np.arange(start, start + len(rows)) for rows, start in live])
+    def _fill(self, rows: Rows, of: Rows, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Has rows be as those numbered `of` in a frame's arrays."""
         decided = {name: arrays[f"{OUTPUT}{name}"][of] for name in self._rows.outputs}
         self._rows.keep(rows, arrays["row_seed"][of], arrays["row_step"][of] - ONE, decided)
         self._runtime.write(rows, (arrays["h"][of], arrays["c"][of]))

@@ -226,9 +226,9 @@ class SessionTable:
             raise self._absent(session_id, None)
         self._remove(session_id, "ended")
 
-    def names(self) -> list[str]:
-        """Of the live sessions, the least recently used first."""
-        return list(self._live)
+    def names(self, *, in_order: bool) -> list[str]:
+        """Of the live sessions: the least recently used first, which takes ten times as long."""
+        return list(self._live if in_order else dict.keys(self._live))
 
     def get(self, session_id: str) -> Session | None:
         return self._live.get(session_id)
@@ -237,17 +237,15 @@ class SessionTable:
         """What is remembered of sessions that are no more, the first to be forgotten first."""
         return list(self._past.items())
 
-    def restore(self, session_id: str, session: Session) -> None:
-        """A session of a server before this one lives on: of all, it is given up last."""
-        self._live[session_id] = session
-        self.num_rows += len(session.rows)
-        self.events["restored"] += 1
-        self._evict(besides=session_id)
-
-    def remember(self, past: Mapping[str, Past], forgotten_starts: int) -> None:
-        """What that server knew of sessions that are no more: it is forgotten first."""
-        self._past = OrderedDict({**past, **self._past})
-        self.forgotten_starts = max(self.forgotten_starts, forgotten_starts)
+    def restore(
+        self, live: Mapping[str, Session], past: Mapping[str, Past], forgotten_starts: int
+    ) -> None:
+        """Goes on from the sessions of a server before this one, for which there is room."""
+        self._live = OrderedDict(sorted(live.items(), key=lambda item: item[1].last_used_s))
+        self.num_rows = sum(len(session.rows) for session in live.values())
+        self.events["restored"] = len(live)
+        self._past = OrderedDict(past)
+        self.forgotten_starts = forgotten_starts
         self._forget()
 
     def _begin(self, session_id: str, session: Session | None, block: Block) -> Turn:

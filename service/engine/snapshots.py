@@ -104,7 +104,7 @@ class Snapshots:
         began_s = time.perf_counter()
         try:
             with Draft(self.path) as draft:
-                for frame in self._kept.frames():
+                for frame in self._kept.frames(is_final=True):
                     draft.add(frame)
                 self._publish(draft, is_final=True)
         except Exception as error:  # whatever it is, it is told by the exit code
@@ -119,7 +119,7 @@ class Snapshots:
         began_s = time.perf_counter()
         draft = await self._run(lambda: Draft(self.path))
         try:
-            for frame in self._kept.frames():
+            for frame in self._kept.frames(is_final=False):
                 await self._run(partial(draft.add, frame))
                 if self._ends.is_set():
                     return

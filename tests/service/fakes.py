@@ -325,7 +325,7 @@ class Bench:
     def write(self, path: Path, *, is_final: bool = True) -> None:
         """A snapshot of it as it is."""
         with Draft(path) as draft:
-            for frame in self.kept().frames():
+            for frame in self.kept().frames(is_final=is_final):
                 draft.add(frame)
             draft.publish(is_final=is_final)
 

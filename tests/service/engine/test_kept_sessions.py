@@ -217,15 +217,21 @@ def test_the_seeds_of_the_forgotten_go_on(spec: PolicySpec, path: Path) -> None:
 
 def test_where_there_is_less_room_those_used_last_live_on(bench: Bench, path: Path) -> None:
     for name in "abcdef":
-        bench.start(1.0, name)
+        bench.clock.now_s += 1.0
+        bench.start(1.0, name, **RUN)
+    bench.clock.now_s += 1.0
     bench.step(1.0, "a")
-    after = bench.restarted(path, capacity=3)
-    for name in "bcd":
-        assert isinstance(answer(after, single(after.spec, 1.0, name)), SessionLost)
-    assert after.values(*(single(after.spec, 1.0, name) for name in "efa")) == [[2.0], [2.0], [3.0]]
-    after.check_rows()
-    events = after.sessions.events
-    assert events["restored"] - events["evicted"] == len(after.sessions) == 3
+    for is_final in (True, False):
+        after = bench.restarted(path, is_final=is_final, capacity=3)
+        assert after.sessions.names(in_order=True) == ["e", "f", "a"]
+        after.check_rows()
+        for name in "bcd":
+            assert isinstance(answer(after, single(after.spec, 1.0, name)), SessionLost)
+        got = [
+            after.step(1.0, name, step=step, **RUN) for name, step in (("e", 1), ("f", 1), ("a", 2))
+        ]
+        assert [step.value for step in got] == [[2.0], [2.0], [3.0]]
+        assert after.sessions.events["restored"] == len(after.sessions) == 3
 
 
 def test_a_vector_of_more_rows_than_a_request_may_have_is_lost(
@@ -245,13 +251,12 @@ def test_a_vector_of_more_rows_than_a_request_may_have_is_lost(
 def test_more_than_fits_in_a_frame_is_restored(spec: PolicySpec, path: Path) -> None:
     num_sessions = 2 * FRAME_ROWS + 3
     bench = Bench(spec, capacity=FRAME_NAMES + 1, buckets=(64,))
+    past = {f"past{number}": Past(number, is_lost=True) for number in range(FRAME_NAMES + 1)}
+    bench.sessions.restore({}, past, 0)
     bench.take(*(single(spec, x, f"s{x}", starts=True) for x in range(num_sessions)))
     bench.only(vector(spec, range(50), "v", starts=True))
-    past = {f"past{number}": Past(number, is_lost=True) for number in range(FRAME_NAMES + 1)}
-    bench.sessions.remember(past, 0)
     after = bench.restarted(path)
     assert after.sessions.past() == list(past.items())
-    assert after.sessions.names() == bench.sessions.names()
     got = after.values(*(single(spec, 1.0, f"s{x}") for x in range(num_sessions)))
     assert got == [[x + 1.0] for x in range(num_sessions)]
 
@@ -263,7 +268,7 @@ def test_who_came_or_went_while_a_snapshot_was_written_is_as_it_was_then(
     bench = Bench(spec, capacity=400, buckets=(64,))
     first, last = "s0", f"s{FRAME_ROWS + 9}"
     bench.take(*(single(spec, 1.0, f"s{x}", starts=True, **RUN) for x in range(FRAME_ROWS + 10)))
-    frames = bench.kept().frames()
+    frames = bench.kept().frames(is_final=False)
     with Draft(path) as draft:
         draft.add(next(frames))
         for name in (first, last):
@@ -335,7 +340,7 @@ def test_an_artifact_that_was_made_of_the_pushed_weights_goes_on(bench: Bench, p
 
 def write_pushed(bench: Bench, path: Path) -> None:
     with Draft(path) as draft:
-        for frame in bench.kept(served=Served(OTHER, PARAMETERS)).frames():
+        for frame in bench.kept(served=Served(OTHER, PARAMETERS)).frames(is_final=True):
             draft.add(frame)
         draft.publish(is_final=True)
 
