@@ -2,7 +2,7 @@
 
 Sessions come first, in a final one the least recently used before the others; then what is
 remembered of those that are no more; and last the policy that is served, which may be pushed while
-the others are written: no session has seen a later one. Knows nothing of files, nor of when they are written.
+the others are written: no session has seen a later one. Knows nothing of when they are written.
 """
 
 import time

@@ -179,13 +179,13 @@ def test_who_has_no_name_is_lost_and_starts_anew_with_another_seed(
     bench.only(vector(bench.spec, [1.0, 2.0], "v", starts=True))
     drawn = [bench.start(1.0, "a", deterministic=False).log_prob for _ in range(2)]
     after = stale(bench, path)
+    assert len(after.sessions) == 0
     for block in (
         single(after.spec, 1.0, "a"),
         single(after.spec, 1.0, "a", step=1),
         vector(after.spec, [1.0, 2.0], "v"),
     ):
         assert isinstance(answer(after, block), SessionLost)
-    assert len(after.sessions) == 0
     started = after.start(1.0, "a")
     assert started.log_prob not in drawn
     assert started == bench.start(1.0, "a")
