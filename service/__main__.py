@@ -1,7 +1,7 @@
 """`python -m service`: serves an artifact until SIGTERM or Ctrl-C.
 
-Exit codes: 0 asked to stop; 1 the policy failed while warming up; 2 bad settings, key file
-or artifact.
+Exit codes: 0 asked to stop; 1 the policy failed while warming up, or the sessions could not be
+written at the end; 2 bad settings, key file, artifact or snapshot.
 """
 
 import signal

@@ -39,6 +39,15 @@ class Sessions(Protocol):
     def expire_idle(self) -> None: ...
 
 
+class Snapshots(Protocol):
+    """What is told of snapshots: how many, and the last one's time to write and age."""
+
+    by_result: dict[str, int]
+    last_s: float | None
+
+    def age_s(self) -> float | None: ...
+
+
 class Metrics:
     """Prometheus metrics of one server, in a registry of their own."""
 
@@ -119,6 +128,10 @@ class Metrics:
         self._registry.register(_SessionCollector(sessions))
         self._waiting.set_function(num_waiting)
 
+    def watch_snapshots(self, snapshots: Snapshots) -> None:
+        """Says how writing them goes."""
+        self._registry.register(_SnapshotCollector(snapshots))
+
     def count_unread(self, error_type: str) -> None:
         """One more request of which it is not known what it was."""
         self._unread.labels(error_type).inc()
@@ -188,7 +201,10 @@ class _VersionCollector(Collector):
 
 
 class _SessionCollector(Collector):
-    """How many rows are kept, and what became of sessions: live ones are started - all the rest."""
+    """How many rows are kept, and what became of sessions.
+
+    Live ones are those started and restored, less all the rest.
+    """
 
     def __init__(self, sessions: Sessions) -> None:
         self._sessions = sessions
@@ -199,10 +215,32 @@ class _SessionCollector(Collector):
         yield GaugeMetricFamily("tamiyo_sessions", help_text, value=self._sessions.num_rows)
         events = CounterMetricFamily(
             "tamiyo_session_events",
-            "Sessions started; ended by a client; expired for want of requests; evicted for room; "
+            "Sessions started, or restored from a snapshot; ended by a client; expired for want of "
+            "requests; evicted for room; lost, as a client had gone on from what was restored; "
             "restarted by a push.",
             labels=["event"],
         )
         for event, count in self._sessions.events.items():
             events.add_metric([event], count)
         yield events
+
+
+class _SnapshotCollector(Collector):
+    """How writing snapshots goes; what is not known yet is absent."""
+
+    def __init__(self, snapshots: Snapshots) -> None:
+        self._snapshots = snapshots
+
+    def collect(self) -> Iterator[Metric]:
+        written = CounterMetricFamily(
+            "tamiyo_snapshots", "Snapshots written, and those that failed.", labels=["result"]
+        )
+        for result, count in self._snapshots.by_result.items():
+            written.add_metric([result], count)
+        yield written
+        for name, help_text, value in (
+            ("tamiyo_snapshot_seconds", "Time of writing the last one.", self._snapshots.last_s),
+            ("tamiyo_snapshot_age_seconds", "Age of the one there is.", self._snapshots.age_s()),
+        ):
+            if value is not None:
+                yield GaugeMetricFamily(name, help_text, value=value)

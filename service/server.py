@@ -19,6 +19,7 @@ from export.loaders.protocol import RenewableStep
 from export.manifest import ArtifactError, Manifest
 from service.artifact import find_artifact
 from service.engine.engine import Engine
+from service.engine.snapshot_file import SnapshotError
 from service.http.app import create_app
 from service.http.connections import Connections
 from service.http.descriptors import raise_descriptor_limit
@@ -123,7 +124,7 @@ def serve(
 ) -> int:
     """What `main` does once there is a runtime."""
     metrics = Metrics()
-    engine = Engine(manifest, runtime, settings, metrics.observe_batch, metrics.observe_change)
+    engine = _engine(manifest, runtime, settings, metrics)
     logger.info(
         "%s %s, %s on %s, batches up to %d",
         manifest.name,
@@ -158,12 +159,41 @@ def serve(
         server.run(sockets=[listener, *(listener.dup() for _ in range(ACCEPTS_A_TURN - 1))])
     except SystemExit:
         _fail(f"cannot listen on {settings.host}:{settings.port}")
-    exit_code = 1 if server.has_failed else 0
+    is_unsaved = engine.snapshots is not None and engine.snapshots.has_failed
+    exit_code = 1 if server.has_failed or is_unsaved else 0
     if engine.is_stepping():  # the interpreter's end would wait for it, or crash
         logging.shutdown()
         sys.stdout.flush()
         os._exit(exit_code)
     return exit_code
+
+
+def _engine(
+    manifest: Manifest, runtime: RenewableStep, settings: Settings, metrics: Metrics
+) -> Engine:
+    """The engine, with the sessions of `--snapshot`."""
+    for option, value in (
+        ("--snapshot-every-s", settings.snapshot_every_s),
+        ("--snapshot-required", settings.snapshot_required),
+    ):
+        if value and settings.snapshot is None:
+            _fail(f"{option} needs --snapshot, which says where")
+    try:
+        engine = Engine(manifest, runtime, settings, metrics.observe_batch, metrics.observe_change)
+    except SnapshotError as error:
+        _fail(str(error))
+    if engine.snapshots is not None:
+        metrics.watch_snapshots(engine.snapshots)
+        try:
+            engine.snapshots.restore()
+        except SnapshotError as error:
+            if settings.snapshot_required:
+                _fail(f"{error}; put another there, or leave --snapshot-required out to lose it")
+            aside = engine.snapshots.refused_path
+            logger.warning(
+                "%s; no session goes on, and the next one moves this to %s", error, aside
+            )
+    return engine
 
 
 def _opened(settings: Settings) -> Artifact:

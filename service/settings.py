@@ -116,6 +116,30 @@ class Settings(BaseSettings):
     session_idle_s: Annotated[
         float, Field(gt=0, description="A session without a request for so long ends (410 after).")
     ] = 600.0
+    snapshot: Annotated[
+        Path | None,
+        Field(
+            description="A file that sessions are written to at the end, so that the next start "
+            "continues them. Without one, a restart loses them (410)."
+        ),
+    ] = None
+    snapshot_every_s: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            allow_inf_nan=False,
+            description="Writes --snapshot so often while serving, too: after a kill, sessions "
+            "that have not moved since continue, the others are lost (410). More often: more of "
+            "them, for more work.",
+        ),
+    ] = None
+    snapshot_required: Annotated[
+        bool,
+        Field(
+            description="A --snapshot that is damaged or of another policy stops the start; "
+            "otherwise it is set aside as FILE.refused, and sessions are lost."
+        ),
+    ] = False
     timeout_ms: Annotated[
         float,
         Field(gt=0, description="Longest wait for the model where a request names none (504)."),

@@ -12,6 +12,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from model.spec import PolicySpec
+from service.engine.snapshots import Snapshots
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.running_server import ROOT
@@ -108,10 +109,13 @@ def test_prometheus_scrapes_the_service_at_the_port_it_listens_on(compose: Yaml)
 
 
 def test_the_dashboard_asks_only_for_metrics_that_there_are(
-    dashboard: Yaml, spec: PolicySpec
+    dashboard: Yaml, spec: PolicySpec, tmp_path: Path
 ) -> None:
-    metrics = Metrics()
-    metrics.watch_engine(Bench(spec).sessions, lambda: 0)
+    metrics, bench = Metrics(), Bench(spec)
+    metrics.watch_engine(bench.sessions, lambda: 0)
+    snapshots = Snapshots(tmp_path / "sessions", bench.kept(), every_s=None)
+    snapshots.write_last()
+    metrics.watch_snapshots(snapshots)
     metrics.count("ok")
     metrics.count_unread("malformed")
 

@@ -114,6 +114,7 @@ class Batcher:
         self._change: Callable[[], None] | None = None
         self._is_scheduled = False
         self._is_closed = False
+        self._is_halted = False
         self._drained: asyncio.Event = asyncio.Event()
         self._drained.set()
 
@@ -178,7 +179,8 @@ class Batcher:
         self._make_change()
 
     def _make_change(self) -> None:
-        if self._change is not None and not self._under_way and self._partial is None:
+        is_free = not self._under_way and self._partial is None and not self._is_halted
+        if self._change is not None and is_free:
             change, self._change = self._change, None
             change()
 
@@ -192,6 +194,10 @@ class Batcher:
         self._is_closed = True
         await self._drained.wait()
 
+    def halt(self) -> None:
+        """Runs and answers nothing any more: what waits or is under way has not moved anything."""
+        self._is_halted = True
+
     def _schedule(self) -> None:
         # Called back after all I/O that is ready now: what arrived together rides together.
         if not self._is_scheduled and self._may_launch():
@@ -200,6 +206,8 @@ class Batcher:
 
     def _run_turn(self) -> None:
         self._is_scheduled = False
+        if self._is_halted:
+            return
         now_s = self._clock()
         if now_s >= self._first_deadline_s:
             self._expire(now_s)

@@ -9,11 +9,15 @@ from weakref import ref
 from export.loaders.protocol import RenewableStep
 from export.manifest import Manifest, bucket_sizes
 from service.engine.batcher import Batcher
+from service.engine.kept_sessions import KeptSessions, Served
 from service.engine.policy_versions import PolicyVersion, PolicyVersions
 from service.engine.rows import RowTable
 from service.engine.sessions import SessionTable
+from service.engine.snapshot_file import SnapshotError
+from service.engine.snapshots import Snapshots
 from service.engine.stepper import Stepper
 from service.engine.warm_up import WarmUp
+from service.errors import Invalid
 from service.runtime.load import with_states
 from service.settings import Settings
 
@@ -23,7 +27,7 @@ class Engine:
 
     `submit` is the batcher's: it has a block answered later.
     `observe` is told the rows and seconds of each batch, `observe_change` the result and seconds of
-    each change of weights.
+    each change of weights. Raises SnapshotError where none can be written to `--snapshot`.
     """
 
     def __init__(
@@ -80,8 +84,28 @@ class Engine:
             sessions=self.sessions,
             observe=observe_change,
         )
-        runtime = self.runtime
-        self.warm_up = WarmUp(lambda is_wanted: runtime.warm_up(is_wanted=is_wanted))
+        self.snapshots: Snapshots | None = None
+        if settings.snapshot is not None:
+            kept = KeptSessions(
+                self.sessions,
+                rows,
+                self.runtime,
+                manifest.outputs,
+                artifact_version=manifest.policy_version,
+                max_rows=self.max_rows,
+                served=self._served,
+                serve=self._serve,
+                clock=time.monotonic,
+            )
+            self.snapshots = Snapshots(settings.snapshot, kept, every_s=settings.snapshot_every_s)
+        runtime, snapshots = self.runtime, self.snapshots
+
+        def first_runs(is_wanted: Callable[[], bool]) -> None:
+            runtime.warm_up(is_wanted=is_wanted)
+            if snapshots is not None and is_wanted():
+                snapshots.outdate()
+
+        self.warm_up = WarmUp(first_runs)
 
     def start(self) -> None:
         """Warms up; blocks are taken once that has ended well. On the event loop."""
@@ -95,6 +119,22 @@ class Engine:
 
         self.runtime.when_done = wake
         self.warm_up.start()
+        if self.snapshots is not None:
+            assert self.warm_up.done is not None
+            self.snapshots.start(self.warm_up.done)
+
+    def _served(self) -> Served:
+        """What a snapshot is to serve again."""
+        current = self.versions.current
+        return Served(current.policy_version, current.parameters)
+
+    def _serve(self, served: Served) -> None:
+        """Serves what a snapshot says. Raises SnapshotError where that cannot be done here."""
+        if served.parameters is not None:
+            try:
+                self.versions.resume(served.policy_version, served.parameters)
+            except Invalid as error:
+                raise SnapshotError(f"its weights cannot be served here: {error}") from error
 
     def is_stepping(self) -> bool:
         """Whether a thread is in the middle of a step, which nothing can stop."""
@@ -102,10 +142,17 @@ class Engine:
         return self.warm_up.is_running() or not is_idle
 
     async def stop(self) -> None:
-        """Answers what waits, as far as `--drain-s` goes, and takes nothing more."""
+        """Answers what waits, as far as `--drain-s` goes, and takes nothing more.
+
+        Then a last snapshot is written, where there is one to be.
+        """
         self.warm_up.stop()
         with suppress(TimeoutError):
             await asyncio.wait_for(self.batcher.drain(), self._drain_s)
+        if self.snapshots is not None:
+            await self.snapshots.stop()
+            self.batcher.halt()
+            self.snapshots.write_last()
 
     def check_ready(self) -> None:
         """Raises NotReady before warm-up's end, and Draining once the server stops."""

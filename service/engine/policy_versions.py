@@ -104,6 +104,18 @@ class PolicyVersions:
         if self._is_changing:
             raise PushConflict("other weights are being checked just now; try again")
 
+    def resume(self, policy_version: str, parameters: Parameters) -> None:
+        """Has weights serve that were pushed to a server before this one, and no probe is there of.
+
+        Before there is anything to serve. Raises Invalid where they are not this policy's.
+        """
+        self._check(parameters)
+        loaded = self._loaded(parameters)
+        self._runtime.prepare(loaded)()
+        self._stepper.policy_version = policy_version
+        self.current = PolicyVersion(policy_version, loaded, parameters)
+        self._listed.append(self.current)
+
     async def push(
         self,
         read: Callable[[], Push],
@@ -189,24 +201,14 @@ class PolicyVersions:
 
     def _built(self, push: Push, if_match: str | None) -> _Built:
         """What is to serve, all of it that can be done while another does."""
-        manifest, parameters = self._manifest, push.parameters
-        if not manifest.parameters:
-            raise Invalid(
-                "this artifact takes no weights: it was exported before it could name its "
-                "parameters; export it again"
-            )
-        difference = first_difference(parameters, manifest.parameters)
-        if difference is not None:
-            raise Invalid(f"`{difference.name}` {difference.what}")
+        parameters = push.parameters
+        self._check(parameters)
         name = f"sha256:{sha256(parameters)}"
         is_current = name == self.current.policy_version
         if not is_current:  # or it is asked for again, as its answer was lost
             self._check_match(if_match)
-        try:
-            loaded = self.current.loaded.with_parameters(parameters)
-        except ArtifactError as error:
-            raise Invalid(f"{error}; serve the artifact with another runtime") from error
-        probe_error = push.probe.error(loaded, manifest, unit=value_unit(parameters))
+        loaded = self._loaded(parameters)
+        probe_error = push.probe.error(loaded, self._manifest, unit=value_unit(parameters))
         if is_current:
             return _Built(self.current, _nothing)
         version = PolicyVersion(name, loaded, parameters, probe_error)
@@ -217,6 +219,24 @@ class PolicyVersions:
         if self.previous is None:
             raise NoPreviousVersion("there is no version before this one to go back to")
         return _Built(self.previous, self._runtime.prepare(self.previous.loaded))
+
+    def _check(self, parameters: Parameters) -> None:
+        """Raises Invalid where they are not this policy's, naming the first that differs."""
+        expected = self._manifest.parameters
+        if not expected:
+            raise Invalid(
+                "this artifact takes no weights: it was exported before it could name its "
+                "parameters; export it again"
+            )
+        difference = first_difference(parameters, expected)
+        if difference is not None:
+            raise Invalid(f"`{difference.name}` {difference.what}")
+
+    def _loaded(self, parameters: Parameters) -> RenewableStep:
+        try:
+            return self.current.loaded.with_parameters(parameters)
+        except ArtifactError as error:
+            raise Invalid(f"{error}; serve the artifact with another runtime") from error
 
     def _check_match(self, if_match: str | None) -> None:
         serves = self.current.policy_version

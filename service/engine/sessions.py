@@ -4,7 +4,7 @@ Knows nothing of HTTP, of batches or of the model.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NamedTuple
@@ -24,7 +24,8 @@ class Session:
     """A live session: its rows, and where its run stands.
 
     `episodes` counts, for each row of a vector, the episodes that started in this run before the
-    one it is in. `is_stepping`: a turn of it was admitted, and is not settled yet.
+    one it is in. `is_stepping`: a turn of it was admitted, and is not settled yet. `is_stale`: it
+    is as it was some time before a server was killed, and may have moved on since.
     """
 
     rows: Rows
@@ -39,6 +40,7 @@ class Session:
     policy_version: str
     last_used_s: float
     is_stepping: bool = False
+    is_stale: bool = False
 
 
 @dataclass(slots=True)
@@ -63,7 +65,7 @@ class Turn:
     fault: int | None = None
 
 
-class _Past(NamedTuple):
+class Past(NamedTuple):
     """What is remembered of a session that is no more: how often it started, and why it ended."""
 
     num_starts: int
@@ -90,12 +92,13 @@ class SessionTable:
     ) -> None:
         self.capacity = capacity
         self.num_rows = 0
-        self.events = dict.fromkeys(("started", "ended", "expired", "evicted", "restarted"), 0)
+        kinds = ("started", "restored", "ended", "expired", "evicted", "lost", "restarted")
+        self.events = dict.fromkeys(kinds, 0)
         self._rows = rows
         self._live: OrderedDict[str, Session] = OrderedDict()  # least recently used first
         self._num_waiting: dict[str, int] = {}
-        self._past: OrderedDict[str, _Past] = OrderedDict()
-        self._forgotten_starts = 0  # the most of any session that is not remembered any more
+        self._past: OrderedDict[str, Past] = OrderedDict()
+        self.forgotten_starts = 0  # the most of any session that is not remembered any more
         self._num_reserved = 0  # rows that runs will have that are about to begin
         self._idle_timeout_s = idle_timeout_s
         self._seed = seed
@@ -149,6 +152,9 @@ class SessionTable:
         session_id = block.session_id
         assert session_id is not None
         session = self._live.get(session_id)
+        if session is not None and session.is_stale and _has_moved_on(session, block):
+            self._remove(session_id, "lost")
+            session = None
         if session is not None and session.is_vector != block.is_vector:
             kinds = ("a single environment", "a vector of environments")
             raise StepConflict(
@@ -196,7 +202,7 @@ class SessionTable:
             session.last_request = block.fingerprint
             session.policy_version = policy_version
             session.episodes = turn.episodes
-            session.is_stepping = False
+            session.is_stepping = session.is_stale = False
         self.touch(session_id)
 
     def abandon(self, turn: Turn) -> None:
@@ -224,6 +230,28 @@ class SessionTable:
         """Gives up every session. No turn of one is under way."""
         for session_id in list(self._live):
             self._remove(session_id, "restarted")
+
+    def names(self, *, in_order: bool) -> list[str]:
+        """Of the live sessions: the least recently used first, which takes ten times as long."""
+        return list(self._live if in_order else dict.keys(self._live))
+
+    def get(self, session_id: str) -> Session | None:
+        return self._live.get(session_id)
+
+    def past(self) -> list[tuple[str, Past]]:
+        """What is remembered of sessions that are no more, the first to be forgotten first."""
+        return list(self._past.items())
+
+    def restore(
+        self, live: Mapping[str, Session], past: Mapping[str, Past], forgotten_starts: int
+    ) -> None:
+        """Goes on from the sessions of a server before this one, for which there is room."""
+        self._live = OrderedDict(sorted(live.items(), key=lambda item: item[1].last_used_s))
+        self.num_rows = sum(len(session.rows) for session in live.values())
+        self.events["restored"] = len(live)
+        self._past = OrderedDict(past)
+        self.forgotten_starts = forgotten_starts
+        self._forget()
 
     def _begin(self, session_id: str, session: Session | None, block: Block) -> Turn:
         """The first turn of a run."""
@@ -328,7 +356,7 @@ class SessionTable:
         if session is not None:
             return session.num_starts
         past = self._past.get(session_id)
-        return self._forgotten_starts if past is None else past.num_starts
+        return self.forgotten_starts if past is None else past.num_starts
 
     def _absent(self, session_id: str, step: int | None) -> UnknownSession | SessionLost:
         past = self._past.get(session_id)
@@ -380,10 +408,13 @@ class SessionTable:
         self.events[event] += 1
         if not session.is_stepping:
             self._free(session)
-        self._past[session_id] = _Past(session.num_starts, is_lost=event != "ended")
-        if len(self._past) > self.capacity:
+        self._past[session_id] = Past(session.num_starts, is_lost=event != "ended")
+        self._forget()
+
+    def _forget(self) -> None:
+        while len(self._past) > self.capacity:
             _, forgotten = self._past.popitem(last=False)
-            self._forgotten_starts = max(self._forgotten_starts, forgotten.num_starts)
+            self.forgotten_starts = max(self.forgotten_starts, forgotten.num_starts)
 
     def _free(self, session: Session) -> None:
         self._rows.give_back(session.rows)
@@ -419,9 +450,26 @@ def _is_running(session: Session | None, block: Block) -> bool:
         return False
     if block.run is not None:
         return block.run == session.run
+    if session.is_stale:  # whose run has a name
+        return False
     if block.step is not None:
         return session.next_step == 1
     return block.is_vector
+
+
+def _has_moved_on(session: Session, block: Block) -> bool:
+    """Whether a stale session's client has, or may have: the block is no start, and not a request
+    of the same run whose step is no later than the next.
+    """
+    if block.is_vector != session.is_vector:
+        return True
+    if block.starts is True and not block.step:
+        return False
+    if block.run is None or block.run != session.run or block.step is None:
+        return True
+    if block.step == session.next_step:
+        return block.seed is not None and block.seed != session.seed  # another run of that name
+    return block.step > session.next_step
 
 
 def _conflict(session_id: str, session: Session, block: Block, step: int) -> StepConflict:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from copy import copy
 from math import inf
+from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 from weakref import ref
 
@@ -24,11 +25,14 @@ from export.loaders.protocol import RenewableStep
 from export.manifest import Manifest, step_inputs, step_outputs
 from export.parameters import Parameters
 from model.spec import PolicySpec
+from service.engine import kept_sessions
 from service.engine.batcher import Batcher
 from service.engine.block import Answer, Block
 from service.engine.engine import Engine
+from service.engine.kept_sessions import KeptSessions
 from service.engine.rows import RowTable
 from service.engine.sessions import SessionTable
+from service.engine.snapshot_file import Draft, Snapshot
 from service.engine.stepper import Stepper
 from service.errors import Overloaded, ServiceError
 from service.http.app import create_app
@@ -46,6 +50,7 @@ TIMEOUT_S = 20.0
 POISON = 1e30
 """In an observation's last column: the fake policy's output for that row is not a number."""
 SERVER_SEED = 7
+VERSION = "sha256:0"
 
 
 def run(coroutine: Coroutine[Any, Any, Result]) -> Result:
@@ -265,6 +270,14 @@ class Bench:
         host: type[HostRuntime] = HostRuntime,
     ) -> None:
         self.spec = spec
+        self._options: dict[str, Any] = {
+            "capacity": capacity,
+            "idle_timeout_s": idle_timeout_s,
+            "buckets": buckets,
+            "turns": turns,
+            "over": over,
+            "host": host,
+        }
         self.clock = FakeClock()
         self.observed = observed = list[int]()
         self.settled: list[Block] = []
@@ -295,10 +308,50 @@ class Bench:
             self.rows,
             self.sessions,
             spec,
-            policy_version="sha256:0",
+            policy_version=VERSION,
             seed=SERVER_SEED,
             observe=lambda num_rows, seconds: observed.append(num_rows),
         )
+
+    def kept(
+        self,
+        version: str = VERSION,
+        *,
+        max_rows: int = 64,
+        served: kept_sessions.Served | None = None,
+    ) -> KeptSessions:
+        """The sessions, as snapshots of an artifact of this version have them."""
+        return KeptSessions(
+            self.sessions,
+            self.rows,
+            self.runtime,
+            step_outputs(self.spec),
+            artifact_version=version,
+            max_rows=max_rows,
+            served=lambda: served or kept_sessions.Served(version),
+            serve=lambda served: None,
+            clock=self.clock,
+        )
+
+    def write(self, path: Path, *, is_final: bool = True) -> None:
+        """A snapshot of it as it is."""
+        with Draft(path) as draft:
+            for frame in self.kept().frames(is_final=is_final):
+                draft.add(frame)
+            draft.publish(is_final=is_final)
+
+    def restarted(self, path: Path, *, is_final: bool = True, **options: Any) -> "Bench":
+        """Another, with the same options or others, that goes on from a snapshot of this one."""
+        self.write(path, is_final=is_final)
+        return self.after(path, **options)
+
+    def after(self, path: Path, **options: Any) -> "Bench":
+        """Another, that goes on from the snapshot at `path`."""
+        bench = Bench(self.spec, **(self._options | options))
+        bench.clock.now_s = self.clock.now_s + 5000.0  # where a clock begins, nobody knows
+        with Snapshot(path) as snapshot:
+            bench.kept().restore(snapshot)
+        return bench
 
     @property
     def device(self) -> Device:

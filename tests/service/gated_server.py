@@ -3,8 +3,8 @@
 `python -m tests.service.gated_server MODE FLAGS` is `python -m service FLAGS`, but a step says on
 stdout `step N settled`, for N rows and where the garbage of the start is, and waits for a line
 on stdin: in MODE `gated` the steps of requests do, beside the event loop, in `held` they hold it,
-in `warm-up` those of the warm-up wait. In `broken` none does, and all fail; in `asked` the server
-has been asked to stop before it runs.
+in `warm-up` those of the warm-up wait. In `free` none does; nor in `broken`, where all fail; in
+`asked` the server has been asked to stop before it runs.
 """
 
 import gc
@@ -30,6 +30,7 @@ class GatedRuntime(SummingRuntime):
     def __init__(self, spec: PolicySpec, mode: str) -> None:
         super().__init__(spec)
         self.waits_in_warm_up = mode == "warm-up"
+        self.is_free = mode == "free"
         if mode == "broken":
             self.failure = RuntimeError("broken")
 
@@ -38,7 +39,7 @@ class GatedRuntime(SummingRuntime):
 
         def run() -> None:
             is_warm_up = threading.current_thread().name == "warm-up"
-            if is_warm_up == self.waits_in_warm_up:
+            if is_warm_up == self.waits_in_warm_up and not self.is_free:
                 settled = "settled" if gc.get_freeze_count() else "unsettled"
                 sys.stdout.write(f"step {len(inputs['observation'])} {settled}\n")
                 sys.stdout.flush()

@@ -25,6 +25,9 @@ ANOTHER = {
     "max_waiting": ("9", 9),
     "max_sessions": ("11", 11),
     "session_idle_s": ("1.5", 1.5),
+    "snapshot": ("sessions.snapshot", Path("sessions.snapshot")),
+    "snapshot_every_s": ("4.5", 4.5),
+    "snapshot_required": ("true", True),
     "timeout_ms": ("2.5", 2.5),
     "max_body_bytes": ("2048", 2048),
     "root_path": ("/tamiyo/v1", "/tamiyo/v1"),
@@ -82,6 +85,10 @@ def test_only_the_artifact_is_required() -> None:
 @pytest.mark.parametrize("name", ANOTHER)
 def test_every_option_is_a_flag(name: str) -> None:
     text, value = ANOTHER[name]
+    if value is True:
+        assert getattr(parse(flag(name)), name)
+        assert not getattr(parse(f"--no-{flag(name)[2:]}"), name)
+        return
     assert getattr(parse(flag(name), text), name) == value
     assert getattr(parse(f"{flag(name)}={text}"), name) == value
 
@@ -144,6 +151,8 @@ BAD_VALUES = [
     ("max_sessions", "0"),
     ("session_idle_s", "0"),
     ("session_idle_s", "nan"),
+    ("snapshot_every_s", "0"),
+    ("snapshot_every_s", "inf"),
     ("timeout_ms", "soon"),
     ("timeout_ms", "-1"),
     ("max_body_bytes", "1"),

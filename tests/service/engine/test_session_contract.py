@@ -2,6 +2,8 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -366,6 +368,16 @@ class SessionContract(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(+self.held)))
         self.bench.sessions.release(name)
         self.held[name] -= 1
+
+    @rule()
+    def a_restart(self) -> None:
+        """Another server goes on from the last snapshot: no client can tell, whoever waited."""
+        before_s = self.bench.clock.now_s
+        with TemporaryDirectory() as directory:
+            self.bench = self.bench.restarted(Path(directory) / "sessions")
+        for run in self.model.live.values():
+            run.used_s += self.bench.clock.now_s - before_s
+        self.held.clear()
 
     @rule(wave=st.lists(requests(), min_size=1, max_size=4))
     def a_failing_policy(self, wave: list[Request]) -> None:
