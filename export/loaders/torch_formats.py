@@ -57,6 +57,7 @@ def load_torchscript(content: bytes, device: str) -> Loaded:
     """A trace keeps the names of its arguments, and the number of its results.
 
     Frozen, it is some hundredths faster, and takes no parameters any more: it is frozen with them.
+    Artifacts of the first schema hold one that was frozen before it was written.
     """
 
     @torch_speaks_of_itself()
@@ -67,7 +68,8 @@ def load_torchscript(content: bytes, device: str) -> Loaded:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 own[name].copy_(parameter)
-        frozen: Callable[..., Any] = torch.jit.freeze(step)
+        is_frozen = not hasattr(step, "training")
+        frozen: Callable[..., Any] = step if is_frozen else torch.jit.freeze(step)
         return frozen
 
     step: Any = renewed({})
