@@ -14,6 +14,7 @@ from export.formats import FORMATS, StepSource
 from export.loaders.load import RUNTIME_OF
 from export.loaders.machine import machine_capability
 from export.loaders.protocol import RenewableStep
+from export.loaders.torch_warnings import torch_speaks_of_itself
 from export.manifest import ArtifactError, Precision, step_inputs, step_outputs
 from export.step import PolicyStep, pack
 from export.weights import pack_weights
@@ -240,7 +241,7 @@ def test_a_file_frozen_by_an_earlier_release_runs_and_takes_no_parameters() -> N
     case = CASES["v1"]
     step = PolicyStep(policy_of("v1", 1), None).eval()
     content = io.BytesIO()
-    with torch.no_grad(), pytest.warns(DeprecationWarning):
+    with torch.no_grad(), torch_speaks_of_itself():
         traced = torch.jit.trace(step, step.example(batch_size=2))  # type: ignore[no-untyped-call]
         torch.jit.save(torch.jit.freeze(traced), content)
     frozen = load(content.getvalue(), "torchscript", case.spec)
