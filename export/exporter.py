@@ -11,7 +11,6 @@ from typing import NamedTuple, TypedDict
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from export import parameters
 from export.comparison import ParityError
 from export.directory import staged
 from export.format_kinds import PORTABLE_FORMATS
@@ -33,6 +32,7 @@ from export.manifest import (
     step_outputs,
 )
 from export.measurement import EAGER, measure_latency, row_difference
+from export.parameters import described, sha256
 from export.parity import Gate, Verdict
 from export.process import plain_process
 from export.report import REPORT_FILE, REPORT_PAGE, FormatReport, Latency, Report
@@ -112,7 +112,7 @@ def export_policy(
         on_stage("measuring how fast each format is")
         report = Report(
             name=name,
-            policy_version=f"sha256:{parameters.sha256(packed)}",
+            policy_version=f"sha256:{sha256(packed)}",
             source=source,
             precision=precision,
             device=on,
@@ -132,8 +132,8 @@ def export_policy(
             max_batch_size=max_batch_size,
             inputs=step_inputs(spec),
             outputs=step_outputs(spec),
-            parameters=parameters.described(packed),
-            parameters_sha256=parameters.sha256(packed),
+            parameters=described(packed),
+            parameters_sha256=sha256(packed),
             weights=File.describe(directory / WEIGHTS_FILE),
             formats={name: export.file for name, export in exports.items()},
             reports=_write_reports(report, directory),

@@ -12,7 +12,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("tamiyo_client", "model", "export", "service")
 OF_THE_SERVER = PACKAGES[1:]
 FOLDERS = {"tamiyo_client": "client/tamiyo_client"}
-READING_ARTIFACTS = ("export.artifact", "export.manifest", "export.signature")
+READING_ARTIFACTS = (
+    "export.artifact",
+    "export.manifest",
+    "export.parameters",
+    "export.signature",
+)
 ALLOWED: dict[str, Callable[[str], bool]] = {
     "tamiyo_client": lambda module: module.startswith("tamiyo_client"),
     "model": lambda module: module.startswith("model."),
@@ -33,6 +38,8 @@ NEEDS_TORCH = {
 CLIENTS = ("service/bench/", "service/demo/")
 FOR_CLIENTS = {"model.action_masks", "model.lifecycle", "model.observations", "tamiyo_client"}
 """Torch-free, for environments and loads; the service itself knows nothing of them."""
+SENDS = "export/push.py"
+"""A client of the service as well: it speaks as the others do."""
 
 
 ROOMS = {
@@ -68,6 +75,7 @@ def test_a_package_imports_only_what_stands_before_it(package: str) -> None:
                 where = source.relative_to(ROOT).as_posix()
                 is_allowed = ALLOWED[package](module)
                 is_allowed |= where.startswith(CLIENTS) and module in FOR_CLIENTS
+                is_allowed |= where == SENDS and module.startswith("tamiyo_client.")
                 assert is_allowed, f"{where} imports {module}"
 
 
@@ -105,11 +113,14 @@ def test_importing_a_package_imports_none_of_its_modules() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
-def test_the_exporter_is_the_export_packages_own_function() -> None:
+def test_the_exporter_and_the_pusher_are_the_export_packages_own_functions() -> None:
     import export
     from export.exporter import export_policy
+    from export.push import push_policy
 
     assert export.export_policy is export_policy
+    assert export.push_policy is push_policy
+    assert set(export.__all__) == {"export_policy", "push_policy"}
     with pytest.raises(AttributeError, match="no attribute 'import_policy'"):
         _ = export.import_policy
 

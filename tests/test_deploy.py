@@ -118,6 +118,8 @@ def test_the_dashboard_asks_only_for_metrics_that_there_are(
     metrics.watch_snapshots(snapshots)
     metrics.count("ok")
     metrics.count_unread("malformed")
+    metrics.watch_version(lambda: "sha256:ab12")
+    metrics.observe_change("ok", 0.05)
 
     async def rendered() -> str:  # the tasks of a loop are among the metrics
         return metrics.render().decode()

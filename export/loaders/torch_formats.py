@@ -57,6 +57,7 @@ def load_torchscript(content: bytes, device: str) -> Loaded:
     """A trace keeps the names of its arguments, and the number of its results.
 
     Frozen, it is some hundredths faster, and takes no parameters any more: it is frozen with them.
+    Artifacts of the first schema hold one that was frozen before it was written.
     """
 
     @torch_speaks_of_itself()

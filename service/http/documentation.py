@@ -1,7 +1,7 @@
 """What `/openapi.json` says beside the models: each route's answers, and examples that work."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from math import log
 from typing import Any
 
@@ -9,7 +9,17 @@ import numpy as np
 
 from export.manifest import step_outputs
 from model.spec import PolicySpec
-from service.errors import Disconnected, ServiceError
+from service.errors import (
+    Disconnected,
+    Forbidden,
+    NoPreviousVersion,
+    PushConflict,
+    ServiceError,
+    SessionLost,
+    StepConflict,
+    UnknownSession,
+    VersionMismatch,
+)
 from service.http.codec import SAFETENSORS
 from service.http.safetensors_codec import SCALARS, request_tensors
 from service.http.safetensors_file import DTYPE_NAMES
@@ -21,8 +31,8 @@ Responses = dict[int | str, Json]
 
 ANYWHERE = (408, 431, 500)
 """What any request may get, whatever its route."""
-ELSEWHERE = (403,)
-"""What `POST /act` never answers, and other routes do."""
+OF_SESSIONS = (UnknownSession, StepConflict, SessionLost)
+OF_WEIGHTS = (Forbidden, PushConflict, NoPreviousVersion, VersionMismatch)
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 REPLAYED = {
     "Replayed": {
@@ -45,14 +55,15 @@ BEARER = {
 }
 
 
-def error_responses(*statuses: int) -> Responses:
+def error_responses(*statuses: int, but: Collection[type[ServiceError]] = OF_WEIGHTS) -> Responses:
     """The errors of these statuses, in the one form, with the words and headers each comes with.
 
-    A status no `ServiceError` has is left out.
+    A status that no `ServiceError` has, or only those of `but`, is left out.
     """
     by_status: dict[int, list[type[ServiceError]]] = defaultdict(list)
     for error in _sent_errors():
-        by_status[error.status_code].append(error)
+        if error not in but:
+            by_status[error.status_code].append(error)
     return {
         status: _response(by_status[status]) for status in sorted(statuses) if by_status[status]
     }
@@ -60,7 +71,7 @@ def error_responses(*statuses: int) -> Responses:
 
 def every_error() -> Responses:
     """Everything that `POST /act` may answer but 200."""
-    return error_responses(*{error.status_code for error in _sent_errors()}.difference(ELSEWHERE))
+    return error_responses(*{error.status_code for error in _sent_errors()})
 
 
 def bearer(*, is_needed: bool) -> Json:

@@ -9,9 +9,22 @@ from starlette.requests import ClientDisconnect
 
 from service.engine.engine import Engine
 from service.engine.policy_versions import Change
-from service.errors import Disconnected, Malformed, TooLarge, UnsupportedContentType, short
+from service.errors import (
+    Disconnected,
+    Malformed,
+    NoPreviousVersion,
+    TooLarge,
+    UnsupportedContentType,
+    short,
+)
 from service.http.codec import SAFETENSORS
-from service.http.documentation import Responses, bearer, error_responses, json_content
+from service.http.documentation import (
+    OF_SESSIONS,
+    Responses,
+    bearer,
+    error_responses,
+    json_content,
+)
 from service.http.keys import Keys
 from service.http.weights_codec import WeightsCodec
 
@@ -28,7 +41,7 @@ IF_MATCH = {
     "description": "The version that is to be replaced; another serves: 412.",
     "schema": {"type": "string"},
 }
-EXAMPLE_VERSION = "sha256:" + "ab12" * 16
+EXAMPLE_VERSION, EXAMPLE_BEFORE = "sha256:" + "ab12" * 16, "sha256:" + "cd34" * 16
 
 
 class WeightsResponse(BaseModel):
@@ -60,12 +73,16 @@ def policy_routes(engine: Engine, codec: WeightsCodec, keys: Keys) -> APIRouter:
     router = APIRouter(prefix="/policy")
     versions = engine.versions
     By = Annotated[str, Depends(keys.may_administer)]
-    changed = {"policy_version": EXAMPLE_VERSION, "previous_version": None, "probe_error": 3e-7}
+    serving = {"policy_version": EXAMPLE_VERSION, "previous_version": EXAMPLE_BEFORE}
+    changed = {**serving, "probe_error": 3e-7}
     answers: Responses = {200: {"content": json_content(changed)}}
+    of_push = error_responses(
+        *(400, 401, 403, 409, 412, 413, 415, 422, 503), but=(*OF_SESSIONS, NoPreviousVersion)
+    )
 
     @router.put(
         "/weights",
-        responses={**answers, **error_responses(400, 401, 403, 409, 412, 413, 415, 422, 503)},
+        responses={**answers, **of_push},
         openapi_extra={
             **bearer(is_needed=keys.are_needed_to_administer),
             "parameters": [SESSIONS, IF_MATCH],
@@ -85,7 +102,10 @@ def policy_routes(engine: Engine, codec: WeightsCodec, keys: Keys) -> APIRouter:
 
     @router.post(
         "/rollback",
-        responses={**answers, **error_responses(400, 401, 403, 409, 412, 503)},
+        responses={
+            **answers,
+            **error_responses(400, 401, 403, 409, 412, 503, but=OF_SESSIONS),
+        },
         openapi_extra={
             **bearer(is_needed=keys.are_needed_to_administer),
             "parameters": [SESSIONS, IF_MATCH],
@@ -99,7 +119,16 @@ def policy_routes(engine: Engine, codec: WeightsCodec, keys: Keys) -> APIRouter:
             await versions.rollback(if_match=if_match, restarts_sessions=restarts, by=by)
         )
 
-    @router.get("/versions")
+    shown = [
+        {"policy_version": version, "since": since, "probe_error": 3e-7}
+        for version, since in (
+            (EXAMPLE_VERSION, "2027-01-01T00:00:10Z"),
+            (EXAMPLE_BEFORE, "2027-01-01T00:00:00Z"),
+        )
+    ]
+    listed = {**serving, "versions": shown}
+
+    @router.get("/versions", responses={200: {"content": json_content(listed)}})
     async def list_versions() -> VersionsResponse:
         """The weights that served last, with times and probe errors."""
         previous = versions.previous

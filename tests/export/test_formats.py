@@ -217,9 +217,21 @@ def test_onnx_is_checked_as_it_is_written(
     odd_policy: FactoredRecurrentActorCritic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Torch's exporter writes something else than ONNX here, as a release of it might."""
-    wrong = SimpleNamespace(model_proto=onnx_model(size=4))
-    monkeypatch.setattr("torch.onnx.export", lambda *_, **__: wrong)
+    step, model = PolicyStep(odd_policy, None), onnx_model(size=4)
+    for name, array in step.packed().items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    monkeypatch.setattr("torch.onnx.export", lambda *_, **__: SimpleNamespace(model_proto=model))
     with pytest.raises(FormatError, match="against its standard"):
+        FORMATS["onnx"].write(StepSource(step, 2))
+
+
+def test_onnx_without_a_place_for_every_parameter_is_refused(
+    odd_policy: FactoredRecurrentActorCritic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later release's optimiser may fold one into others."""
+    right = SimpleNamespace(model_proto=onnx_model())
+    monkeypatch.setattr("torch.onnx.export", lambda *_, **__: right)
+    with pytest.raises(FormatError, match=r"^onnx cannot be had: its graph has no parameter '\w"):
         FORMATS["onnx"].write(StepSource(PolicyStep(odd_policy, None), 2))
 
 

@@ -20,6 +20,7 @@ from export.manifest import (
     FormatFile,
     FormatParity,
     Manifest,
+    Parameter,
     Parity,
     Source,
     bucket_sizes,
@@ -40,7 +41,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 def manifest(spec: PolicySpec) -> Manifest:
     """One with every field set, and floats that decimal notation could round."""
     return Manifest(
-        schema_version=1,
+        schema_version=2,
         max_batch_size=64,
         name="tiny",
         spec=spec,
@@ -49,6 +50,8 @@ def manifest(spec: PolicySpec) -> Manifest:
         has_normalizer=True,
         inputs=step_inputs(spec),
         outputs=step_outputs(spec),
+        parameters=(Parameter(name="value_scale", dtype="float32", shape=(1,)),),
+        parameters_sha256="d" * 64,
         weights=File(file="weights.safetensors", sha256="a" * 64, bytes=7),
         formats={"torchscript": FormatFile(file="policy.ts", sha256=SHA256, bytes=len(CONTENT))},
         reports=(File(file="report.html", sha256="c" * 64, bytes=5),),
@@ -83,8 +86,45 @@ def test_manifest_survives_its_file(manifest: Manifest, tmp_path: Path) -> None:
     assert Manifest.read(tmp_path) == manifest
 
 
-def test_policy_version_is_the_hash_of_the_weights(manifest: Manifest) -> None:
-    assert manifest.policy_version == "sha256:" + "a" * 64
+def of_schema_1(manifest: Manifest) -> Manifest:
+    """As the first schema has it: no parameters are named."""
+    first = {"schema_version": 1, "parameters": (), "parameters_sha256": None}
+    return Manifest.model_validate(manifest.model_dump() | first)
+
+
+def test_policy_version_is_the_hash_of_the_parameters(manifest: Manifest) -> None:
+    assert manifest.policy_version == "sha256:" + "d" * 64
+
+
+def test_policy_version_is_in_schema_1_the_hash_of_the_weights_file(
+    manifest: Manifest, tmp_path: Path
+) -> None:
+    first = of_schema_1(manifest)
+    assert first.policy_version == "sha256:" + "a" * 64
+    first.write(tmp_path)
+    assert Manifest.read(tmp_path) == first
+    weights = json.loads((SCHEMA_1 / MANIFEST_FILE).read_bytes())["weights"]
+    assert Manifest.read(SCHEMA_1).policy_version == f"sha256:{weights['sha256']}"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"schema_version": 1},
+        {"schema_version": 1, "parameters": []},
+        {"schema_version": 1, "parameters_sha256": None},
+        {"parameters": []},
+        {"parameters_sha256": None},
+        {"parameters": [], "parameters_sha256": None},
+    ],
+)
+def test_parameters_are_named_and_hashed_from_schema_2_on_and_not_before(
+    changes: dict[str, Any], manifest: Manifest, tmp_path: Path
+) -> None:
+    document = json.loads(manifest.model_dump_json()) | changes
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps(document))
+    with pytest.raises(ArtifactError, match="parameters and their hash are there from schema 2 on"):
+        Manifest.read(tmp_path)
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
@@ -167,12 +207,15 @@ def test_manifest_cut_off_anywhere_is_refused(manifest: Manifest, tmp_path: Path
 @pytest.mark.parametrize(
     ("where", "value", "named"),
     [
-        (("schema_version",), 2, "schema_version"),
+        (("schema_version",), 3, "schema_version"),
         (("schema_version",), "1", "schema_version"),
         (("added_by_a_later_version",), 0, "added_by_a_later_version"),
         (("spec", "added"), 0, "spec.added"),
         (("inputs", 0, "added"), 0, "inputs.0.added"),
         (("weights", "added"), 0, "weights.added"),
+        (("parameters", 0, "added"), 0, "parameters.0.added"),
+        (("parameters", 0, "dtype"), "float16", "parameters.0.dtype"),
+        (("parameters_sha256",), "D" * 64, "parameters_sha256"),
         (("formats", "torchscript", "added"), 0, "formats.torchscript.added"),
         (("weights", "sha256"), "A" * 64, "weights.sha256"),
         (("weights", "sha256"), "a" * 63, "weights.sha256"),
@@ -228,6 +271,11 @@ def test_manifest_of_the_first_release_is_read() -> None:
     assert manifest.formats["onnx"].requires is None
 
 
+PARAMETERS = {".parameters_sha256", *(f".parameters[].{of}" for of in ("name", "dtype", "shape[]"))}
+"""What the second schema added."""
+PARAMETERS_FIELDS = ("parameters", "parameters_sha256")
+
+
 def fields(document: Any, at: str = "") -> set[str]:
     """The path of every field; entries of lists, and of mappings by format, have one in common."""
     if isinstance(document, list):
@@ -240,24 +288,23 @@ def fields(document: Any, at: str = "") -> set[str]:
     )
 
 
-def test_what_is_written_has_only_fields_that_the_first_release_reads(
+def test_what_is_written_has_only_fields_of_the_first_release_and_the_parameters(
     spec: PolicySpec, manifest: Manifest, tmp_path: Path
 ) -> None:
-    """A service rolled back serves what a newer exporter wrote, if it uses nothing new."""
     plain = manifest.model_copy(update={"source": Source(kind="module", name="tiny")})
     for written in (manifest, plain):
         written.write(tmp_path)
         document = json.loads((tmp_path / MANIFEST_FILE).read_bytes())
         first = json.loads((SCHEMA_1 / MANIFEST_FILE).read_bytes())
         errors = {f".parity.formats.*.max_error.{array.name}" for array in step_outputs(spec)}
-        assert fields(document) <= fields(first) | errors | {".source.sha256"}
+        assert fields(document) <= fields(first) | errors | {".source.sha256"} | PARAMETERS
     assert document["source"] == {"kind": "module", "name": "tiny"}
     assert document["formats"]["torchscript"].keys() == {"file", "sha256", "bytes"}
 
 
 def test_later_schema_is_named_before_what_it_added(manifest: Manifest, tmp_path: Path) -> None:
     document = json.loads(manifest.model_dump_json())
-    document |= {"schema_version": 2, "added": 0, "precision": "fp8"}
+    document |= {"schema_version": 3, "added": 0, "precision": "fp8"}
     (tmp_path / MANIFEST_FILE).write_text(json.dumps(document))
     with pytest.raises(ArtifactError, match="schema_version"):
         Manifest.read(tmp_path)
@@ -267,7 +314,7 @@ def test_later_schema_is_named_before_what_it_added(manifest: Manifest, tmp_path
     "field",
     [
         "schema_version",
-        *sorted(Manifest.model_fields.keys() - {"schema_version"}),
+        *sorted(Manifest.model_fields.keys() - {"schema_version", *PARAMETERS_FIELDS}),
     ],
 )
 def test_manifest_without_a_field_is_refused(

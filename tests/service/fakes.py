@@ -186,13 +186,22 @@ class Stepped(NamedTuple):
     step: int
     state: State | None
     is_replay: bool
+    policy_version: str
 
     @classmethod
     def copy(cls, answer: Answer) -> "Stepped":
         action, log_prob, value = (
             answer.array(name).tolist() for name in ("action", "log_prob", "value")
         )
-        return cls(action, log_prob, value, answer.step, answer.state, answer.is_replay)
+        return cls(
+            action,
+            log_prob,
+            value,
+            answer.step,
+            answer.state,
+            answer.is_replay,
+            answer.policy_version,
+        )
 
 
 class Beside(HostRuntime):
@@ -268,6 +277,9 @@ class Bench:
         turns: float | None = None,
         over: RenewableStep | None = None,
         host: type[HostRuntime] = HostRuntime,
+        largest: int = 64,
+        spare_rows: int = 64,
+        max_waiting: int = 1000,
     ) -> None:
         self.spec = spec
         self._options: dict[str, Any] = {
@@ -282,7 +294,7 @@ class Bench:
         self.observed = observed = list[int]()
         self.settled: list[Block] = []
         self.loaded = SummingRuntime(spec)
-        self.num_rows = capacity + 64
+        self.num_rows = capacity + spare_rows
         self.states = HostStates(spec, self.num_rows)
         make_runtime = host if turns is None else Device
         self.runtime = make_runtime(
@@ -294,7 +306,7 @@ class Bench:
         )
         if isinstance(self.runtime, Device) and turns is not None:
             self.runtime.turns = turns
-        self.rows = RowTable(self.num_rows, step_outputs(spec), largest=64)
+        self.rows = RowTable(self.num_rows, step_outputs(spec), largest=largest)
         self.sessions = SessionTable(
             self.rows,
             capacity=capacity,
@@ -303,6 +315,7 @@ class Bench:
             clock=self.clock,
         )
         self.max_batch_size = max(buckets)
+        self.max_waiting = max_waiting
         self.stepper = Stepper(
             self.runtime,
             self.rows,
@@ -360,7 +373,10 @@ class Bench:
 
     def batcher(self) -> Batcher:
         batcher = Batcher(
-            self.stepper, max_batch_size=self.max_batch_size, max_waiting=1000, clock=self.clock
+            self.stepper,
+            max_batch_size=self.max_batch_size,
+            max_waiting=self.max_waiting,
+            clock=self.clock,
         )
         self._batcher = batcher  # which nobody else may keep, while the runtime works for it
         loop, weak = asyncio.get_running_loop(), ref(batcher)
@@ -446,9 +462,9 @@ class Served(NamedTuple):
     def make(cls, manifest: Manifest, loaded: RenewableStep, settings: Settings) -> "Served":
         """As `service.server` does."""
         metrics = Metrics()
-        engine = Engine(manifest, loaded, settings, metrics.observe_batch)
+        observe = metrics.observe_batch, metrics.observe_change
         keys = Keys(settings.act_keys, settings.admin_keys)
-        return cls(engine, manifest, settings, metrics, keys)
+        return cls(Engine(manifest, loaded, settings, *observe), manifest, settings, metrics, keys)
 
 
 class AppClient:

@@ -13,8 +13,10 @@ import pytest
 from safetensors.numpy import save
 
 from export.exporter import export_policy
-from export.loaders.protocol import LoadedStep
+from export.loaders.protocol import LoadedStep, RenewableStep
 from export.manifest import Manifest, step_inputs, step_outputs
+from export.step import pack
+from export.weights import pack_weights
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from service.bench.batch_sizes import ranges
@@ -31,6 +33,7 @@ from tests.running_server import ROOT, RunningServer, clean_environment, running
 
 TIMEOUT_S = 60.0
 MAX_BATCH_SIZE = 8
+VERSION = "sha256:ab12"
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +136,7 @@ def unused_url() -> str:
 
 
 @pytest.fixture(scope="module")
-def runtime(onnx_artifact: Path) -> LoadedStep:
+def runtime(onnx_artifact: Path) -> RenewableStep:
     manifest = Manifest.read(onnx_artifact)
     return load_runtime(onnx_artifact, manifest, name="onnx", device="cpu", num_threads=1)
 
@@ -158,6 +161,7 @@ def trajectory(pool: Pool, runtime: LoadedStep, spec: PolicySpec, seed: int) -> 
             "action": dict(zip(spec.head_names, decided["action"][0].tolist(), strict=True)),
             "log_prob": dict(zip(spec.head_names, decided["log_prob"][0].tolist(), strict=True)),
             "value": float(decided["value"][0]),
+            "policy_version": VERSION,
         }
         session.answers.append(json.dumps(answer).encode())
     return session
@@ -166,7 +170,7 @@ def trajectory(pool: Pool, runtime: LoadedStep, spec: PolicySpec, seed: int) -> 
 def compared(
     sessions: list[Session], pool: Pool, runtime: LoadedStep, spec: PolicySpec
 ) -> Differences:
-    return replay(sessions, pool, JsonWire(spec, pool, None), runtime, spec)
+    return replay(sessions, pool, JsonWire(spec, pool, None), {VERSION: runtime}, spec)
 
 
 def spoil_value(answer: dict[str, Any]) -> None:
@@ -208,6 +212,22 @@ def test_replay_finds_a_state_that_was_stepped_twice(runtime: LoadedStep, spec: 
     session = trajectory(pool, runtime, spec, 1)
     del session.pool_index[2], session.answers[2]
     assert compared([session], pool, runtime, spec).differing == 2
+
+
+def test_replay_steps_with_the_weights_of_the_version_that_each_answer_names(
+    runtime: RenewableStep, spec: PolicySpec
+) -> None:
+    pool = Pool.random(spec, seed=3)
+    other = runtime.with_parameters(pack(pack_weights(random_policy(spec, 9), None), spec, "fp32"))
+    own, others = trajectory(pool, runtime, spec, 1), trajectory(pool, other, spec, 1)
+    others.answers = [answer.replace(b"ab12", b"cd34") for answer in others.answers]
+    wire, loaded = JsonWire(spec, pool, None), {VERSION: runtime, "sha256:cd34": other}
+    assert replay([own, others], pool, wire, loaded, spec) == (10, 0, 0, 0.0)
+    others.answers = [answer.replace(b"cd34", b"ab12") for answer in others.answers]
+    assert replay([others], pool, wire, loaded, spec).differing == 5
+    others.answers = [answer.replace(b"ab12", b"none") for answer in others.answers]
+    with pytest.raises(KeyError, match="none"):
+        replay([others], pool, wire, loaded, spec)
 
 
 NUM_ROWS, NUM_STEPS = 99, 4
@@ -259,11 +279,12 @@ def written_in_json(outputs: Arrays, spec: PolicySpec) -> bytes:
         name: dict(zip(spec.head_names, outputs[name].T.tolist(), strict=True))
         for name in ("action", "log_prob")
     }
-    return json.dumps(by_head | {"value": outputs["value"].tolist()}).encode()
+    others = {"value": outputs["value"].tolist(), "policy_version": VERSION}
+    return json.dumps(by_head | others).encode()
 
 
 def written_in_safetensors(outputs: Arrays, spec: PolicySpec) -> bytes:
-    return save(outputs)
+    return save(outputs, {"policy_version": VERSION})
 
 
 Write = Callable[[Arrays, PolicySpec], bytes]
@@ -276,7 +297,8 @@ def compared_vector(
     session = Session("vector", 5, NUM_ROWS)
     session.pool_index = [(5 + step) % POOL_SIZE for step in range(NUM_STEPS)]
     session.answers = [WRITTEN[kind](outputs, spec) for outputs in told]
-    return replay([session], pool, wire_of(kind, spec, pool, NUM_ROWS), runtime, spec)
+    wire = wire_of(kind, spec, pool, NUM_ROWS)
+    return replay([session], pool, wire, {VERSION: runtime}, spec)
 
 
 @pytest.mark.parametrize("kind", WRITTEN)

@@ -124,7 +124,7 @@ def test_every_answer_is_the_policy_s_own(
 
 
 def test_the_bench_finds_every_answer_of_v2_its_artifact_s_own(
-    v2_client: AppClient, v2_runtime: RenewableStep
+    v2_client: AppClient, v2_runtime: RenewableStep, v2_artifact: Path
 ) -> None:
     pool = Pool.random(SPEC, 4)
     wire = JsonWire(SPEC, pool, None)
@@ -133,7 +133,8 @@ def test_the_bench_finds_every_answer_of_v2_its_artifact_s_own(
         response = v2_client.act(wire.body("bench", 5, step, step, None))
         session.pool_index.append(step)
         session.answers.append(response.raise_for_status().content)
-    differences = replay([session], pool, wire, v2_runtime, SPEC)
+    loaded = {Manifest.read(v2_artifact).policy_version: v2_runtime}
+    differences = replay([session], pool, wire, loaded, SPEC)
     assert (differences.answers, differences.other_actions) == (NUM_STEPS, 0)
     assert differences.largest < FLOAT_ATOL
 

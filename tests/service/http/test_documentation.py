@@ -13,7 +13,7 @@ from safetensors.numpy import save
 
 from export.manifest import Manifest
 from model.spec import HeadSpec, PolicySpec
-from service.errors import Disconnected, Forbidden, ServiceError
+from service.errors import Disconnected, Forbidden, ServiceError, VersionMismatch
 from service.http.codec import JSON, SAFETENSORS
 from service.http.safetensors_codec import SCALARS, request_tensors
 from service.http.safetensors_file import read_file
@@ -319,6 +319,9 @@ def test_every_success_shows_what_one_looks_like(openapi: Json, client: AppClien
     for name in ("GET /healthz", "GET /readyz", "GET /policy", "GET /"):
         answer = client.get(name.removeprefix("GET ")).json()
         assert without_nulls(answer) == examples.pop(name)
+    for name in ("PUT /policy/weights", "POST /policy/rollback"):
+        assert documents(openapi, "WeightsResponse", examples.pop(name))
+    assert documents(openapi, "VersionsResponse", examples.pop("GET /policy/versions"))
     assert not examples
 
 
@@ -328,7 +331,7 @@ def statuses(root: type[ServiceError] = ServiceError) -> set[int]:
 
 def test_every_error_of_act_is_documented_in_the_one_form(openapi: Json) -> None:
     responses = operations(openapi)["POST /act"]["responses"]
-    never = {Disconnected.status_code, Forbidden.status_code}
+    never = {Disconnected.status_code, Forbidden.status_code, VersionMismatch.status_code}
     assert {int(status) for status in responses} == statuses() - never | {200}
     assert {400, 401, 404, 409, 410, 413, 415, 422, 429, 500, 503, 504} <= {
         int(of) for of in responses
@@ -337,6 +340,25 @@ def test_every_error_of_act_is_documented_in_the_one_form(openapi: Json) -> None
     assert responses["503"]["headers"]["Retry-After"]["required"] is False
     assert responses["401"]["headers"]["WWW-Authenticate"]["schema"] == {"const": "Bearer"}
     assert responses["200"]["headers"]["Replayed"]["schema"] == {"const": "true"}
+
+
+def error_types(operation: Json) -> dict[str, set[str]]:
+    """By status, the words that a route's errors come with."""
+    return {
+        status: set(response["content"][JSON]["examples"])
+        for status, response in operation["responses"].items()
+        if not status.startswith("2")
+    }
+
+
+def test_errors_of_changing_weights_are_documented_where_weights_are_changed(openapi: Json) -> None:
+    of = {name: error_types(operation) for name, operation in operations(openapi).items()}
+    assert of["POST /act"]["409"] == {"step_conflict"}
+    assert of["PUT /policy/weights"]["409"] == {"push_conflict"}
+    assert of["POST /policy/rollback"]["409"] == {"push_conflict", "no_previous_version"}
+    changing = {name for name, by_status in of.items() if "412" in by_status}
+    assert changing == {"PUT /policy/weights", "POST /policy/rollback"}
+    assert {"400", "413", "415", "422", "503"} <= of["PUT /policy/weights"].keys()
 
 
 def test_no_route_documents_an_error_of_another_form(openapi: Json) -> None:
