@@ -18,5 +18,5 @@ def version_of(parameters: Mapping[str, NDArray[Any]]) -> str:
     for name, array in sorted(parameters.items()):
         words = [name, WORDS[array.dtype.str], *(f"{size}" for size in array.shape)]
         content += (" ".join(words) + "\n").encode("utf-8")
-        content += b"".join(number.tobytes() for number in np.nditer(array, order="C"))
+        content += b"".join(np.asarray(number).tobytes() for number in np.nditer(array, order="C"))
     return f"sha256:{hashlib.sha256(content).hexdigest()}"

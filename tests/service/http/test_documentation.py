@@ -391,7 +391,8 @@ def test_which_routes_take_a_key_is_documented(
         security = {name: of.get("security") for name, of in operations(document).items()}
         expected: list[Json] = [{"bearer": []}] if is_needed else [{}, {"bearer": []}]
         keyed = ("POST /act", "DELETE /sessions/{session_id}")
-        assert {name for name, of in security.items() if of} == {*keyed}
+        administered = ("PUT /policy/weights", "POST /policy/rollback")
+        assert {name for name, of in security.items() if of} == {*keyed, *administered}
         for name in keyed:
             assert security[name] == expected
             assert "401" in operations(document)[name]["responses"]
