@@ -109,8 +109,8 @@ def _served_spec(policy: nn.Module, served: PolicySpec) -> PolicySpec:
     """The served spec, with the scale of this policy's value. Raises ValueError for another's."""
     own = policy.spec
     assert isinstance(own, PolicySpec)
-    for name in PolicySpec.model_fields.keys() - OF_THE_EXPORT:
-        if getattr(own, name) != getattr(served, name):
+    for name in PolicySpec.model_fields:
+        if name not in OF_THE_EXPORT and getattr(own, name) != getattr(served, name):
             raise ValueError(
                 f"the policy's {name} is {getattr(own, name)}, and that of the policy which is "
                 f"served {getattr(served, name)}"
