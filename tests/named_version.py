@@ -5,7 +5,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 WORDS = {"<f4": "float32", "<u2": "bfloat16"}
@@ -18,5 +17,5 @@ def version_of(parameters: Mapping[str, NDArray[Any]]) -> str:
     for name, array in sorted(parameters.items()):
         words = [name, WORDS[array.dtype.str], *(f"{size}" for size in array.shape)]
         content += (" ".join(words) + "\n").encode("utf-8")
-        content += b"".join(number.tobytes() for number in np.nditer(array, order="C"))
+        content += b"".join(number.tobytes() for number in array.flat)
     return f"sha256:{hashlib.sha256(content).hexdigest()}"

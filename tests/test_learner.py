@@ -155,7 +155,7 @@ def update(learner: Learner, optimizer: torch.optim.Optimizer, rollouts: list[li
             reward = torch.from_numpy(seen.act.action["op"] == 0).float()
             advantage = reward - value.detach()
             loss = ((value - reward) ** 2 - log_prob.sum(-1) * advantage).mean()
-            (loss / len(rollout)).backward(retain_graph=True)
+            (loss / len(rollout)).backward(retain_graph=True)  # type: ignore[no-untyped-call]
     assert all(p.grad is not None for p in learner.policy.lstm.parameters())
     optimizer.step()
     if learner.normalizer is not None:

@@ -115,7 +115,7 @@ def test_a_policy_of_any_form_is_pushed_and_left_as_it_was(
     random_state = torch.get_rng_state()
     threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
     answer = push_policy(policy, normalizer, on.url)
-    rounded = Learner(copy.deepcopy(getattr(policy, "_orig_mod", policy)), normalizer)
+    rounded = Learner(own, normalizer)
     assert answer.policy_version == on.version() == rounded.version()
     assert answer.previous_version == before
     assert {p.dtype for p in policy.parameters()} == dtypes
