@@ -4,7 +4,7 @@ import asyncio
 import random
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 FAULTS = {
@@ -31,12 +31,16 @@ REFUSALS = {
 
 
 class FaultyProxy:
-    """Passes requests on to `host` and `port`, each through one of `FAULTS`; `seen` counts them."""
+    """Passes requests on to `host` and `port`, each through one of `FAULTS`; `seen` counts them.
 
-    def __init__(self, host: str, port: int) -> None:
+    They come as in `faults`, and afterwards by chance.
+    """
+
+    def __init__(self, host: str, port: int, faults: Iterable[str] = ()) -> None:
         self.seen: Counter[str] = Counter()
         self._server = (host, port)
         self._random = random.Random(4)
+        self._faults = iter(faults)
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -50,7 +54,8 @@ class FaultyProxy:
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """One request; whether the connection goes on."""
         request = await _message(reader)
-        (fault,) = self._random.choices(list(FAULTS), list(FAULTS.values()))
+        (by_chance,) = self._random.choices(list(FAULTS), list(FAULTS.values()))
+        fault = next(self._faults, by_chance)
         self.seen[fault] += 1
         if fault in REFUSALS:
             writer.write(REFUSALS[fault])
@@ -97,9 +102,11 @@ async def _message(reader: asyncio.StreamReader) -> bytes:
 
 
 @contextmanager
-def faulty_proxy(host: str, port: int) -> Iterator[tuple[str, Counter[str]]]:
+def faulty_proxy(
+    host: str, port: int, faults: Iterable[str] = ()
+) -> Iterator[tuple[str, Counter[str]]]:
     """Its URL and what it has done, while it runs on a thread of its own."""
-    proxy = FaultyProxy(host, port)
+    proxy = FaultyProxy(host, port, faults)
     loop = asyncio.new_event_loop()
     server = loop.run_until_complete(asyncio.start_server(proxy, "127.0.0.1", 0))
     thread = threading.Thread(target=loop.run_forever)
