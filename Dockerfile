@@ -52,7 +52,9 @@ LABEL org.opencontainers.image.title="tamiyo-serve" \
       org.opencontainers.image.revision="${REVISION}"
 RUN groupadd --gid 10001 tamiyo \
     && useradd --uid 10001 --gid tamiyo --no-create-home --home-dir /nonexistent \
-        --shell /usr/sbin/nologin tamiyo
+        --shell /usr/sbin/nologin tamiyo \
+    # A volume that is mounted here for --snapshot is the service's own.
+    && install --directory --owner tamiyo --group tamiyo --mode 0700 /state
 # PYTHONSAFEPATH: the working directory is what was mounted, and nothing is imported from there.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONPATH=/opt/tamiyo \

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,11 @@ def load(path: str | Path) -> Yaml:
 @pytest.fixture(scope="module")
 def compose() -> Yaml:
     return load("compose.yaml")
+
+
+@pytest.fixture(scope="module")
+def alerts() -> list[Yaml]:
+    return [rule for group in load("deploy/alerts.yml")["groups"] for rule in group["rules"]]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +76,7 @@ def test_every_file_that_is_mounted_exists_and_every_volume_is_declared(compose:
         for volume in service.get("volumes", [])
     ]
     files = {source for source in sources if source.startswith(".")}
-    assert len(files) == 3
+    assert len(files) == 4
     assert all((ROOT / source).exists() for source in files)
     assert set(sources) - files == compose["volumes"].keys()
 
@@ -108,9 +115,9 @@ def test_prometheus_scrapes_the_service_at_the_port_it_listens_on(compose: Yaml)
     assert f"TAMIYO_PORT={port}\n" in DOCKERFILE
 
 
-def test_the_dashboard_asks_only_for_metrics_that_there_are(
-    dashboard: Yaml, spec: PolicySpec, tmp_path: Path
-) -> None:
+@pytest.fixture
+def there_are(spec: PolicySpec, tmp_path: Path) -> set[str]:
+    """The samples of a service that has seen something of everything."""
     metrics, bench = Metrics(), Bench(spec)
     metrics.watch_engine(bench.sessions, lambda: 0)
     snapshots = Snapshots(tmp_path / "sessions", bench.kept(), every_s=None)
@@ -125,7 +132,12 @@ def test_the_dashboard_asks_only_for_metrics_that_there_are(
         return metrics.render().decode()
 
     families = text_string_to_metric_families(asyncio.run(rendered()))
-    there_are = {sample.name for family in families for sample in family.samples}
+    return {sample.name for family in families for sample in family.samples}
+
+
+def test_the_dashboard_asks_only_for_metrics_that_there_are(
+    dashboard: Yaml, there_are: set[str]
+) -> None:
     queries = " ".join(
         target["expr"] for panel in dashboard["panels"] for target in panel["targets"]
     )
@@ -135,6 +147,30 @@ def test_the_dashboard_asks_only_for_metrics_that_there_are(
     ours = {family for family in there_are if family.startswith("tamiyo_")}
     unseen = {name for name in ours - asked if not name.endswith(("_created", "_sum", "_count"))}
     assert unseen == {"tamiyo_tasks"}
+
+
+def test_alarms_are_of_metrics_that_there_are_and_each_is_explained(
+    alerts: list[Yaml], there_are: set[str]
+) -> None:
+    asked = {name for rule in alerts for name in re.findall(r"\btamiyo_\w+", rule["expr"])}
+    assert asked <= there_are
+    explained = (ROOT / "docs" / "operations.md").read_text()
+    assert all(f"`{rule['alert']}`" in explained for rule in alerts)
+    assert {rule["labels"]["severity"] for rule in alerts} == {"page", "warn"}
+
+
+def test_prometheus_accepts_its_configuration_and_the_alarms(tmp_path: Path) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed; Debian's package prometheus has it")
+    for name in ("prometheus.yml", "alerts.yml"):
+        shutil.copy(ROOT / "deploy" / name, tmp_path)
+    for check in (["rules", "alerts.yml"], ["config", "prometheus.yml"]):
+        done = subprocess.run(
+            [promtool, "check", *check], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        assert "SUCCESS" in done.stdout
 
 
 def test_the_dashboard_s_source_is_the_one_that_is_provisioned(
