@@ -264,6 +264,16 @@ WRONG: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         lambda push: push.with_number("probe.value", (3, 31), float("nan")),
         "`probe.value[3][31]` is nan, and with these parameters the step gives ",
     ),
+    "expected values that allow any": (
+        lambda push: push.changed(
+            **{
+                name.replace(".", "__"): torch.full_like(tensor, float("inf"))
+                for name, tensor in push.probe().items()
+                if tensor.is_floating_point() and name.endswith(("_out", "log_prob", "value"))
+            }
+        ),
+        " is inf, and with these parameters the step gives ",
+    ),
     "an expected value that is off": (
         lambda push: push.with_number(
             "probe.value", (1, 9), float(push["probe.value"][1, 9]) + 1e-3

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from model.spec import PolicySpec
 from service.engine.batcher import Batcher
 from service.engine.block import Block
-from service.errors import ServiceError
+from service.errors import ServiceError, SessionLost
 from tests.service.fakes import Bench, Stepped, run, single, vector
 
 MOST_ROWS = 300
@@ -268,3 +268,31 @@ def test_draining_makes_the_change_that_was_asked_for(bench: Bench) -> None:
         assert bench.stepper.policy_version == "sha256:2"
 
     run(scenario())
+
+
+def test_a_change_that_gives_up_sessions_is_told_to_what_waits_and_costs_no_row(
+    bench: Bench,
+) -> None:
+    async def scenario() -> None:
+        batcher = bench.batcher()
+        start = bench.submit(batcher, vector(bench.spec, [1, 2], "a", starts=True))
+        await some_turns()
+        behind = bench.submit(batcher, vector(bench.spec, [1, 1], "a"))
+        other = bench.submit(batcher, single(bench.spec, 7, "b", starts=True))
+        batcher.between(change_to(bench, 2, bench.sessions.restart))
+        bench.device.finish()
+        await some_turns()
+        assert result(start) == ([1, 2], "sha256:0")
+        bench.device.finish()
+        await some_turns()
+        assert isinstance(behind.result(), SessionLost)
+        assert result(other) == ([14], "sha256:2")
+        again = bench.submit(batcher, vector(bench.spec, [4, 5], "a", starts=True))
+        await some_turns()
+        bench.device.finish()
+        await some_turns()
+        assert result(again) == ([8, 10], "sha256:2")
+
+    run(scenario())
+    assert bench.sessions.events["restarted"] == 1
+    bench.check_rows()
