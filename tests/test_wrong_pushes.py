@@ -209,7 +209,7 @@ WRONG: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     ),
     "of another spec": (
         of_another_spec,
-        "`probe.state_h_in` is float32 [32, 1, 12], expected float32 [32, 1, 16]",
+        "`recurrence.output_norm.weight` is [12], expected [16]",
     ),
     "parameters of another spec": (
         lambda push: Tensors(of_another_spec(push).parameters() | push.probe()),

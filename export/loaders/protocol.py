@@ -31,6 +31,6 @@ class RenewableStep(LoadedStep, Protocol):
     def with_parameters(self, parameters: Parameters) -> "RenewableStep":
         """The same step with other parameters, all of them: what an export of these would load.
 
-        This one goes on as it was, and calls bound to it too. Raises ArtifactError where the
-        format, or the runtime, takes no others than its file's.
+        This one goes on as it was, and calls bound to it too; the new one may keep the arrays.
+        Raises ArtifactError where the format, or the runtime, takes no others than its file's.
         """

@@ -10,7 +10,7 @@ from export.loaders.protocol import RenewableStep
 from export.manifest import Manifest, bucket_sizes
 from service.engine.batcher import Batcher
 from service.engine.kept_sessions import KeptSessions, Served
-from service.engine.policy_versions import PolicyVersion, PolicyVersions
+from service.engine.policy_versions import PolicyVersions, Weights
 from service.engine.rows import RowTable
 from service.engine.sessions import SessionTable
 from service.engine.snapshot_file import SnapshotError
@@ -77,7 +77,7 @@ class Engine:
         self.submit = self.batcher.submit
         self.versions = PolicyVersions(
             manifest,
-            PolicyVersion(manifest.policy_version, loaded),
+            Weights(manifest.policy_version, loaded),
             runtime=self.runtime,
             batcher=self.batcher,
             stepper=stepper,

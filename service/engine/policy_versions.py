@@ -4,10 +4,8 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -27,10 +25,11 @@ MOST_LISTED = 16
 
 
 class Push(NamedTuple):
-    """New weights, and what their owner's policy did with them."""
+    """New weights, and what their owner's policy did with them, to be read once these are known to
+    be this policy's."""
 
     parameters: Parameters
-    probe: Probe
+    read_probe: Callable[[], Probe]
 
 
 class Change(NamedTuple):
@@ -41,22 +40,32 @@ class Change(NamedTuple):
     probe_error: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class PolicyVersion:
-    """Weights that serve or did, since when, and how near they came to their probe.
+class PolicyVersion(NamedTuple):
+    """What is told of weights that serve or did: since when, and how near they came to their probe.
 
-    `parameters` are those that were pushed; None for the artifact's own, which have no probe.
+    The artifact's own have none.
     """
+
+    policy_version: str
+    since: datetime
+    probe_error: float | None
+
+
+class Weights(NamedTuple):
+    """What serves, or can: `parameters` are those that were pushed, None the artifact's own."""
 
     policy_version: str
     loaded: RenewableStep
     parameters: Parameters | None = None
     probe_error: float | None = None
-    since: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    def listed(self) -> PolicyVersion:
+        """As it is told of from now on."""
+        return PolicyVersion(self.policy_version, datetime.now(UTC), self.probe_error)
 
 
 class _Built(NamedTuple):
-    version: PolicyVersion
+    weights: Weights
     adopt: Callable[[], None]
 
 
@@ -70,7 +79,7 @@ class PolicyVersions:
     def __init__(
         self,
         manifest: Manifest,
-        first: PolicyVersion,
+        first: Weights,
         *,
         runtime: Runtime,
         batcher: Batcher,
@@ -79,8 +88,8 @@ class PolicyVersions:
         observe: Callable[[str, float], None],
     ) -> None:
         self.current = first
-        self.previous: PolicyVersion | None = None
-        self._listed = deque([first], maxlen=MOST_LISTED)
+        self.previous: Weights | None = None
+        self._listed = deque([first.listed()], maxlen=MOST_LISTED)
         self._manifest = manifest
         self._runtime = runtime
         self._batcher = batcher
@@ -102,6 +111,7 @@ class PolicyVersions:
     def check_idle(self) -> None:
         """Raises PushConflict while weights are being changed."""
         if self._is_changing:
+            self._observe(PushConflict.error_type, 0.0)
             raise PushConflict("other weights are being checked just now; try again")
 
     def resume(self, policy_version: str, parameters: Parameters) -> None:
@@ -113,8 +123,8 @@ class PolicyVersions:
         loaded = self._loaded(parameters)
         self._runtime.prepare(loaded)()
         self._stepper.policy_version = policy_version
-        self.current = PolicyVersion(policy_version, loaded, parameters)
-        self._listed.append(self.current)
+        self.current = Weights(policy_version, loaded, parameters)
+        self._listed.append(self.current.listed())
 
     async def push(
         self,
@@ -148,56 +158,47 @@ class PolicyVersions:
     async def _changed(
         self, build: Callable[[], _Built], restarts_sessions: bool, by: str, what: str
     ) -> Change:
+        self.check_idle()
+        self._is_changing = True
+        # To its end, whether or not somebody waits for it still.
+        self._changing = asyncio.ensure_future(self._change(build, restarts_sessions, by, what))
+        self._changing.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(self._changing)
+
+    async def _change(
+        self, build: Callable[[], _Built], restarts_sessions: bool, by: str, what: str
+    ) -> Change:
         began_s = time.perf_counter()
         result = "internal"
         try:
-            with self._exclusively():
-                change = await self._change(build, restarts_sessions)
+            loop = asyncio.get_running_loop()
+            built = await loop.run_in_executor(self._beside, build)
+            changed: asyncio.Future[Change] = loop.create_future()
+            self._batcher.between(lambda: changed.set_result(self._serve(built, restarts_sessions)))
+            change = await changed
             result = "ok"
         except ServiceError as error:
             result = error.error_type
             logger.warning("weights of %s refused: %s", by, error)
             raise
         finally:
+            self._is_changing = False
             self._observe(result, time.perf_counter() - began_s)
         logger.info("%s %s by %s", what, change.policy_version[:19], by)
         return change
 
-    @contextmanager
-    def _exclusively(self) -> Iterator[None]:
-        self.check_idle()
-        self._is_changing = True
-        try:
-            yield
-        finally:
-            self._is_changing = False
-
-    async def _change(self, build: Callable[[], _Built], restarts_sessions: bool) -> Change:
-        loop = asyncio.get_running_loop()
-        built = await loop.run_in_executor(self._beside, build)
-        changed: asyncio.Future[Change] = loop.create_future()
-
-        def serve() -> None:
-            change = self._serve(built, restarts_sessions)
-            if not changed.cancelled():  # as it is where the server's patience ends
-                changed.set_result(change)
-
-        self._batcher.between(serve)
-        return await changed
-
     def _serve(self, built: _Built, restarts_sessions: bool) -> Change:
-        version, adopt = built
+        weights, adopt = built
         if restarts_sessions:
             self._sessions.restart()
-        if version is not self.current:
+        if weights is not self.current:
             adopt()
-            self._stepper.policy_version = version.policy_version
-            is_rollback = version is self.previous
-            self.previous = None if is_rollback else self.current
-            self.current = replace(version, since=datetime.now(UTC))
-            self._listed.append(self.current)
+            self._stepper.policy_version = weights.policy_version
+            self.previous = None if weights is self.previous else self.current
+            self.current = weights
+            self._listed.append(weights.listed())
         previous = None if self.previous is None else self.previous.policy_version
-        return Change(version.policy_version, previous, version.probe_error)
+        return Change(weights.policy_version, previous, weights.probe_error)
 
     def _built(self, push: Push, if_match: str | None) -> _Built:
         """What is to serve, all of it that can be done while another does."""
@@ -208,11 +209,11 @@ class PolicyVersions:
         if not is_current:  # or it is asked for again, as its answer was lost
             self._check_match(if_match)
         loaded = self._loaded(parameters)
-        probe_error = push.probe.error(loaded, self._manifest, unit=value_unit(parameters))
+        probe_error = push.read_probe().error(loaded, self._manifest, unit=value_unit(parameters))
         if is_current:
             return _Built(self.current, _nothing)
-        version = PolicyVersion(name, loaded, parameters, probe_error)
-        return _Built(version, self._runtime.prepare(loaded))
+        weights = Weights(name, loaded, parameters, probe_error)
+        return _Built(weights, self._runtime.prepare(loaded))
 
     def _built_again(self, if_match: str | None) -> _Built:
         self._check_match(if_match)

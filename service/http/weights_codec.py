@@ -44,8 +44,9 @@ class WeightsCodec:
     def parse(self, body: bytes | bytearray) -> Push:
         """The push; its parameters are copies, and whose they are is not looked at.
 
-        Raises Malformed where the body is no safetensors file, and Invalid where it has no whole
-        probe of this policy: `LEAST_ROWS` rows of `LEAST_STEPS` steps, up to `MOST_PROBED`.
+        Raises Malformed where the body is no safetensors file. Reading its probe raises Invalid
+        where that is no whole one of this policy: `LEAST_ROWS` rows of `LEAST_STEPS` steps, up to
+        `MOST_PROBED`.
         """
         tensors, _ = read_file(body)
         parameters = {
@@ -53,7 +54,7 @@ class WeightsCodec:
             for name, tensor in tensors.items()
             if not name.startswith(PREFIX)
         }
-        return Push(parameters, self._probe(tensors))
+        return Push(parameters, lambda: self._probe(tensors))
 
     def _probe(self, tensors: Tensors) -> Probe:
         manifest = self._manifest
