@@ -21,7 +21,7 @@ from benchmarks.process import server_process
 from export.loaders.protocol import LoadedStep
 from export.manifest import Manifest
 from export.parameters import sha256
-from export.push import push_body
+from export.push import copied, push_body
 from export.step import pack
 from export.weights import pack_weights
 from model.policy import FactoredRecurrentActorCritic
@@ -52,7 +52,7 @@ def pushable(artifact: Path, manifest: Manifest, runtime: str) -> list[Weights]:
         policy = FactoredRecurrentActorCritic(manifest.spec)
         weights = pack_weights(policy, None)
         parameters = pack(weights, manifest.spec, manifest.precision)
-        body = push_body(policy, None, weights, manifest.spec, manifest.precision)
+        body = push_body(copied(policy, None), manifest.spec, manifest.precision)
         version = f"sha256:{sha256(parameters)}"
         made.append(Weights(version, body, step.with_parameters(parameters)))
     return made

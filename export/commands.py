@@ -142,7 +142,7 @@ def _push(options: argparse.Namespace) -> int:
     except PolicyError as error:
         fail(f"{options.to}: {error}", code=1)
     say(f"{options.to} serves {answer.policy_version}")
-    say(f"  before it {answer.previous_version or 'nothing else'}")
+    say(f"  before it {answer.previous_version or 'none that is kept'}")
     say(f"  {answer.probe_error:.1e} from the probe at most")
     return 0
 

@@ -1,5 +1,6 @@
 """The state of the process that judging takes: set for a while, and given back as it was."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -9,6 +10,7 @@ from torch import backends
 
 FULL_PRECISION = "ieee"
 INHERITED = "none"
+_LOCK = threading.RLock()
 
 T = TypeVar("T")
 
@@ -19,8 +21,14 @@ def plain_process(num_threads: int = 1) -> Iterator[None]:
 
     Products are in full precision, autocast and inference mode are off, the default dtype is
     float32 and the default device the CPU; no gradient is recorded, and torch's pool has
-    `num_threads` (the gate's many small products are slower with more).
+    `num_threads` (the gate's many small products are slower with more). One thread at a time is
+    inside, or the one would be given back what the other has set; others wait.
     """
+    with _LOCK:
+        yield from _plain(num_threads)
+
+
+def _plain(num_threads: int) -> Iterator[None]:
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(_full_precision())

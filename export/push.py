@@ -22,8 +22,9 @@ from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic, Scores
 from model.recurrence import State
 from model.spec import PolicySpec
+from tamiyo_client.errors import ServerError
 from tamiyo_client.exchange import Patience, Reply, patiently
-from tamiyo_client.session import checked_url
+from tamiyo_client.session import bearer, checked_url
 from tamiyo_client.transport import Transport
 from tamiyo_client.wire import SAFETENSORS
 
@@ -63,8 +64,9 @@ def push_policy(
     whose spec is not the served one's; `tamiyo_client.PolicyError`, with the server's sentence,
     where it is refused.
     """
-    weights = pack_weights(policy, normalizer)
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key is not None else {}
+    own = copied(policy, normalizer)
+    pack_weights(*own)
+    headers = {} if api_key is None else {"Authorization": bearer(api_key)}
     transport = Transport(None)
     patience = Patience(timeout_s)
     base = checked_url(url).rstrip("/")
@@ -77,8 +79,10 @@ def push_policy(
 
     try:
         served = answered("GET", "/policy", b"")
-        spec = _served_spec(policy, PolicySpec.model_validate(served["spec"]))
-        body = push_body(policy, normalizer, weights, spec, served["precision"])
+        if "precision" not in served:
+            raise ServerError(f"{url} runs a release that takes no weights", error_type="")
+        spec = _served_spec(own.policy.spec, PolicySpec.model_validate(served["spec"]))
+        body = push_body(own, spec, served["precision"])
         conditions = {"If-Match": f'"{if_match}"'} if if_match is not None else {}
         path = "/policy/weights" + ("?sessions=restart" if restart_sessions else "")
         answer = answered("PUT", path, body, **{"Content-Type": SAFETENSORS}, **conditions)
@@ -87,28 +91,20 @@ def push_policy(
     return PushAnswer(**answer)
 
 
-def push_body(
-    policy: nn.Module,
-    normalizer: ObservationNormalizer | None,
-    weights: bytes,
-    spec: PolicySpec,
-    precision: Precision,
-) -> bytes:
-    """A push as it is sent: the packed parameters of `weights`, and the probe of `policy`."""
+def push_body(own: RebuiltPolicy, spec: PolicySpec, precision: Precision) -> bytes:
+    """A push as it is sent: the packed parameters of a policy as `copied` gives it, and a probe."""
     with plain_process():
         tensors: dict[str, Tensor] = {}
-        for name, array in pack(weights, spec, precision).items():
+        for name, array in pack(pack_weights(*own), spec, precision).items():
             tensor = torch.from_numpy(array)
             is_bfloat16 = tensor.dtype == torch.uint16
             tensors[name] = tensor.view(torch.bfloat16) if is_bfloat16 else tensor
-        probe = _probe(_own(policy, normalizer), spec, precision)
+        probe = _probe(own, spec, precision)
         return save(tensors | {f"probe.{name}": value for name, value in probe.items()})
 
 
-def _served_spec(policy: nn.Module, served: PolicySpec) -> PolicySpec:
+def _served_spec(own: PolicySpec, served: PolicySpec) -> PolicySpec:
     """The served spec, with the scale of this policy's value. Raises ValueError for another's."""
-    own = policy.spec
-    assert isinstance(own, PolicySpec)
     fields, expected = (spec.model_dump(exclude=OF_THE_EXPORT) for spec in (own, served))
     difference = _first_difference(fields, expected)
     if difference is not None:
@@ -134,13 +130,23 @@ def _first_difference(own: Any, served: Any, where: str = "") -> tuple[str, Any,
     return None
 
 
-def _own(policy: nn.Module, normalizer: ObservationNormalizer | None) -> RebuiltPolicy:
-    """Copies of the learner's own modules, in float32 on this CPU, that run as they are written."""
+def copied(policy: nn.Module, normalizer: ObservationNormalizer | None) -> RebuiltPolicy:
+    """The learner's own modules as they are now, in float32 on this CPU, to run as written.
+
+    Raises ValueError for a module that is no policy, but has one in it perhaps.
+    """
     eager = getattr(policy, "_orig_mod", policy)
-    policy, normalizer = copy.deepcopy((eager, normalizer))
-    assert isinstance(policy, FactoredRecurrentActorCritic)
-    policy = policy.to("cpu", torch.float32).eval().requires_grad_(False)
-    return RebuiltPolicy(policy, None if normalizer is None else normalizer.cpu().float())
+    if not isinstance(eager, FactoredRecurrentActorCritic):
+        raise ValueError(
+            f"a {type(eager).__name__} is no policy; where it is wrapped around one, push that"
+        )
+    eager, normalizer = copy.deepcopy((eager, normalizer))
+    for module in list(eager.modules()):
+        for name, child in module.named_children():
+            if hasattr(child, "_orig_mod"):  # compiled by itself
+                setattr(module, name, child._orig_mod)
+    eager = eager.to("cpu", torch.float32).eval().requires_grad_(False)
+    return RebuiltPolicy(eager, None if normalizer is None else normalizer.cpu().float())
 
 
 def _probe(own: RebuiltPolicy, spec: PolicySpec, precision: Precision) -> dict[str, Tensor]:

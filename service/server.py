@@ -61,6 +61,10 @@ class _Server(uvicorn.Server):
             reached_at = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
             self._announcing = asyncio.create_task(self._announce(reached_at, port))
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._engine.stops()  # it is one patience, uvicorn's with connections and the engine's
+        await super().shutdown(sockets)
+
     async def _announce(self, host: str, port: int) -> None:
         assert self._engine.warm_up.done is not None
         try:
@@ -159,7 +163,10 @@ def serve(
         server.run(sockets=[listener, *(listener.dup() for _ in range(ACCEPTS_A_TURN - 1))])
     except SystemExit:
         _fail(f"cannot listen on {settings.host}:{settings.port}")
-    is_unsaved = engine.snapshots is not None and engine.snapshots.has_failed
+    snapshots = engine.snapshots
+    if snapshots is not None and not snapshots.has_ended:
+        logger.error("%s: made to end at once, no last snapshot was written", snapshots.path)
+    is_unsaved = snapshots is not None and (snapshots.has_failed or not snapshots.has_ended)
     exit_code = 1 if server.has_failed or is_unsaved else 0
     if engine.is_stepping():  # the interpreter's end would wait for it, or crash
         logging.shutdown()

@@ -10,7 +10,7 @@ from torch import Tensor
 from export.exporter import export_policy
 from export.manifest import Manifest, Precision
 from export.parameters import sha256
-from export.push import push_body
+from export.push import copied, push_body
 from export.step import pack
 from export.weights import pack_weights
 from model.normalizer import ObservationNormalizer
@@ -31,7 +31,7 @@ class Learner(NamedTuple):
         return f"sha256:{sha256(pack(weights, self.policy.spec, precision))}"
 
     def push(self, precision: Precision = "fp32") -> "Tensors":
-        body = push_body(*self, pack_weights(*self), self.policy.spec, precision)
+        body = push_body(copied(*self), self.policy.spec, precision)
         return Tensors(load(body))
 
     def export(

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from export import push_policy
-from export.push import push_body
-from export.weights import pack_weights
+from export.push import copied, push_body
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
@@ -128,8 +127,8 @@ def test_a_policy_of_any_form_is_pushed_and_left_as_it_was(
 
 def test_a_push_is_the_same_bytes_each_time() -> None:
     for learner in (v1_learner(1), v2_learner(1)):
-        weights, spec = pack_weights(*learner), learner.policy.spec
-        bodies = {push_body(*learner, weights, spec, "fp32") for _ in range(2)}
+        spec = learner.policy.spec
+        bodies = {push_body(copied(*learner), spec, "fp32") for _ in range(2)}
         assert len(bodies) == 1
 
 
@@ -244,3 +243,45 @@ def test_a_push_whose_answer_is_lost_is_sent_again_and_happens_once(
     assert (answer.policy_version, answer.previous_version) == (learner.version(), before[0])
     assert v1.listed()[:2] == [learner.version(), before[0]]
     assert seen.total() >= len(FAULTS[lost])
+
+
+def test_the_weights_that_serve_may_be_pushed_again_and_are_probed_again(v1: Served) -> None:
+    own = push_policy(*v1_learner(0), v1.url)
+    again = push_policy(*v1_learner(0), v1.url)
+    assert own.policy_version == again.policy_version == v1.version()
+    assert isinstance(again.probe_error, float)
+    assert again.probe_error < 2e-5
+
+
+@pytest.mark.parametrize("key", ["SECRET\n", "\ufeffSECRET", "SECRET ", "SÉCRET", ""])
+def test_what_can_be_no_key_is_refused_without_showing_it(key: str) -> None:
+    with pytest.raises(ValueError, match="the key is not of printable ASCII letters") as told:
+        push_policy(*v1_learner(1), "http://127.0.0.1:9", key)
+    assert not key.strip() or key.strip() not in str(told.value)
+
+
+def test_a_module_around_a_policy_is_no_policy() -> None:
+    policy, normalizer = v1_learner(1)
+    with pytest.raises(ValueError, match="a Sequential is no policy; where it is wrapped around"):
+        push_policy(nn.Sequential(policy), normalizer, "http://127.0.0.1:9")
+
+
+def test_what_is_pushed_is_the_policy_as_it_was_when_it_was_copied() -> None:
+    policy, normalizer = v1_learner(1)
+    own = copied(policy, normalizer)
+    before = push_body(own, V1, "fp32")
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(1.0)
+    assert push_body(own, V1, "fp32") == before
+    assert push_body(copied(policy, normalizer), V1, "fp32") != before
+
+
+def test_a_policy_that_was_compiled_in_parts_is_probed_in_eager_mode() -> None:
+    policy, normalizer = v1_learner(1)
+    expected = push_body(copied(policy, normalizer), V1, "fp32")
+    compiled: Any = torch.compile(policy.feature_net, backend="eager")
+    policy.feature_net = compiled
+    own = copied(policy, normalizer)
+    assert not any("OptimizedModule" in type(module).__name__ for module in own.policy.modules())
+    assert push_body(own, V1, "fp32") == expected

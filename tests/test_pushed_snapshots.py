@@ -127,7 +127,19 @@ def test_an_artifact_exported_from_the_pushed_weights_goes_on_from_the_snapshot(
     with running_server(tmp_path / "version-1", *flags) as server:
         assert observe(server.address, V1, "a", 0).content == first.content
         assert observe(server.address, V1, "a", 1).json()["policy_version"] == versions[1].name
-        assert "probe" in httpx.get(f"{server.address}/policy/versions").text
+
+
+def test_after_a_restart_the_way_back_leads_to_the_artifact_s_own_weights(tmp_path: Path) -> None:
+    versions = versions_of(V1, "onnx", tmp_path)
+    flags = ("--snapshot", str(tmp_path / "sessions"))
+    with running_server(tmp_path / "version-0", *flags) as server:
+        error = put(server.address, versions[1].body).json()["probe_error"]
+    with running_server(tmp_path / "version-0", *flags) as server:
+        (listed,) = httpx.get(f"{server.address}/policy/versions").json()["versions"]
+        assert (listed["policy_version"], listed["probe_error"]) == (versions[1].name, error)
+        back = httpx.post(f"{server.address}/policy/rollback").json()
+        assert (back["policy_version"], back["probe_error"]) == (versions[0].name, None)
+        assert observe(server.address, V1, "a", 0).json()["policy_version"] == versions[0].name
 
 
 def test_a_snapshot_with_weights_that_cannot_be_served_here_is_refused_in_a_sentence(

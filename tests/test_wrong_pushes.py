@@ -9,6 +9,7 @@ import pickle
 import select
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ import torch
 from export.manifest import Precision
 from model.spec import PolicySpec
 from service.http.connection import LINGER_BYTES
+from service.http.policy_routes import MOST_BODIES
 from tests.export.gate_cases import statistics
 from tests.machine import needs_bf16
 from tests.pushes import SAFETENSORS, TIMEOUT_S, Learner, Tensors, put
@@ -436,3 +438,31 @@ def test_a_connection_cut_in_the_middle_of_the_body_changes_nothing(
     before.check()
     # And the next push is not told that another is being checked.
     check_refused(v1, v1.right.changed(value_scale=None).written(), 422, "is missing")
+
+
+def test_no_more_bodies_are_read_at_once_than_there_is_memory_for(v1: Served) -> None:
+    """Nor is a push in anybody's way whose body does not come."""
+    body = learner(5).push().written()
+    with ExitStack() as stack:
+        slow = [stack.enter_context(connected(v1)) for _ in range(MOST_BODIES + 1)]
+        for connection in slow:
+            connection.sendall(head(f"Content-Length: {len(body)}") + body[:1000])
+        refused = select.select(slow, [], [], TIMEOUT_S)[0]
+        assert [status_of(connection) for connection in refused] == [409]
+        (connection, *_) = [each for each in slow if each not in refused]
+        connection.sendall(body[1000:])
+        assert status_of(connection) == 200
+    put(v1.url, learner(0).push().written()).raise_for_status()
+
+
+def test_a_name_that_is_no_parameter_s_is_shown_on_one_line_as_far_as_it_matters(
+    v1: Served,
+) -> None:
+    push = learner(1).push()
+    name = "x\n2026-01-01 00:00:00 INFO service: pushed " + "y" * 5000
+    answer = put(v1.url, Tensors(push | {name: push["value_scale"].clone()}).written())
+    assert answer.status_code == 422
+    sentence = answer.json()["error"]
+    assert "\n" not in sentence
+    assert len(sentence) < 200
+    assert "\n2026-01-01 00:00:00" not in v1.server.log()

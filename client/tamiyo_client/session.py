@@ -46,11 +46,7 @@ class Session:
             raise ValueError(f"{self.name!r} is no session's name: that has printable letters")
         self._headers: dict[str, str | bytes] = {"X-Session-Id": self.name.encode()}
         if api_key is not None:
-            if not (
-                api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""
-            ):
-                raise ValueError("the key is not of printable ASCII letters")
-            self._headers["Authorization"] = f"Bearer {api_key}"
+            self._headers["Authorization"] = bearer(api_key)
         self.run = uuid.uuid4().hex
 
     @property
@@ -141,6 +137,13 @@ class Session:
         body = wire.request(tensors, scalars)
         headers = {**headers, "Content-Type": wire.SAFETENSORS}
         return (yield from patiently("POST", f"{self.url}/act", headers, body, self._patience))
+
+
+def bearer(api_key: str) -> str:
+    """The header's value that shows a key. Raises ValueError for what can be none."""
+    if not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
+        raise ValueError("the key is not of printable ASCII letters")
+    return f"Bearer {api_key}"
 
 
 def checked_url(url: str) -> str:

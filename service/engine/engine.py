@@ -40,6 +40,7 @@ class Engine:
     ) -> None:
         spec = manifest.spec
         self._drain_s = settings.drain_s
+        self._stops_at_s: float | None = None
         self.max_rows = min(settings.max_rows, settings.max_sessions, settings.max_waiting)
         self.max_batch_size = min(settings.max_batch_size, manifest.max_batch_size)
         # Under way are two batches, and two blocks in parts at most, of which the one's last and
@@ -91,6 +92,7 @@ class Engine:
                 rows,
                 self.runtime,
                 manifest.outputs,
+                spec=spec,
                 artifact_version=manifest.policy_version,
                 max_rows=self.max_rows,
                 served=self._served,
@@ -126,13 +128,13 @@ class Engine:
     def _served(self) -> Served:
         """What a snapshot is to serve again."""
         current = self.versions.current
-        return Served(current.policy_version, current.parameters)
+        return Served(current.policy_version, current.parameters, current.probe_error)
 
     def _serve(self, served: Served) -> None:
         """Serves what a snapshot says. Raises SnapshotError where that cannot be done here."""
         if served.parameters is not None:
             try:
-                self.versions.resume(served.policy_version, served.parameters)
+                self.versions.resume(served.policy_version, served.parameters, served.probe_error)
             except Invalid as error:
                 raise SnapshotError(f"its weights cannot be served here: {error}") from error
 
@@ -141,14 +143,22 @@ class Engine:
         is_idle = self.runtime.is_idle() and not self.versions.is_changing()
         return self.warm_up.is_running() or not is_idle
 
+    def stops(self) -> None:
+        """From now on the end is waited for."""
+        if self._stops_at_s is None:
+            self._stops_at_s = time.monotonic()
+
     async def stop(self) -> None:
-        """Answers what waits, as far as `--drain-s` goes, and takes nothing more.
+        """Answers what waits, as far as `--drain-s` from `stops` on goes, and takes nothing more.
 
         Then a last snapshot is written, where there is one to be.
         """
+        self.stops()
         self.warm_up.stop()
+        assert self._stops_at_s is not None
+        left_s = self._stops_at_s + self._drain_s - time.monotonic()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.batcher.drain(), self._drain_s)
+            await asyncio.wait_for(self.batcher.drain(), max(0.0, left_s))
         if self.snapshots is not None:
             await self.snapshots.stop()
             self.batcher.halt()

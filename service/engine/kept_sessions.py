@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.manifest import Array
+from model.spec import PolicySpec
 from service.engine.rows import ONE, RowTable
 from service.engine.sessions import Past, Session, SessionTable
 from service.engine.snapshot_file import Frame, Snapshot, SnapshotError
@@ -33,6 +34,7 @@ class Served(NamedTuple):
 
     policy_version: str
     parameters: Mapping[str, NDArray[Any]] | None = None
+    probe_error: float | None = None
 
 
 class Restored(NamedTuple):
@@ -58,6 +60,7 @@ class KeptSessions:
         runtime: Runtime,
         outputs: Sequence[Array],
         *,
+        spec: PolicySpec,
         artifact_version: str,
         max_rows: int,
         served: Callable[[], Served],
@@ -68,6 +71,8 @@ class KeptSessions:
         self._rows = rows
         self._runtime = runtime
         self._artifact_version = artifact_version
+        # What the parameters, which name the version, do not say: which heads matter, floors.
+        self._rules = spec.model_dump(mode="json", exclude={"name", "value_scale"})
         self._shapes = {array.name: [array.dtype, *array.shape[1:]] for array in outputs}
         self._max_rows = max_rows
         self._served = served
@@ -92,6 +97,8 @@ class KeptSessions:
             "artifact_version": self._artifact_version,
             "policy_version": served.policy_version,
             "outputs": self._shapes,
+            "rules": self._rules,
+            "probe_error": served.probe_error,
             "num_rows": num_rows,
             "forgotten_starts": self._sessions.forgotten_starts,
             "is_pushed": served.parameters is not None,
@@ -179,7 +186,8 @@ class KeptSessions:
         record = policy.record
         version, artifact_version = record["policy_version"], record["artifact_version"]
         is_ours = self._artifact_version in (version, artifact_version)
-        if not is_ours or record["outputs"] != self._shapes:
+        is_alike = record["outputs"] == self._shapes and record["rules"] == self._rules
+        if not is_ours or not is_alike:
             raise SnapshotError(
                 f"{path}: is of another policy, {version[:19]} of the artifact "
                 f"{artifact_version[:19]}, and this artifact is {self._artifact_version[:19]}"
@@ -187,7 +195,8 @@ class KeptSessions:
         if not record["is_pushed"] or version == self._artifact_version:
             return Served(version)
         arrays = policy.arrays.items()
-        return Served(version, {name.removeprefix(PARAMETER): array for name, array in arrays})
+        parameters = {name.removeprefix(PARAMETER): array for name, array in arrays}
+        return Served(version, parameters, record["probe_error"])
 
     def _too_idle_s(self, frames: Iterable[Frame]) -> float:
         """From when on there is no room for a session, where those used last are kept."""

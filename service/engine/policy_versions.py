@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -16,7 +16,14 @@ from service.engine.batcher import Batcher
 from service.engine.probe import Probe
 from service.engine.sessions import SessionTable
 from service.engine.stepper import Stepper
-from service.errors import Invalid, NoPreviousVersion, PushConflict, ServiceError, VersionMismatch
+from service.errors import (
+    Invalid,
+    NoPreviousVersion,
+    PushConflict,
+    ServiceError,
+    VersionMismatch,
+    short,
+)
 from service.runtime.protocol import Runtime
 
 logger = logging.getLogger(__name__)
@@ -67,6 +74,7 @@ class Weights(NamedTuple):
 class _Built(NamedTuple):
     weights: Weights
     adopt: Callable[[], None]
+    probe_error: float | None
 
 
 class PolicyVersions:
@@ -114,23 +122,27 @@ class PolicyVersions:
             self._observe(PushConflict.error_type, 0.0)
             raise PushConflict("other weights are being checked just now; try again")
 
-    def resume(self, policy_version: str, parameters: Parameters) -> None:
-        """Has weights serve that were pushed to a server before this one, and no probe is there of.
+    def resume(
+        self, policy_version: str, parameters: Parameters, probe_error: float | None
+    ) -> None:
+        """Has weights serve that were pushed to a server before this one; its probe is not kept.
 
-        Before there is anything to serve. Raises Invalid where they are not this policy's.
+        Before anything is served. The way back leads to the artifact's own. Raises Invalid where
+        they are not this policy's.
         """
         self._check(parameters)
         loaded = self._loaded(parameters)
         self._runtime.prepare(loaded)()
         self._stepper.policy_version = policy_version
-        self.current = Weights(policy_version, loaded, parameters)
-        self._listed.append(self.current.listed())
+        self.previous = self.current
+        self.current = Weights(policy_version, loaded, parameters, probe_error)
+        self._listed = deque([self.current.listed()], maxlen=MOST_LISTED)
 
     async def push(
         self,
         read: Callable[[], Push],
         *,
-        if_match: str | None,
+        if_match: Collection[str] | None,
         restarts_sessions: bool,
         by: str,
     ) -> Change:
@@ -145,7 +157,9 @@ class PolicyVersions:
             lambda: self._built(read(), if_match), restarts_sessions, by, "pushed"
         )
 
-    async def rollback(self, *, if_match: str | None, restarts_sessions: bool, by: str) -> Change:
+    async def rollback(
+        self, *, if_match: Collection[str] | None, restarts_sessions: bool, by: str
+    ) -> Change:
         """Has the version before the one that serves serve again. The way back leads once.
 
         Raises NoPreviousVersion where there is none, PushConflict and VersionMismatch as `push`
@@ -188,7 +202,7 @@ class PolicyVersions:
         return change
 
     def _serve(self, built: _Built, restarts_sessions: bool) -> Change:
-        weights, adopt = built
+        weights, adopt, probe_error = built
         if restarts_sessions:
             self._sessions.restart()
         if weights is not self.current:
@@ -198,9 +212,9 @@ class PolicyVersions:
             self.current = weights
             self._listed.append(weights.listed())
         previous = None if self.previous is None else self.previous.policy_version
-        return Change(weights.policy_version, previous, weights.probe_error)
+        return Change(weights.policy_version, previous, probe_error)
 
-    def _built(self, push: Push, if_match: str | None) -> _Built:
+    def _built(self, push: Push, if_match: Collection[str] | None) -> _Built:
         """What is to serve, all of it that can be done while another does."""
         parameters = push.parameters
         self._check(parameters)
@@ -211,15 +225,16 @@ class PolicyVersions:
         loaded = self._loaded(parameters)
         probe_error = push.read_probe().error(loaded, self._manifest, unit=value_unit(parameters))
         if is_current:
-            return _Built(self.current, _nothing)
+            return _Built(self.current, _nothing, probe_error)
         weights = Weights(name, loaded, parameters, probe_error)
-        return _Built(weights, self._runtime.prepare(loaded))
+        return _Built(weights, self._runtime.prepare(loaded), probe_error)
 
-    def _built_again(self, if_match: str | None) -> _Built:
+    def _built_again(self, if_match: Collection[str] | None) -> _Built:
         self._check_match(if_match)
         if self.previous is None:
             raise NoPreviousVersion("there is no version before this one to go back to")
-        return _Built(self.previous, self._runtime.prepare(self.previous.loaded))
+        adopt = self._runtime.prepare(self.previous.loaded)
+        return _Built(self.previous, adopt, self.previous.probe_error)
 
     def _check(self, parameters: Parameters) -> None:
         """Raises Invalid where they are not this policy's, naming the first that differs."""
@@ -231,7 +246,7 @@ class PolicyVersions:
             )
         difference = first_difference(parameters, expected)
         if difference is not None:
-            raise Invalid(f"`{difference.name}` {difference.what}")
+            raise Invalid(f"`{short(difference.name)}` {difference.what}")
 
     def _loaded(self, parameters: Parameters) -> RenewableStep:
         try:
@@ -239,10 +254,10 @@ class PolicyVersions:
         except ArtifactError as error:
             raise Invalid(f"{error}; serve the artifact with another runtime") from error
 
-    def _check_match(self, if_match: str | None) -> None:
+    def _check_match(self, if_match: Collection[str] | None) -> None:
         serves = self.current.policy_version
-        if if_match not in (None, "*", serves):
-            raise VersionMismatch(f"{serves} serves, not {if_match}")
+        if if_match is not None and {"*", serves}.isdisjoint(if_match):
+            raise VersionMismatch(f"{serves} serves, not {short(', '.join(if_match))}")
 
 
 def _nothing() -> None:

@@ -69,10 +69,10 @@ class Probe(NamedTuple):
         else:
             atol = manifest.parity.atol * (unit if name in IN_RETURNS else 1.0)
             allowed = atol + manifest.parity.rtol * np.abs(expected)
-            with np.errstate(invalid="ignore"):  # infinities are wrong as well
+            with np.errstate(invalid="ignore", divide="ignore"):  # infinities are wrong as well
                 error = np.abs(got - expected)
                 is_wrong = ~((error <= allowed) & np.isfinite(error))  # an infinity allows itself
-                weighed = error * (manifest.parity.atol / allowed)
+                weighed = np.where(error == 0, 0.0, error * (manifest.parity.atol / allowed))
         if is_wrong.any():
             row, *rest = np.argwhere(is_wrong)[0]
             where = "".join(f"[{index}]" for index in (at, rows[row], *rest))

@@ -32,6 +32,8 @@ class Snapshots:
         self.path = check_place(path)
         self.has_failed = False
         """Whether the last one of all could not be written."""
+        self.has_ended = False
+        """Whether that was tried: a server that is made to end at once does not."""
         self.by_result = {"written": 0, "failed": 0}
         self.last_s: float | None = None
         """How long it took to write the last one."""
@@ -52,7 +54,7 @@ class Snapshots:
         """
         try:
             self._found = snapshot = Snapshot(self.path)
-            restored = self._kept.restore(snapshot)
+            restored = self._restored(snapshot)
         except FileNotFoundError:
             logger.info("%s: there is no snapshot yet; no session goes on", self.path)
             return None
@@ -70,6 +72,14 @@ class Snapshots:
             restored.num_lost,
         )
         return restored
+
+    def _restored(self, snapshot: Snapshot) -> Restored:
+        try:
+            return self._kept.restore(snapshot)
+        except (LookupError, TypeError, ValueError) as error:
+            raise SnapshotError(
+                f"{self.path}: is whole, and holds something else than a snapshot ({error!r})"
+            ) from error
 
     @property
     def refused_path(self) -> Path:
@@ -101,6 +111,7 @@ class Snapshots:
 
         Holds the event loop, so that nothing moves meanwhile.
         """
+        self.has_ended = True
         began_s = time.perf_counter()
         try:
             with Draft(self.path) as draft:

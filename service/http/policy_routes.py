@@ -1,5 +1,8 @@
 """The routes that change the weights which serve, and that say which do."""
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -13,6 +16,7 @@ from service.errors import (
     Disconnected,
     Malformed,
     NoPreviousVersion,
+    PushConflict,
     TooLarge,
     UnsupportedContentType,
     short,
@@ -29,6 +33,8 @@ from service.http.keys import Keys
 from service.http.weights_codec import WeightsCodec
 
 LONGEST_LENGTH = 18
+MOST_BODIES = 4
+"""That are read at once. One is taken at a time, and each may be as large as a push gets."""
 SESSIONS = {
     "name": "sessions",
     "in": "query",
@@ -72,6 +78,7 @@ def policy_routes(engine: Engine, codec: WeightsCodec, keys: Keys) -> APIRouter:
     """Routes below `/policy`."""
     router = APIRouter(prefix="/policy")
     versions = engine.versions
+    bodies = asyncio.Semaphore(MOST_BODIES)
     By = Annotated[str, Depends(keys.may_administer)]
     serving = {"policy_version": EXAMPLE_VERSION, "previous_version": EXAMPLE_BEFORE}
     changed = {**serving, "probe_error": 3e-7}
@@ -94,7 +101,8 @@ def policy_routes(engine: Engine, codec: WeightsCodec, keys: Keys) -> APIRouter:
         engine.check_ready()
         versions.check_idle()
         restarts, if_match = _restarts_sessions(request), _if_match(request)
-        body = await _read_body(request, codec.max_body_bytes)
+        async with _room(bodies):
+            body = await _read_body(request, codec.max_body_bytes)
         change = await versions.push(
             lambda: codec.parse(body), if_match=if_match, restarts_sessions=restarts, by=by
         )
@@ -162,10 +170,19 @@ def _restarts_sessions(request: Request) -> bool:
     return what == "restart"
 
 
-def _if_match(request: Request) -> str | None:
-    """As RFC 9110 writes it, within quotes, or bare."""
-    given = request.headers.get("if-match")
-    return None if given is None else given.strip().strip('"')
+def _if_match(request: Request) -> list[str] | None:
+    """Versions as RFC 9110 writes them, within quotes, or bare."""
+    given = ",".join(request.headers.getlist("if-match"))
+    return [version.strip().strip('"') for version in given.split(",")] if given else None
+
+
+@asynccontextmanager
+async def _room(bodies: asyncio.Semaphore) -> AsyncIterator[None]:
+    """Raises PushConflict where as many are being read as there is memory for."""
+    if bodies.locked():
+        raise PushConflict(f"{MOST_BODIES} pushes are being read just now; try again")
+    async with bodies:
+        yield
 
 
 async def _read_body(request: Request, limit: int) -> bytearray:

@@ -1,5 +1,6 @@
 """Whatever state of the process a caller has set: the artifact is the same, and so is the state."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -201,3 +202,26 @@ def test_as_many_threads_as_asked_for_are_there_inside() -> None:
     with plain_process(num_threads=before + 1):
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
+
+
+def test_of_two_threads_one_waits_so_that_each_is_given_back_what_was_there() -> None:
+    before = torch.get_num_threads()
+    is_inside, may_leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with plain_process():
+            is_inside.set()
+            may_leave.wait(10.0)
+
+    torch.set_num_threads(2)
+    try:
+        with plain_process():
+            thread = threading.Thread(target=other)
+            thread.start()
+            assert not is_inside.wait(0.5)
+        assert is_inside.wait(10.0)
+        may_leave.set()
+        thread.join(10.0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

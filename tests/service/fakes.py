@@ -339,6 +339,7 @@ class Bench:
             self.rows,
             self.runtime,
             step_outputs(self.spec),
+            spec=self.spec,
             artifact_version=version,
             max_rows=max_rows,
             served=lambda: served or kept_sessions.Served(version),

@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+import signal
 import socket
 import subprocess
 from collections.abc import Sequence
@@ -304,3 +305,22 @@ def goes_on(server: RunningServer) -> None:
     assert server.process.stdin is not None
     server.process.stdin.write("\n")
     server.process.stdin.flush()
+
+
+def test_an_end_at_once_says_that_there_is_no_last_one(artifact: Path, path: Path) -> None:
+    """Who presses Ctrl-C twice does not want to wait for it."""
+    flags = ["--artifact", str(artifact), "--port", "0", "--snapshot", str(path)]
+    with running([*GATED, "gated", *flags]) as server, connected(server) as client:
+        body = json.dumps({"observation": [0.5] * 11}).encode()
+        client.sendall(
+            b"POST /act HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        server.output.wait_for("step ")
+        server.process.send_signal(signal.SIGINT)
+        server.output.wait_for("Shutting down")
+        server.process.send_signal(signal.SIGINT)
+        server.output.wait_for("made to end at once, no last snapshot was written")
+        goes_on(server)
+        assert server.wait() == 1
+    assert not path.exists()

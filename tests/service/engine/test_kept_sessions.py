@@ -421,3 +421,17 @@ def blocks_of(
             blocks.append(single(spec, x, "s", starts=starts, **seeds, **fields))
         step += 1
     return blocks
+
+
+def test_an_artifact_of_the_same_weights_and_other_rules_is_another_policy(
+    bench: Bench, path: Path
+) -> None:
+    """Floors are in no parameter, and so not in the version."""
+    bench.start(1.0, "a")
+    bench.write(path)
+    other = Bench(bench.spec.with_probability_floors({"op": 0.1}))
+    with Snapshot(path) as snapshot, pytest.raises(SnapshotError, match="is of another policy"):
+        other.kept().restore(snapshot)
+    renamed = Bench(bench.spec.model_copy(update={"name": "other", "value_scale": 3.0}))
+    with Snapshot(path) as snapshot:
+        assert renamed.kept().restore(snapshot).num_sessions == 1

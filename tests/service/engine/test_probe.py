@@ -107,3 +107,12 @@ def test_the_error_is_weighed_by_what_is_allowed_and_returns_are_in_their_unit(
     expected = off * atol / allowed
     got = probe.error(SummingRuntime(spec), few, unit=10.0)
     assert got == pytest.approx(expected, rel=0.05)
+
+
+def test_a_value_that_is_worth_nothing_has_no_error_and_no_warning(
+    spec: PolicySpec, manifest: Manifest
+) -> None:
+    inputs, outputs = probe_of(spec)
+    outputs["value"][:] = 0.0
+    runtime = SummingRuntime(spec).with_parameters({"scale": np.zeros(1, dtype=np.float32)})
+    assert Probe(inputs, outputs).error(runtime, manifest, unit=0.0) == 0.0

@@ -178,3 +178,17 @@ def test_its_age_is_that_of_what_lies_there(bench: Bench, path: Path) -> None:
     assert age_s is not None
     assert age_s >= 3600
     snapshots.outdate()
+
+
+@pytest.mark.parametrize("frames", [[], [Frame({"kind": "cat"}, {})], [Frame({}, {})]])
+def test_what_is_whole_and_holds_something_else_is_refused_in_a_sentence(
+    bench: Bench, path: Path, frames: list[Frame]
+) -> None:
+    with Draft(path) as draft:
+        for frame in frames:
+            draft.add(frame)
+        draft.publish(is_final=True)
+    snapshots = Snapshots(path, bench.kept(), every_s=None)
+    with pytest.raises(SnapshotError, match="is whole, and holds something else than a snapshot"):
+        snapshots.restore()
+    snapshots.outdate()

@@ -199,7 +199,10 @@ def test_a_push_may_be_for_one_version_only(
     assert refused(put(client, three, If_Match=f'"{own}"')) == (412, "version_mismatch")
     assert refused(roll_back(client, If_Match=own)) == (412, "version_mismatch")
     assert act(client, spec) == (2, version(2))
-    assert changed(put(client, three, If_Match="*")) == (version(3), version(2))
+    assert refused(put(client, three, If_Match=f'"{version(7)}", "{own}"'))[0] == 412
+    one_of_two = f'"{version(7)}", "{version(2)}"'
+    assert changed(put(client, three, If_Match=one_of_two)) == (version(3), version(2))
+    assert changed(put(client, three, If_Match="*"))[0] == version(3)
     assert changed(roll_back(client, If_Match=version(3))) == (version(2), None)
 
 
