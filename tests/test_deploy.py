@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from model.spec import PolicySpec
 from service.engine.snapshots import Snapshots
+from service.http.key_file import KeyFile
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.running_server import ROOT
@@ -171,6 +174,36 @@ def test_prometheus_accepts_its_configuration_and_the_alarms(tmp_path: Path) -> 
         )
         assert done.returncode == 0, done.stderr
         assert "SUCCESS" in done.stdout
+
+
+def test_the_keys_of_the_recipe_are_found_by_root_and_closed_to_all_but_the_service(
+    tmp_path: Path,
+) -> None:
+    """The caller's own shell may no longer look into a folder that is the service's."""
+    page = (ROOT / "docs" / "deployment.md").read_text()
+    recipe = re.findall(r"^mkdir -p keys\n.*?(?=^docker )", page, re.DOTALL | re.MULTILINE)[0]
+    sudo = tmp_path / "sudo"
+    sudo.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >> given\nexec "$@"\n')
+    (tmp_path / "chown").write_text('#!/bin/sh\necho "$@" > owned\n')
+    for command in (sudo, tmp_path / "chown"):
+        command.chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(
+        ["sh", "-ec", recipe], cwd=tmp_path, env=os.environ | {"PATH": path}, check=True, timeout=60
+    )
+    keys = tmp_path / "keys"
+    try:
+        assert keys.stat().st_mode & 0o777 == 0o500
+        assert {file.name: file.stat().st_mode & 0o777 for file in keys.iterdir()} == {
+            "act": 0o400,
+            "admin": 0o400,
+        }
+        assert [KeyFile(keys / name).name_of(b"") for name in ("act", "admin")] == [None, None]
+    finally:
+        keys.chmod(0o700)
+    assert (tmp_path / "owned").read_text() == "-R 10001 keys\n"
+    given = (tmp_path / "given").read_text().splitlines()
+    assert not [word for word in given if word.startswith("keys/")], "expanded by the caller"
 
 
 def test_the_dashboard_s_source_is_the_one_that_is_provisioned(
