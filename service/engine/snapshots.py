@@ -30,6 +30,7 @@ class Snapshots:
 
     def __init__(self, path: Path, kept: KeptSessions, *, every_s: float | None) -> None:
         self.path = check_place(path)
+        self.every_s = every_s
         self.has_failed = False
         """Whether the last one of all could not be written."""
         self.by_result = {"written": 0, "failed": 0}
@@ -37,7 +38,6 @@ class Snapshots:
         """How long it took to write the last one."""
         self._written_at_s: float | None = None
         self._kept = kept
-        self._every_s = every_s
         self._found: Snapshot | None = None
         self._is_refused = False
         self._beside = ThreadPoolExecutor(1, "snapshot")
@@ -87,8 +87,8 @@ class Snapshots:
 
     def start(self, opened: "asyncio.Future[None]") -> None:
         """Writes one every so often, once `/act` has opened. On the event loop."""
-        if self._every_s is not None:
-            self._writing = asyncio.create_task(self._write_often(opened, self._every_s))
+        if self.every_s is not None:
+            self._writing = asyncio.create_task(self._write_often(opened, self.every_s))
 
     async def stop(self) -> None:
         """Ends that; one that is half written is discarded."""
