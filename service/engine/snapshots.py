@@ -6,11 +6,13 @@ the next. At the end all at once, as by then nobody is answered any more.
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,6 +32,8 @@ class Snapshots:
 
     def __init__(self, path: Path, kept: KeptSessions, *, every_s: float | None) -> None:
         self.path = check_place(path)
+        self.refused_path = _free_name(self.path)
+        """Where a file goes that was not gone on from; one that went before is not replaced."""
         self.every_s = every_s
         self.has_failed = False
         """Whether the last one of all could not be written."""
@@ -70,11 +74,6 @@ class Snapshots:
             restored.num_lost,
         )
         return restored
-
-    @property
-    def refused_path(self) -> Path:
-        """Where a file goes that was not gone on from."""
-        return self.path.with_name(f"{self.path.name}.refused")
 
     def outdate(self) -> None:
         """Clients are about to move on from what was found there, also where it was refused, and
@@ -169,3 +168,10 @@ class Snapshots:
             consequence,
             exc_info=None if is_known else error,
         )
+
+
+def _free_name(path: Path) -> Path:
+    """`path` with `.refused`, or with `.refused.2` and so on where there is one."""
+    first = path.with_name(f"{path.name}.refused")
+    later = (first.with_name(f"{first.name}.{number}") for number in count(2))
+    return next(free for free in chain([first], later) if not os.path.lexists(free))
