@@ -150,14 +150,16 @@ def _push(options: argparse.Namespace) -> int:
 def _first_word(path: Path) -> str:
     """The key in a file as `--admin-keys` has them. ArtifactError where there is none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
-        raise ArtifactError(f"{path}: cannot be read ({reason})") from error
-    words = [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
-    if not words:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from error
+    words = [line.split()[0] for line in lines if line.strip()]
+    keys = [word for word in words if not word.startswith(b"#")]
+    if not keys:
         raise ArtifactError(f"{path}: holds no key")
-    return words[0]
+    if not all(0x21 <= letter <= 0x7E for letter in keys[0]):
+        raise ArtifactError(f"{path}: the key is not of printable ASCII letters")
+    return keys[0].decode()
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

@@ -40,10 +40,11 @@ class Sessions(Protocol):
 
 
 class Snapshots(Protocol):
-    """What is told of snapshots: how many, and the last one's time to write and age."""
+    """What is told of snapshots: how many, how often, the last one's time to write and age."""
 
     by_result: dict[str, int]
     last_s: float | None
+    every_s: float | None
 
     def age_s(self) -> float | None: ...
 
@@ -119,9 +120,9 @@ class Metrics:
         if result == "ok":
             self._swap_seconds.observe(seconds)
 
-    def watch_version(self, version: Callable[[], str]) -> None:
-        """Says which weights serve."""
-        self._registry.register(_VersionCollector(version))
+    def watch_version(self, name: str, version: Callable[[], str]) -> None:
+        """Says which weights serve, of the policy of this name."""
+        self._registry.register(_VersionCollector(name, version))
 
     def watch_engine(self, sessions: Sessions, num_waiting: Callable[[], int]) -> None:
         """Says what is kept, and how many rows wait."""
@@ -189,14 +190,15 @@ class _ResultCollector(Collector):
 class _VersionCollector(Collector):
     """Which weights serve: a gauge of 1, labelled."""
 
-    def __init__(self, version: Callable[[], str]) -> None:
+    def __init__(self, name: str, version: Callable[[], str]) -> None:
+        self._name = name
         self._version = version
 
     def collect(self) -> Iterator[Metric]:
         info = GaugeMetricFamily(
-            "tamiyo_policy_info", "1, of the weights that serve.", labels=["policy_version"]
+            "tamiyo_policy_info", "1, of the weights that serve.", labels=["name", "policy_version"]
         )
-        info.add_metric([self._version()], 1)
+        info.add_metric([self._name, self._version()], 1)
         yield info
 
 
@@ -226,7 +228,10 @@ class _SessionCollector(Collector):
 
 
 class _SnapshotCollector(Collector):
-    """How writing snapshots goes; what is not known yet is absent."""
+    """How writing snapshots goes; what is not known yet is absent.
+
+    So is the age where they are written at the end only: it says nothing of whether that will work.
+    """
 
     def __init__(self, snapshots: Snapshots) -> None:
         self._snapshots = snapshots
@@ -238,9 +243,12 @@ class _SnapshotCollector(Collector):
         for result, count in self._snapshots.by_result.items():
             written.add_metric([result], count)
         yield written
+        every_s = self._snapshots.every_s
+        age_s = None if every_s is None else self._snapshots.age_s()
         for name, help_text, value in (
             ("tamiyo_snapshot_seconds", "Time of writing the last one.", self._snapshots.last_s),
-            ("tamiyo_snapshot_age_seconds", "Age of the one there is.", self._snapshots.age_s()),
+            ("tamiyo_snapshot_every_seconds", "How often one is written.", every_s),
+            ("tamiyo_snapshot_age_seconds", "Age of the one there is.", age_s),
         ):
             if value is not None:
                 yield GaugeMetricFamily(name, help_text, value=value)

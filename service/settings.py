@@ -137,7 +137,8 @@ class Settings(BaseSettings):
         bool,
         Field(
             description="A --snapshot that is damaged or of another policy stops the start; "
-            "otherwise it is set aside as FILE.refused, and sessions are lost."
+            "otherwise it is set aside as FILE.refused, FILE.refused.2 and so on, and sessions are "
+            "lost."
         ),
     ] = False
     timeout_ms: Annotated[

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from model.spec import PolicySpec
 from service.engine.snapshots import Snapshots
+from service.http.key_file import KeyFile
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.running_server import ROOT
@@ -120,12 +123,12 @@ def there_are(spec: PolicySpec, tmp_path: Path) -> set[str]:
     """The samples of a service that has seen something of everything."""
     metrics, bench = Metrics(), Bench(spec)
     metrics.watch_engine(bench.sessions, lambda: 0)
-    snapshots = Snapshots(tmp_path / "sessions", bench.kept(), every_s=None)
+    snapshots = Snapshots(tmp_path / "sessions", bench.kept(), every_s=30.0)
     snapshots.write_last()
     metrics.watch_snapshots(snapshots)
     metrics.count("ok")
     metrics.count_unread("malformed")
-    metrics.watch_version(lambda: "sha256:ab12")
+    metrics.watch_version("v1", lambda: "sha256:ab12")
     metrics.observe_change("ok", 0.05)
 
     async def rendered() -> str:  # the tasks of a loop are among the metrics
@@ -159,10 +162,15 @@ def test_alarms_are_of_metrics_that_there_are_and_each_is_explained(
     assert {rule["labels"]["severity"] for rule in alerts} == {"page", "warn"}
 
 
-def test_prometheus_accepts_its_configuration_and_the_alarms(tmp_path: Path) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
+@pytest.fixture
+def promtool() -> str:
+    found = shutil.which("promtool")
+    if found is None:
         pytest.skip("promtool is not installed; Debian's package prometheus has it")
+    return found
+
+
+def test_prometheus_accepts_its_configuration_and_the_alarms(tmp_path: Path, promtool: str) -> None:
     for name in ("prometheus.yml", "alerts.yml"):
         shutil.copy(ROOT / "deploy" / name, tmp_path)
     for check in (["rules", "alerts.yml"], ["config", "prometheus.yml"]):
@@ -171,6 +179,115 @@ def test_prometheus_accepts_its_configuration_and_the_alarms(tmp_path: Path) -> 
         )
         assert done.returncode == 0, done.stderr
         assert "SUCCESS" in done.stdout
+
+
+HOUR = "x60"  # in which a value is scraped each minute
+FIRST = f"{'_ ' * 10}1+0{HOUR}"  # of a series that there is not before
+NONE_YET = f"0+0{HOUR}"
+FAILED = 'tamiyo_act_requests_total{instance="a",result="internal"}'
+REFUSED = 'tamiyo_weights_changes_total{instance="a",result="invalid"}'
+SERVES = "tamiyo_policy_info"
+AGE, EVERY = (f'tamiyo_snapshot_{of}_seconds{{instance="a"}}' for of in ("age", "every"))
+ALARMS: dict[str, tuple[str, dict[str, str], dict[int, bool]]] = {  # after so many minutes
+    "the first 500": ("Fails", {FAILED: FIRST}, {9: False, 10: True, 14: True, 16: False}),
+    "another": ("Fails", {FAILED: f"1+0x30 2+0{HOUR}"}, {29: False, 32: True, 40: False}),
+    "no 500": ("Fails", {FAILED: NONE_YET}, {0: False, 3: False, 30: False}),
+    "the first push that is refused": (
+        "PushesRefused",
+        {REFUSED: FIRST},
+        {9: False, 10: True, 19: True, 21: False},
+    ),
+    "another one": (
+        "PushesRefused",
+        {REFUSED: f"1+0x30 2+0{HOUR}"},
+        {29: False, 32: True, 45: False},
+    ),
+    "pushes that serve": ("PushesRefused", {REFUSED.replace("invalid", "ok"): FIRST}, {12: False}),
+    "two policies": (
+        "ReplicasDiffer",
+        {
+            f'{SERVES}{{instance="a",name="v1",policy_version="1"}}': f"1+0{HOUR}",
+            f'{SERVES}{{instance="b",name="v2",policy_version="2"}}': f"1+0{HOUR}",
+        },
+        {30: False},
+    ),
+    "replicas of one, and another": (
+        "ReplicasDiffer",
+        {
+            f'{SERVES}{{instance="a",name="v1",policy_version="1"}}': f"1+0{HOUR}",
+            f'{SERVES}{{instance="b",name="v1",policy_version="2"}}': f"1+0{HOUR}",
+            f'{SERVES}{{instance="c",name="v2",policy_version="3"}}': f"1+0{HOUR}",
+        },
+        {5: False, 30: True},
+    ),
+    "an old snapshot": ("SnapshotOld", {AGE: f"151+0{HOUR}", EVERY: f"30+0{HOUR}"}, {5: True}),
+    "a late one": ("SnapshotOld", {AGE: f"149+0{HOUR}", EVERY: f"30+0{HOUR}"}, {5: False}),
+    "one of every hour": (
+        "SnapshotOld",
+        {AGE: f"3600+0{HOUR}", EVERY: f"3600+0{HOUR}"},
+        {5: False},
+    ),
+}
+
+
+@pytest.mark.parametrize(("alarm", "series", "fires"), ALARMS.values(), ids=ALARMS)
+def test_an_alarm_fires_when_it_should(
+    tmp_path: Path, promtool: str, alarm: str, series: dict[str, str], fires: dict[int, bool]
+) -> None:
+    firing = f'count(ALERTS{{alertname="Tamiyo{alarm}",alertstate="firing"}})'
+    asked = [
+        {
+            "expr": firing,
+            "eval_time": f"{minutes}m",
+            "exp_samples": [{"labels": "{}", "value": 1}] if is_fired else [],
+        }
+        for minutes, is_fired in fires.items()
+    ]
+    given = [{"series": name, "values": values} for name, values in series.items()]
+    content = {
+        "rule_files": [str(ROOT / "deploy" / "alerts.yml")],
+        "evaluation_interval": "1m",
+        "tests": [{"interval": "1m", "input_series": given, "promql_expr_test": asked}],
+    }
+    (tmp_path / "test.yml").write_text(yaml.safe_dump(content))
+    done = subprocess.run(
+        [promtool, "test", "rules", "test.yml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_keys_of_the_recipe_are_found_by_root_and_closed_to_all_but_the_service(
+    tmp_path: Path,
+) -> None:
+    """The caller's own shell may no longer look into a folder that is the service's."""
+    page = (ROOT / "docs" / "deployment.md").read_text()
+    recipe = re.findall(r"^mkdir -p keys\n.*?(?=^docker )", page, re.DOTALL | re.MULTILINE)[0]
+    sudo = tmp_path / "sudo"
+    sudo.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >> given\nexec "$@"\n')
+    (tmp_path / "chown").write_text('#!/bin/sh\necho "$@" > owned\n')
+    for command in (sudo, tmp_path / "chown"):
+        command.chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(
+        ["sh", "-ec", recipe], cwd=tmp_path, env=os.environ | {"PATH": path}, check=True, timeout=60
+    )
+    keys = tmp_path / "keys"
+    try:
+        assert keys.stat().st_mode & 0o777 == 0o500
+        assert {file.name: file.stat().st_mode & 0o777 for file in keys.iterdir()} == {
+            "act": 0o400,
+            "admin": 0o400,
+        }
+        assert [KeyFile(keys / name).name_of(b"") for name in ("act", "admin")] == [None, None]
+    finally:
+        keys.chmod(0o700)
+    assert (tmp_path / "owned").read_text() == "-R 10001 keys\n"
+    given = (tmp_path / "given").read_text().splitlines()
+    assert not [word for word in given if word.startswith("keys/")], "expanded by the caller"
 
 
 def test_the_dashboard_s_source_is_the_one_that_is_provisioned(

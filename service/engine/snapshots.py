@@ -6,11 +6,13 @@ the next. At the end all at once, as by then nobody is answered any more.
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,6 +32,9 @@ class Snapshots:
 
     def __init__(self, path: Path, kept: KeptSessions, *, every_s: float | None) -> None:
         self.path = check_place(path)
+        self.refused_path = _free_name(self.path)
+        """Where a file goes that was not gone on from; one that went before is not replaced."""
+        self.every_s = every_s
         self.has_failed = False
         """Whether the last one of all could not be written."""
         self.has_ended = False
@@ -39,7 +44,6 @@ class Snapshots:
         """How long it took to write the last one."""
         self._written_at_s: float | None = None
         self._kept = kept
-        self._every_s = every_s
         self._found: Snapshot | None = None
         self._is_refused = False
         self._beside = ThreadPoolExecutor(1, "snapshot")
@@ -81,11 +85,6 @@ class Snapshots:
                 f"{self.path}: is whole, and holds something else than a snapshot ({error!r})"
             ) from error
 
-    @property
-    def refused_path(self) -> Path:
-        """Where a file goes that was not gone on from."""
-        return self.path.with_name(f"{self.path.name}.refused")
-
     def outdate(self) -> None:
         """Clients are about to move on from what was found there, also where it was refused, and
         whoever reads it later is to know. Raises OSError.
@@ -97,8 +96,8 @@ class Snapshots:
 
     def start(self, opened: "asyncio.Future[None]") -> None:
         """Writes one every so often, once `/act` has opened. On the event loop."""
-        if self._every_s is not None:
-            self._writing = asyncio.create_task(self._write_often(opened, self._every_s))
+        if self.every_s is not None:
+            self._writing = asyncio.create_task(self._write_often(opened, self.every_s))
 
     async def stop(self) -> None:
         """Ends that; one that is half written is discarded."""
@@ -180,3 +179,10 @@ class Snapshots:
             consequence,
             exc_info=None if is_known else error,
         )
+
+
+def _free_name(path: Path) -> Path:
+    """`path` with `.refused`, or with `.refused.2` and so on where there is one."""
+    first = path.with_name(f"{path.name}.refused")
+    later = (first.with_name(f"{first.name}.{number}") for number in count(2))
+    return next(free for free in chain([first], later) if not os.path.lexists(free))

@@ -131,7 +131,7 @@ def create_app(
     app.add_exception_handler(Exception, _unknown_error)
 
     metrics.watch_engine(engine.sessions, lambda: len(engine.batcher))
-    metrics.watch_version(lambda: engine.versions.current.policy_version)
+    metrics.watch_version(manifest.name, lambda: engine.versions.current.policy_version)
     app.act = Act(engine, manifest, settings, keys)
     app.act_endpoint = ActEndpoint(app.act, metrics)
     app.prefix = settings.root_path

@@ -1,4 +1,4 @@
-"""A file of keys: one a line, after it its name for the log; `#` begins a comment.
+"""A file of keys: one a line, after it its shorter name for the log; `#` begins a comment.
 
 Knows nothing of requests. A key is in no sentence of it: a digest is all that is kept.
 """
@@ -61,7 +61,7 @@ def _read(path: Path) -> list[Key]:
         raise KeyFileError(f"{path}: it cannot be read: {error.strerror}") from None
     lines: dict[bytes, int] = {}
     keys = []
-    for number, line in enumerate(content.split(b"\n"), 1):
+    for number, line in enumerate(content.splitlines(), 1):
         words = line.split()
         if not words or words[0].startswith(b"#"):
             continue
@@ -84,10 +84,10 @@ def _key(path: Path, number: int, words: list[bytes]) -> Key:
         raise _bad(path, number, "more than a key and its name, neither of which has spaces")
     if not all(0x21 <= letter <= 0x7E for letter in key):
         raise _bad(path, number, "the key is not of printable ASCII letters")
+    if names and len(names[0]) >= len(key):  # or the log would have the key for its name
+        raise _bad(path, number, "the key comes first, and its name is shorter")
     name = short(names[0].decode(errors="backslashreplace")) if names else f"line {number}"
     if len(key) < SHORT:
-        if names and len(names[0]) >= SHORT:  # or the log would have the key for its name
-            raise _bad(path, number, "a short key with a long name; the key comes first")
         logger.warning("%s: the key %s is shorter than %d characters", path, name, SHORT)
     return Key(digest_of(key), name)
 

@@ -11,8 +11,12 @@ from service.http.key_file import KeyFile, digest_of
 
 logger = logging.getLogger(__name__)
 
-NOT_OF_THIS_MACHINE = {b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via", b"origin"}
+NOT_OF_THIS_MACHINE = {
+    *(b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via", b"origin"),
+    *(b"cf-connecting-ip", b"true-client-ip"),
+}
 """Headers of what a proxy passed on, or a page in a browser sent, wherever it came from last."""
+NOR_WHAT_BEGINS_SO = (b"x-forwarded-", b"x-envoy-", b"sec-fetch-")
 
 
 class Keys:
@@ -95,6 +99,9 @@ def _authorization(request: Request) -> bytes | None:
 
 
 def _is_of_this_machine(request: Request) -> bool:
+    if request.client is None or not is_loopback(request.client.host):
+        return False
     names = {name for name, _ in request.scope["headers"]}
-    client = request.client
-    return client is not None and is_loopback(client.host) and names.isdisjoint(NOT_OF_THIS_MACHINE)
+    return names.isdisjoint(NOT_OF_THIS_MACHINE) and not any(
+        name.startswith(NOR_WHAT_BEGINS_SO) for name in names
+    )

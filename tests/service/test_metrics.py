@@ -2,6 +2,7 @@
 
 import asyncio
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -52,3 +53,38 @@ def test_batches_and_results_are_counted_as_prometheus_counts(
         metrics.count(result)
         requests.labels(result).inc()
     assert samples(rendered(metrics)) == samples(generate_latest(registry).decode())
+
+
+class Written:
+    """Snapshots of which one was written."""
+
+    def __init__(self, every_s: float | None) -> None:
+        self.by_result = {"written": 1, "failed": 0}
+        self.last_s: float | None = 0.5
+        self.every_s = every_s
+
+    def age_s(self) -> float:
+        return 7.0
+
+
+@pytest.mark.parametrize("every_s", [30.0, None])
+def test_a_snapshot_s_age_is_told_where_one_is_written_every_so_often(
+    every_s: float | None,
+) -> None:
+    metrics = Metrics()
+    metrics.watch_snapshots(Written(every_s))
+    lines = rendered(metrics).splitlines()
+    assert ("tamiyo_snapshot_age_seconds 7.0" in lines) == (every_s is not None)
+    assert ("tamiyo_snapshot_every_seconds 30.0" in lines) == (every_s is not None)
+    assert "tamiyo_snapshot_seconds 0.5" in lines
+
+
+def test_weights_are_told_by_the_policy_s_name_and_their_version() -> None:
+    metrics = Metrics()
+    metrics.watch_version('lab "1"', lambda: "sha256:ab12")
+    (family,) = [
+        of for of in text_string_to_metric_families(rendered(metrics)) if "info" in of.name
+    ]
+    assert [(sample.labels, sample.value) for sample in family.samples] == [
+        ({"name": 'lab "1"', "policy_version": "sha256:ab12"}, 1.0)
+    ]

@@ -166,6 +166,21 @@ def test_otherwise_it_is_set_aside_when_there_is_a_new_one(artifact: Path, path:
         assert snapshot.is_final
 
 
+def test_one_policy_after_another_sets_each_one_s_aside(
+    artifact: Path, another: Path, path: Path
+) -> None:
+    snapshot_of(artifact, path, "a")
+    for directory, name in ((another, "sessions.refused"), (artifact, "sessions.refused.2")):
+        with serving(directory, path) as server:
+            (warning,) = re.findall(r"^WARNING:.*$", server.log(), re.MULTILINE)
+            assert warning.endswith(f"the next one moves this to {path.with_name(name)}")
+            assert server.stop() == 0
+    versions = [Manifest.read(directory).policy_version for directory in (artifact, another)]
+    for name, version in zip(("sessions.refused", "sessions.refused.2"), versions, strict=True):
+        with Snapshot(path.with_name(name)) as snapshot:
+            assert version in str(snapshot[0].record)
+
+
 def test_another_policy_s_is_refused_and_what_was_missed_meanwhile_is_known_later(
     artifact: Path, another: Path, path: Path
 ) -> None:

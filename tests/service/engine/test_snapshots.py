@@ -160,6 +160,19 @@ def test_one_that_was_refused_is_replaced_by_none_that_fails(bench: Bench, path:
         assert snapshot.is_final
 
 
+def test_none_that_was_refused_replaces_another(bench: Bench, path: Path) -> None:
+    for content in ("one", "two", "three"):
+        path.write_text(content)
+        snapshots = Snapshots(path, bench.kept(), every_s=None)
+        with pytest.raises(SnapshotError):
+            snapshots.restore()
+        snapshots.write_last()
+        assert snapshots.refused_path.read_text() == content
+    kept = {f"{path.name}.refused{end}" for end in ("", ".2", ".3")}
+    assert {file.name for file in path.parent.iterdir()} == {path.name, *kept}
+    assert path.with_name(f"{path.name}.refused").read_text() == "one"
+
+
 def test_its_age_is_that_of_what_lies_there(bench: Bench, path: Path) -> None:
     snapshots = Snapshots(path, bench.kept(), every_s=None)
     assert snapshots.restore() is None

@@ -36,6 +36,12 @@ def test_a_line_is_a_key_and_its_name_or_the_line_is_its_name(path: Path) -> Non
     assert names(path, "", "alice", ONE[:-1], f"{ONE} alice", "#") == [None] * 5
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_line_ends_as_on_any_system_and_the_next_key_is_no_name(path: Path, end: str) -> None:
+    written(path, end.join(["#", ONE, TWO[:-1], f"{THREE} carol", ""]))
+    assert names(path, ONE, TWO[:-1], THREE) == ["line 2", "line 3", "carol"]
+
+
 @pytest.mark.parametrize("key", ["!" * 16, "~" * 16, "a#b-._~+/=,:;'\"\\", f"{ONE}=="])
 def test_a_key_is_of_any_printable_ascii(path: Path, key: str) -> None:
     assert names(written(path, f"{key}\n"), key) == ["line 1"]
@@ -51,7 +57,13 @@ BAD_FILES: dict[str, tuple[str | bytes, str]] = {
     "a byte order mark": (f"\ufeff{ONE}\n", "line 1: the key is not of printable ASCII"),
     "a control character": (f"{ONE}\x07\n", "line 1: the key is not of printable ASCII"),
     "UTF-16": (f"{ONE}\n".encode("utf-16"), "line 1: the key is not of printable ASCII"),
-    "its name before it": (f"alice {ONE}\n", "line 1: a short key with a long name; the key comes"),
+    "its name before it": (
+        f"alice {ONE}\n",
+        "line 1: the key comes first, and its name is shorter",
+    ),
+    "a long name before it": (f"{'n' * 20} {ONE}\n", "line 1: the key comes first, and its"),
+    "another key of its length after it": (f"{ONE} {TWO}\n", "line 1: the key comes first, and"),
+    "a short one after its name": ("bob hunter2\n", "line 1: the key comes first, and its name"),
 }
 
 
@@ -64,7 +76,7 @@ def test_a_file_that_is_no_file_of_keys_is_refused_in_a_sentence_without_them(
     with pytest.raises(KeyFileError, match=re.escape(f"{path}: {says}")) as refusal:
         KeyFile(path)
     for text in (str(refusal.value), caplog.text):
-        assert not any(key in text for key in (ONE, TWO, THREE))
+        assert not any(key in text for key in (ONE, TWO, THREE, SHORT_ONE))
     assert "\n" not in str(refusal.value)
 
 

@@ -316,7 +316,12 @@ def test_without_admin_keys_no_other_may_and_is_told_what_to_set(
 
 
 @pytest.mark.parametrize(
-    "header", ["Forwarded", "X-Forwarded-For", "X-Real-IP", "Via", "Origin", "oRIGIN"]
+    "header",
+    [
+        *("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via", "Origin", "oRIGIN"),
+        *("X-Forwarded-Proto", "x-forwarded-client-cert", "X-Envoy-External-Address"),
+        *("Sec-Fetch-Site", "CF-Connecting-IP", "True-Client-IP"),
+    ],
 )
 @pytest.mark.parametrize("value", ["127.0.0.1", "null", ""])
 def test_without_admin_keys_no_proxy_or_browser_may(
@@ -324,6 +329,11 @@ def test_without_admin_keys_no_proxy_or_browser_may(
 ) -> None:
     answer = administer(client, [(header, value)], "127.0.0.1")
     assert "--admin-keys FILE" in error_of(answer, 403, "forbidden")
+
+
+@pytest.mark.parametrize("header", ["X-Forwarded", "X-Session-Id", "Sec-GPC", "X-Not-Via"])
+def test_another_header_is_no_proxy_s(client: AppClient, header: str) -> None:
+    assert administer(client, [(header, "1")], "127.0.0.1").status_code == 200
 
 
 def test_where_a_request_comes_from_is_read_off_its_connection(client: AppClient) -> None:

@@ -140,7 +140,8 @@ def test_pushed_weights_serve_and_every_route_names_them(
     assert client.get("/policy").json()["policy_version"] == version(2)
     assert version(2) in client.request("GET", "/", headers={"Accept": "text/html"}).text
     metrics = client.get("/metrics").text
-    assert f'tamiyo_policy_info{{policy_version="{version(2)}"}} 1.0' in metrics
+    labels = f'name="{served_manifest.name}",policy_version="{version(2)}"'
+    assert f"tamiyo_policy_info{{{labels}}} 1.0" in metrics
     assert 'tamiyo_weights_changes_total{result="ok"} 1.0' in metrics
     assert "tamiyo_weights_swap_seconds_count 1.0" in metrics
     listed = versions(client)
