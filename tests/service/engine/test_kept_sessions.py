@@ -16,7 +16,7 @@ from service.engine.kept_sessions import FRAME_NAMES, FRAME_ROWS, Served
 from service.engine.sessions import Past
 from service.engine.snapshot_file import Draft, Snapshot, SnapshotError
 from service.errors import ServiceError, SessionLost, StepConflict, UnknownSession
-from tests.service.fakes import Bench, Stepped, single, vector
+from tests.service.fakes import VERSION, Bench, Stepped, single, vector
 
 RUN: dict[str, Any] = {"run": "p"}
 NUM_STEPS = 6
@@ -259,6 +259,20 @@ def test_more_than_fits_in_a_frame_is_restored(spec: PolicySpec, path: Path) -> 
     assert after.sessions.past() == list(past.items())
     got = after.values(*(single(spec, 1.0, f"s{x}") for x in range(num_sessions)))
     assert got == [[x + 1.0] for x in range(num_sessions)]
+
+
+def test_sessions_that_one_version_answered_share_its_name(spec: PolicySpec, path: Path) -> None:
+    """Once in memory, and not once for each of a million."""
+    names = [f"s{number}" for number in range(1000)]
+    bench = Bench(spec, capacity=len(names), buckets=(64,))
+    bench.take(*(single(spec, 1.0, name, starts=True) for name in names))
+    after = bench.restarted(path)
+    first, *others = [after.sessions.get(name) for name in names]
+    assert first is not None
+    assert first.policy_version == VERSION
+    for other in others:
+        assert other is not None
+        assert other.policy_version is first.policy_version
 
 
 def test_who_came_or_went_while_a_snapshot_was_written_is_as_it_was_then(

@@ -116,3 +116,21 @@ def test_a_value_that_is_worth_nothing_has_no_error_and_no_warning(
     outputs["value"][:] = 0.0
     runtime = SummingRuntime(spec).with_parameters({"scale": np.zeros(1, dtype=np.float32)})
     assert Probe(inputs, outputs).error(runtime, manifest, unit=0.0) == 0.0
+
+
+@pytest.mark.parametrize("share", [-0.5, 0.5])
+def test_the_error_of_a_large_number_is_what_it_would_be_of_a_small_one(
+    spec: PolicySpec, few: Manifest, share: float
+) -> None:
+    """`Parity` has it so: by how much of what is allowed it is off, times the absolute part."""
+    atol, rtol, scale = few.parity.atol, few.parity.rtol, np.float32(10_000)
+    step = SummingRuntime(spec).with_parameters({"scale": np.array([scale])})
+    inputs, outputs = probe_of(spec)
+    outputs["value"] *= scale
+    largest = np.abs(outputs["value"]).argmax()
+    got = float(outputs["value"].flat[largest])
+    outputs["value"].flat[largest] += np.float32(share * (atol + rtol * abs(got)))
+    expected = float(outputs["value"].flat[largest])
+    assert rtol * abs(expected) > 100 * atol
+    error = abs(got - expected) * atol / (atol + rtol * abs(expected))
+    assert Probe(inputs, outputs).error(step, few, unit=1.0) == pytest.approx(error, rel=1e-5)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,6 +33,33 @@ FIRST_LINE = b"tamiyo-snapshot 1\n"
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "sessions.snapshot"
+
+
+Calls = list[tuple[str, int | Path]]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """What the system was asked for, in order, equal ones in a row once.
+
+    Of a file by its number, which it keeps under another name; of a new name by that.
+    """
+    made: Calls = []
+
+    def observe(name: str) -> None:
+        asked = getattr(os, name)
+
+        def observed(of: Any, *more: Any) -> Any:
+            call = (name, more[0] if name == "replace" else os.fstat(of).st_ino)
+            if made[-1:] != [call]:
+                made.append(call)
+            return asked(of, *more)
+
+        monkeypatch.setattr(os, name, observed)
+
+    for name in ("write", "pwrite", "fsync", "replace"):
+        observe(name)
+    return made
 
 
 def write(path: Path, frames: list[Frame] = FRAMES, *, is_final: bool = True) -> bytes:
@@ -233,6 +261,35 @@ def test_an_older_one_can_be_set_aside(path: Path) -> None:
         draft.publish(is_final=True, set_aside=aside)
     assert aside.read_bytes() == content
     assert num_frames(path) == 0
+
+
+def test_it_is_on_the_disk_before_it_has_its_name_and_so_is_the_name_at_the_end(
+    path: Path, calls: Calls
+) -> None:
+    """Or a machine that loses its power may have the name of a file with nothing in it."""
+    write(path)
+    file, folder = path.stat().st_ino, path.parent.stat().st_ino
+    assert calls == [("write", file), ("fsync", file), ("replace", path), ("fsync", folder)]
+
+
+def test_so_is_that_of_an_older_one_which_is_set_aside(path: Path, calls: Calls) -> None:
+    aside = path.with_name("aside")
+    write(path)
+    calls.clear()
+    with Draft(path) as draft:
+        draft.publish(is_final=True, set_aside=aside)
+    file, folder = path.stat().st_ino, path.parent.stat().st_ino
+    names = [("replace", aside), ("replace", path)]
+    assert calls == [("write", file), ("fsync", file), *names, ("fsync", folder)]
+
+
+def test_a_mark_is_on_the_disk_before_anybody_moves_on(path: Path, calls: Calls) -> None:
+    write(path)
+    with Snapshot(path) as snapshot:
+        calls.clear()
+        snapshot.mark_not_final()
+        file = path.stat().st_ino
+        assert calls == [("pwrite", file), ("fsync", file)]
 
 
 KILLED = """

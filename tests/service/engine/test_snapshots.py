@@ -205,3 +205,16 @@ def test_what_is_whole_and_holds_something_else_is_refused_in_a_sentence(
     with pytest.raises(SnapshotError, match="is whole, and holds something else than a snapshot"):
         snapshots.restore()
     snapshots.outdate()
+
+
+def test_where_the_clock_was_set_back_its_age_is_0(bench: Bench, path: Path) -> None:
+    bench.write(path)
+    with Snapshot(path) as snapshot:
+        frame = snapshot[-1]
+    with Draft(path) as draft:
+        draft.add(Frame({**frame.record, "written_at_s": frame.record["written_at_s"] + 3600}, {}))
+        draft.publish(is_final=True)
+    snapshots = Snapshots(path, Bench(bench.spec).kept(), every_s=None)
+    assert snapshots.restore() is not None
+    assert snapshots.age_s() == 0.0
+    snapshots.outdate()

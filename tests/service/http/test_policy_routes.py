@@ -2,7 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.numpy import save
 from export.manifest import Manifest, Parameter, step_inputs, step_outputs
 from export.parameters import Parameters
 from model.spec import PolicySpec
+from service.engine.engine import Engine
 from service.runtime.protocol import STATE_INPUTS, STATE_OUTPUTS
 from service.settings import Settings
 from tests.loaded_step import allocated
@@ -234,6 +236,50 @@ def test_other_weights_are_refused_while_some_are_checked_and_act_goes_on(
     assert 'tamiyo_weights_changes_total{result="push_conflict"}' in metrics
 
 
+def test_another_push_meanwhile_is_refused_before_its_body_is_read(
+    client: AppClient, spec: PolicySpec, loaded: Renewed
+) -> None:
+    gate = loaded.next_gate = threading.Event()
+    was_read = False
+
+    async def unread() -> AsyncIterator[bytes]:
+        nonlocal was_read
+        was_read = True
+        yield push_body(spec, 3)
+
+    async def scenario() -> None:
+        first = asyncio.ensure_future(putting(client, push_body(spec, 2)))
+        while not client.engine.versions.is_changing():
+            await asyncio.sleep(0)
+        headers = {"Content-Type": SAFETENSORS, "Content-Length": "1000000"}
+        second = await client.http.put("/policy/weights", content=unread(), headers=headers)
+        assert refused(second) == (409, "push_conflict")
+        gate.set()
+        await first
+
+    client.run(scenario())
+    assert not was_read
+
+
+def test_a_push_that_is_checked_is_a_step_that_the_process_s_end_does_not_wait_for(
+    client: AppClient, spec: PolicySpec, loaded: Renewed
+) -> None:
+    gate = loaded.next_gate = threading.Event()
+
+    async def scenario() -> None:
+        while client.engine.is_stepping():  # the warm-up's thread, which is about to end
+            await asyncio.sleep(0)
+        push = asyncio.ensure_future(putting(client, push_body(spec, 2)))
+        while not client.engine.versions.is_changing():
+            await asyncio.sleep(0)
+        assert client.engine.is_stepping()
+        gate.set()
+        assert (await push).status_code == 200
+        assert not client.engine.is_stepping()
+
+    client.run(scenario())
+
+
 RESTARTS: dict[str, Callable[[AppClient, PolicySpec], httpx.Response]] = {
     "push": lambda client, spec: put(client, push_body(spec, 3), "?sessions=restart"),
     "rollback": lambda client, spec: roll_back(client, "?sessions=restart"),
@@ -288,6 +334,93 @@ def test_the_last_16_versions_are_listed_the_newest_first(
     assert [of["policy_version"] for of in listed] == [version(s) for s in scales[:-17:-1]]
     since = [of["since"] for of in listed]
     assert since == sorted(since, reverse=True)
+
+
+def since(client: AppClient) -> list[tuple[str, datetime]]:
+    """The versions that were served, the newest first, and when each began to."""
+    listed = versions(client)["versions"]
+    return [(of["policy_version"], datetime.fromisoformat(of["since"])) for of in listed]
+
+
+def test_a_version_is_listed_since_it_serves_and_not_since_it_was_pushed(
+    client: AppClient, spec: PolicySpec, loaded: Renewed
+) -> None:
+    gate = loaded.next_gate = threading.Event()
+
+    async def scenario() -> datetime:
+        push = asyncio.ensure_future(putting(client, push_body(spec, 2)))
+        while not client.engine.versions.is_changing():
+            await asyncio.sleep(0)
+        acted = await client.post(body(spec, 1.0))
+        assert acted.json()["policy_version"] != version(2)
+        checked = datetime.now(UTC)
+        gate.set()
+        changed(await push)
+        return checked
+
+    checked = client.run(scenario())
+    (serves, began), (_, first) = since(client)
+    assert serves == version(2)
+    assert first <= checked <= began <= datetime.now(UTC)
+
+
+def test_a_version_that_serves_again_is_listed_since_then(
+    client: AppClient, spec: PolicySpec, served_manifest: Manifest
+) -> None:
+    for scale in (2, 3):
+        put(client, push_body(spec, scale))
+    before = since(client)
+    changed(roll_back(client))
+    (serves, again), *others = since(client)
+    assert others == before, "what was listed stays as it was"
+    assert [serves, *(name for name, _ in others)] == [
+        *(version(scale) for scale in (2, 3, 2)),
+        served_manifest.policy_version,
+    ]
+    began = [again, *(at for _, at in others)]
+    assert began == sorted(began, reverse=True)
+
+
+def test_the_seconds_of_a_change_are_told_of_each_that_was_tried(
+    artifact: Path, served_manifest: Manifest, loaded: Renewed, spec: PolicySpec
+) -> None:
+    settings = Settings(artifact=artifact, max_batch_size=4)
+    told: list[tuple[str, float]] = []
+    served = Served.make(served_manifest, loaded, settings)
+    observed = Engine(
+        served_manifest,
+        loaded,
+        settings,
+        observe_change=lambda result, seconds: told.append((result, seconds)),
+    )
+    with AppClient(served._replace(engine=observed)) as client:
+        put(client, push_body(spec, 2))
+        put(client, push_body(spec, 3, probed=2))
+        roll_back(client)
+        roll_back(client)
+    assert [result for result, _ in told] == ["ok", "invalid", "ok", "no_previous_version"]
+    assert all(seconds > 0 for _, seconds in told)
+
+
+@pytest.mark.parametrize(
+    "encoding", ["br", "deflate", "zstd", "x-gzip", "gzip", "GZIP", "identity, gzip", "unknown"]
+)
+def test_a_body_in_whatever_encoding_is_refused(
+    encoding: str, client: AppClient, spec: PolicySpec
+) -> None:
+    answer = put(client, push_body(spec, 2), Content_Encoding=encoding)
+    assert refused(answer) == (415, "unsupported_content_type")
+    sentence = f"the Content-Encoding is {encoding.lower()!r}; send the body as it is"
+    assert answer.json()["error"] == sentence
+    assert act(client, spec)[0] == 1
+
+
+@pytest.mark.parametrize("encoding", ["identity", "Identity", ""])
+def test_a_body_that_is_said_to_be_as_it_is_is_taken(
+    encoding: str, client: AppClient, spec: PolicySpec
+) -> None:
+    answer = put(client, push_body(spec, 2), Content_Encoding=encoding)
+    assert changed(answer)[0] == version(2)
 
 
 @pytest.mark.parametrize(
