@@ -3,7 +3,7 @@
 `python -m benchmarks.pushes --artifact DIR` has clients act, in turn without pushes and with one a
 second, and prints the latencies of both and their ratio, what each push took from its last byte to
 the swap, and whether every answer is, bit for bit, that of the version it names: each trajectory is
-stepped again, alone, with those weights. `--rows N` has vectors of N act, in safetensors.
+stepped again, alone, with those weights (TorchScript's last bits depend on the batch). `--rows N` has vectors of N act, in safetensors.
 """
 
 import argparse
@@ -149,7 +149,8 @@ async def main() -> None:
     differences = replay(sessions, pool, wire, loaded, manifest.spec)
     print(
         f"{differences.answers} answers of {len(versions)} versions under pushes, of which "
-        f"{differences.differing} differ from those of the version that they name"
+        f"{differences.differing} differ from those of the version that they name: "
+        f"{differences.other_actions} in an action, by {differences.largest:.1e} at most"
     )
 
 
