@@ -3,7 +3,8 @@
 `python -m benchmarks.pushes --artifact DIR` has clients act, in turn without pushes and with one a
 second, and prints the latencies of both and their ratio, what each push took from its last byte to
 the swap, and whether every answer is, bit for bit, that of the version it names: each trajectory is
-stepped again, alone, with those weights (TorchScript's last bits depend on the batch). `--rows N` has vectors of N act, in safetensors.
+stepped again, alone, with those weights. `--rows N` has vectors of N act, in safetensors.
+TorchScript's last bits depend on the batch, with or without pushes.
 """
 
 import argparse
