@@ -99,7 +99,6 @@ def main(asked_to_stop: Sequence[int] = ()) -> int:
     try:
         keys = Keys(settings.act_keys, settings.admin_keys)
         signal.signal(signal.SIGHUP, lambda *_: keys.reload())
-        _warn_if_open(settings)
         artifact = _opened(settings)
         directory, manifest = artifact.directory, artifact.manifest
         device = choose_device(settings.device, manifest, settings.runtime)
@@ -116,6 +115,7 @@ def main(asked_to_stop: Sequence[int] = ()) -> int:
         )
     except (ArtifactError, KeyFileError) as error:
         _fail(str(error))
+    _warn_if_open(settings)
     return serve(settings, manifest, runtime, keys, asked_to_stop)
 
 
