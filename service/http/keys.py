@@ -13,10 +13,13 @@ logger = logging.getLogger(__name__)
 
 NOT_OF_THIS_MACHINE = {
     *(b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via", b"origin"),
-    *(b"cf-connecting-ip", b"true-client-ip"),
+    *(b"cf-connecting-ip", b"true-client-ip", b"sec-fetch-site"),
 }
-"""Headers of what a proxy passed on, or a page in a browser sent, wherever it came from last."""
-NOR_WHAT_BEGINS_SO = (b"x-forwarded-", b"x-envoy-", b"sec-fetch-")
+"""Headers of what a proxy passed on, or a page in a browser sent, wherever it came from last.
+
+Node's `fetch` is no page and sends `Sec-Fetch-Mode`.
+"""
+NOR_WHAT_BEGINS_SO = (b"x-forwarded-", b"x-envoy-")
 
 
 class Keys:

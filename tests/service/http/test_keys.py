@@ -331,7 +331,7 @@ def test_without_admin_keys_no_proxy_or_browser_may(
     assert "--admin-keys FILE" in error_of(answer, 403, "forbidden")
 
 
-@pytest.mark.parametrize("header", ["X-Forwarded", "X-Session-Id", "Sec-GPC", "X-Not-Via"])
+@pytest.mark.parametrize("header", ["X-Forwarded", "Sec-Fetch-Mode", "Sec-GPC", "X-Not-Via"])
 def test_another_header_is_no_proxy_s(client: AppClient, header: str) -> None:
     assert administer(client, [(header, "1")], "127.0.0.1").status_code == 200
 
@@ -428,15 +428,15 @@ def test_a_bad_file_stops_the_start_with_one_line(artifact: Path, own_files: Fil
 
 @pytest.fixture
 def start(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, artifact: Path
 ) -> Iterator[Callable[..., list[str]]]:
-    """The warnings of a start that ends where the artifact is looked for, as there is none."""
+    """The warnings of a start that ends as no snapshot can be written where it is told to."""
     handler = signal.getsignal(signal.SIGHUP)
 
     def warnings(*flags: str) -> list[str]:
         caplog.clear()
-        missing = str(tmp_path / "missing")
-        monkeypatch.setattr(sys, "argv", ["service", "--artifact", missing, *flags])
+        of_all = ["--artifact", str(artifact), "--runtime", "onnx", "--snapshot", "/proc/none"]
+        monkeypatch.setattr(sys, "argv", ["service", *of_all, *flags])
         with pytest.raises(SystemExit) as stop:
             main()
         assert stop.value.code == 2
