@@ -435,7 +435,14 @@ def start(
 
     def warnings(*flags: str) -> list[str]:
         caplog.clear()
-        of_all = ["--artifact", str(artifact), "--runtime", "onnx", "--snapshot", "/proc/none"]
+        of_all = [
+            "--artifact",
+            str(artifact),
+            "--runtime",
+            "torchscript",
+            "--snapshot",
+            "/proc/none",
+        ]
         monkeypatch.setattr(sys, "argv", ["service", *of_all, *flags])
         with pytest.raises(SystemExit) as stop:
             main()
