@@ -172,8 +172,10 @@ def _restarts_sessions(request: Request) -> bool:
 
 def _if_match(request: Request) -> list[str] | None:
     """Versions as RFC 9110 writes them, within quotes, or bare."""
-    given = ",".join(request.headers.getlist("if-match"))
-    return [version.strip().strip('"') for version in given.split(",")] if given else None
+    given = request.headers.getlist("if-match")
+    if not given:
+        return None
+    return [version.strip().strip('"') for line in given for version in line.split(",")]
 
 
 @asynccontextmanager

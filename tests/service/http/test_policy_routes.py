@@ -203,6 +203,7 @@ def test_a_push_may_be_for_one_version_only(
     assert refused(roll_back(client, If_Match=own)) == (412, "version_mismatch")
     assert act(client, spec) == (2, version(2))
     assert refused(put(client, three, If_Match=f'"{version(7)}", "{own}"'))[0] == 412
+    assert refused(put(client, three, If_Match=""))[0] == 412, "that is no version"
     one_of_two = f'"{version(7)}", "{version(2)}"'
     assert changed(put(client, three, If_Match=one_of_two)) == (version(3), version(2))
     assert changed(put(client, three, If_Match="*"))[0] == version(3)
