@@ -35,14 +35,11 @@ from tests.random_inputs import (
     tensors,
 )
 from tests.running_server import running_server
+from tests.specs import TINY_V1, TINY_V2
 
 SPECS = {
-    "v1": PolicySpec.tamiyo_v1(
-        num_slots=2, observation_dim=11, feature_dim=12, hidden_dim=10, num_layers=2
-    ),
-    "v2": PolicySpec.tamiyo_v2(
-        num_slots=2, observation_dim=7, feature_dim=12, hidden_dim=16, value_scale=3.0
-    ),
+    "v1": TINY_V1.model_copy(update={"num_layers": 2}),
+    "v2": TINY_V2,
 }
 NUM_PUSHES = 52
 NUM_ACTORS = 2

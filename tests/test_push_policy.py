@@ -15,20 +15,15 @@ from export import push_policy
 from export.push import copied, push_body
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
-from model.spec import PolicySpec
 from tamiyo_client import errors
 from tests.client.faulty_proxy import faulty_proxy
 from tests.export.gate_cases import statistics
 from tests.pushes import Learner
 from tests.random_inputs import random_policy
 from tests.running_server import RunningServer, running_server
+from tests.specs import TINY_V1 as V1
+from tests.specs import TINY_V2 as V2
 
-V1 = PolicySpec.tamiyo_v1(
-    num_slots=2, observation_dim=11, feature_dim=12, hidden_dim=10, num_layers=1
-)
-V2 = PolicySpec.tamiyo_v2(
-    num_slots=2, observation_dim=7, feature_dim=12, hidden_dim=16, value_scale=3.0
-)
 Arguments = tuple[nn.Module, ObservationNormalizer | None]
 
 

@@ -20,8 +20,9 @@ from tests.connection import Connection
 from tests.pushes import TIMEOUT_S, Learner, put
 from tests.random_inputs import random_policy
 from tests.running_server import running_server
+from tests.specs import TINY_V1 as V1
 from tests.test_snapshots import RETRY_S, Home, Progress, home_of
-from tests.test_versions_under_load import V1, Version, versions_of
+from tests.test_versions_under_load import Version, versions_of
 
 NUM_RESTARTS = 5
 NUM_STEPS = 120

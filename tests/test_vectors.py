@@ -34,15 +34,12 @@ from tests.random_inputs import (
     random_slots_by_op,
 )
 from tests.running_server import running_server
+from tests.specs import TINY_V1, TINY_V2
 from tests.traffic import run
 
 SPECS = {
-    "V1": PolicySpec.tamiyo_v1(
-        num_slots=2, observation_dim=11, feature_dim=12, hidden_dim=10, num_layers=1
-    ),
-    "V2": PolicySpec.tamiyo_v2(
-        num_slots=2, observation_dim=7, feature_dim=12, hidden_dim=16, num_layers=2, value_scale=3.0
-    ),
+    "V1": TINY_V1,
+    "V2": TINY_V2,
 }
 LARGEST_BATCH = {"V1": 64, "V2": 16}
 MIN_STEPS, MAX_STEPS = 2, 6

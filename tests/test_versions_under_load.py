@@ -26,13 +26,9 @@ from tests.loaded_step import load_from
 from tests.pushes import SAFETENSORS, TIMEOUT_S, Learner
 from tests.random_inputs import random_policy
 from tests.running_server import RunningServer, running_server
+from tests.specs import TINY_V1 as V1
+from tests.specs import TINY_V2 as V2
 
-V1 = PolicySpec.tamiyo_v1(
-    num_slots=2, observation_dim=11, feature_dim=12, hidden_dim=10, num_layers=1
-)
-V2 = PolicySpec.tamiyo_v2(
-    num_slots=2, observation_dim=7, feature_dim=12, hidden_dim=16, num_layers=2, value_scale=3.0
-)
 NUM_VERSIONS = 3
 NUM_CHANGES = 30
 ROLLBACK_EVERY = 5

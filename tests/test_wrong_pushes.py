@@ -27,15 +27,13 @@ from tests.machine import needs_bf16
 from tests.pushes import SAFETENSORS, TIMEOUT_S, Learner, Tensors, put
 from tests.random_inputs import random_policy
 from tests.running_server import RunningServer, running_server
+from tests.specs import TINY_V2 as V2
 
 SIZE = 16
 V1 = PolicySpec.tamiyo_v1(
     num_slots=2, observation_dim=SIZE, feature_dim=SIZE, hidden_dim=SIZE, num_layers=1
 )
 """Its first weight is square."""
-V2 = PolicySpec.tamiyo_v2(
-    num_slots=2, observation_dim=7, feature_dim=12, hidden_dim=16, num_layers=2, value_scale=3.0
-)
 NUMBERS = count()
 CHUNK = b"\0" * 65_536
 BUFFERED = 16_000_000

@@ -101,10 +101,9 @@ class AsyncTransport(_OfOneProcess):
     async def run(self, call: Call[Result]) -> Result:
         """The call's result. Raises what the call does, and RuntimeError in a forked process."""
         self._check_process()
-        if (
-            self._loop is not asyncio.get_running_loop()
-        ):  # a connection is of the loop it was made on
-            self._loop, self._pool = asyncio.get_running_loop(), self._new_pool()
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:  # a connection is of the loop it was made on
+            self._loop, self._pool = loop, self._new_pool()
         outcome: Reply | Broken | None = None
         while True:
             try:

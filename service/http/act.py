@@ -9,8 +9,9 @@ from pydantic_core import to_json
 from export.manifest import Manifest
 from service.engine.block import Answer
 from service.engine.engine import Engine
-from service.errors import Malformed, ServiceError, TooLarge, UnsupportedContentType, short
+from service.errors import Malformed, ServiceError, UnsupportedContentType, short
 from service.http.accept import quality
+from service.http.body import check_announced, check_encoding
 from service.http.codec import JSON, Codec
 from service.http.json_codec import JsonCodec
 from service.http.keys import Keys
@@ -23,8 +24,6 @@ logger = logging.getLogger(__name__)
 Headers = list[tuple[bytes, bytes]]
 
 REPLAYED = (b"replayed", b"true")
-
-LONGEST_LENGTH = 18  # digits; as many as an int may have is a way to hold the loop
 
 HEEDED = {
     *(b"content-type", b"content-length", b"content-encoding", b"transfer-encoding"),
@@ -124,7 +123,7 @@ class Act:
         if is_of_two_sessions:
             raise Malformed("`X-Session-Id` is given twice, with two names")
         for name, value in encodings:
-            _check_encoding(name, value)
+            check_encoding(name, value)
         if content_type == b"application/json":
             exchange.reads = self._json
         else:
@@ -133,7 +132,7 @@ class Act:
         if accept is not None and accept != b"*/*":
             exchange.writes = self._preferred(accept.decode("latin-1"), exchange.reads)
         if content_length is not None:
-            check_announced(exchange, content_length)
+            check_announced(content_length, exchange.reads.max_body_bytes)
         self._engine.check_open()
 
     def run(self, body: bytes | bytearray, exchange: Exchange) -> None:
@@ -181,29 +180,6 @@ class Act:
         """The form the client would rather have; where it does not say, that of its request."""
         codecs = sorted(self._codecs.values(), key=lambda codec: codec is not reads)
         return max(codecs, key=lambda codec: quality(accept, codec.content_type))
-
-
-def check_length(exchange: Exchange, num_bytes: int) -> None:
-    """Raises TooLarge for a body, or the part of one, that is more than anybody needs."""
-    limit = exchange.reads.max_body_bytes
-    if num_bytes > limit:
-        raise TooLarge(f"the body is larger than {limit} bytes")
-
-
-def check_announced(exchange: Exchange, length: bytes) -> None:
-    """The same of a Content-Length."""
-    if not length.isdigit():
-        raise Malformed("the Content-Length is not a number")
-    check_length(exchange, int(length[: LONGEST_LENGTH + 1]))
-
-
-def _check_encoding(header: bytes, given: bytes) -> None:
-    plain = "chunked" if header == b"transfer-encoding" else "identity"
-    encodings = [token.strip().lower() for token in given.decode("latin-1").split(",")]
-    for encoding in encodings:
-        if encoding not in ("", plain):
-            name = "-".join(word.capitalize() for word in header.decode().split("-"))
-            raise UnsupportedContentType(f"the {name} is {encoding[:80]!r}; send the body as it is")
 
 
 def _check_session(header: bytes, session_id: str | None) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from service.errors import Disconnected, ServiceError
-from service.http.act import Act, Exchange, Headers, check_length
+from service.http.act import Act, Exchange, Headers
+from service.http.body import read_body
 from service.http.codec import JSON
 from service.metrics import Metrics
 
@@ -30,7 +31,7 @@ class ActEndpoint:
         exchange = _AsgiExchange(self._metrics, receive, response)
         try:
             self._act.open(exchange, scope["headers"])
-            body = await _read_body(exchange, receive)
+            body = await read_body(receive, exchange.reads.max_body_bytes)
         except ServiceError as error:
             exchange.refuse(error)
         except Exception:
@@ -69,15 +70,3 @@ class _AsgiExchange(Exchange):
             (b"content-length", str(len(content)).encode()),
         )
         self._response.set_result((status, headers, content))
-
-
-async def _read_body(exchange: Exchange, receive: Receive) -> bytearray:
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise Disconnected("the client hung up")
-        body += message.get("body", b"")
-        check_length(exchange, len(body))
-        if not message.get("more_body", False):
-            return body

@@ -13,7 +13,8 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 
 from service.errors import Disconnected, ServiceError, TooLarge
-from service.http.act import Exchange, Headers, check_length
+from service.http.act import Exchange, Headers
+from service.http.body import check_length
 from service.http.codec import JSON
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class DirectRequest(Exchange):
         connection = self._connection
         try:
             connection.shared.act.open(self, self._headers)
-            check_length(self, len(self.body))
+            check_length(len(self.body), self.reads.max_body_bytes)
         except ServiceError as error:
             self.refuse(error)
             return
@@ -71,7 +72,7 @@ class DirectRequest(Exchange):
             self.body += body
         if self._connection.current is self:
             try:
-                check_length(self, len(self.body))
+                check_length(len(self.body), self.reads.max_body_bytes)
             except TooLarge as error:
                 self.refuse(error)
 

@@ -8,19 +8,17 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel
-from starlette.requests import ClientDisconnect
 
 from service.engine.engine import Engine
 from service.engine.policy_versions import Change
 from service.errors import (
-    Disconnected,
     Malformed,
     NoPreviousVersion,
     PushConflict,
-    TooLarge,
     UnsupportedContentType,
     short,
 )
+from service.http.body import check_announced, check_encoding, read_body
 from service.http.codec import SAFETENSORS
 from service.http.documentation import (
     OF_SESSIONS,
@@ -32,7 +30,6 @@ from service.http.documentation import (
 from service.http.keys import Keys
 from service.http.weights_codec import WeightsCodec
 
-LONGEST_LENGTH = 18
 MOST_BODIES = 4
 """That are read at once. One is taken at a time, and each may be as large as a push gets."""
 SESSIONS = {
@@ -102,7 +99,7 @@ def policy_routes(engine: Engine, codec: WeightsCodec, keys: Keys) -> APIRouter:
         versions.check_idle()
         restarts, if_match = _restarts_sessions(request), _if_match(request)
         async with _room(bodies):
-            body = await _read_body(request, codec.max_body_bytes)
+            body = await _read(request, codec.max_body_bytes)
         change = await versions.push(
             lambda: codec.parse(body), if_match=if_match, restarts_sessions=restarts, by=by
         )
@@ -187,7 +184,7 @@ async def _room(bodies: asyncio.Semaphore) -> AsyncIterator[None]:
         yield
 
 
-async def _read_body(request: Request, limit: int) -> bytearray:
+async def _read(request: Request, limit: int) -> bytearray:
     """Raises UnsupportedContentType, TooLarge before anything is read beyond the limit, and
     Disconnected where the rest never came."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -195,28 +192,12 @@ async def _read_body(request: Request, limit: int) -> bytearray:
         raise UnsupportedContentType(
             f"the content type is {short(content_type)!r}; send {SAFETENSORS}"
         )
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in ("", "identity"):
-        raise UnsupportedContentType(
-            f"the Content-Encoding is {short(encoding)!r}; send the body as it is"
-        )
-    length = request.headers.get("content-length", "0")
-    if not (length.isascii() and length.isdigit()):
-        raise Malformed("the Content-Length is not a number")
-    body = bytearray()
-    _check_length(int(length[:LONGEST_LENGTH]), limit)
-    try:
-        async for part in request.stream():
-            body += part
-            _check_length(len(body), limit)
-    except ClientDisconnect as error:
-        raise Disconnected("the client hung up") from error
-    return body
-
-
-def _check_length(num_bytes: int, limit: int) -> None:
-    if num_bytes > limit:
-        raise TooLarge(f"the body is larger than {limit} bytes, which the largest push takes")
+    for name, value in request.headers.raw:
+        if name == b"content-encoding":
+            check_encoding(name, value)
+        elif name == b"content-length":
+            check_announced(value, limit)
+    return await read_body(request.receive, limit)
 
 
 def _weights_file() -> dict[str, Any]:

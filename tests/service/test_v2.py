@@ -24,10 +24,8 @@ from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL
 from tests.random_inputs import random_policy
 from tests.service.conftest import MakeClient
 from tests.service.fakes import AppClient, Served
+from tests.specs import TINY_V2 as SPEC
 
-SPEC = PolicySpec.tamiyo_v2(
-    num_slots=2, observation_dim=7, feature_dim=12, hidden_dim=16, num_layers=2, value_scale=3.0
-)
 NUM_SESSIONS, NUM_STEPS = 5, 6
 
 Json = dict[str, Any]
