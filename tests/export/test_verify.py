@@ -20,7 +20,9 @@ from export.artifact import open_artifact
 from export.comparison import ParityError
 from export.exporter import export_policy
 from export.manifest import MANIFEST_FILE, ArtifactError, File, Manifest, Source
+from export.parameters import sha256
 from export.signature import load_private_key, load_public_key
+from export.step import pack
 from export.verify import verify_artifact
 from export.weights import WEIGHTS_FILE
 from model.normalizer import ObservationNormalizer
@@ -72,12 +74,19 @@ def test_one_flipped_bit_of_any_file_is_found(name: str, where: float, artifact:
 
 
 def test_weights_that_are_not_the_files_are_found_by_what_they_do(artifact: Path) -> None:
-    """Somebody who changes the weights and mends the hash still has the old formats."""
+    """Somebody who changes the weights and mends every hash still has the old formats."""
     tensors = load_file(artifact / WEIGHTS_FILE)
     tensors["lstm.weight_hh_l0"] *= 1.001
     save_file(tensors, artifact / WEIGHTS_FILE)
+    manifest = Manifest.read(artifact)
     weights = File.describe(artifact / WEIGHTS_FILE)
-    Manifest.read(artifact).model_copy(update={"weights": weights}).write(artifact)
+    manifest.model_copy(update={"weights": weights}).write(artifact)
+    with pytest.raises(ArtifactError, match="not those that the policy's version names"):
+        verify_artifact(open_artifact(artifact))
+
+    packed = pack((artifact / WEIGHTS_FILE).read_bytes(), manifest.spec, manifest.precision)
+    mended = {"weights": weights, "parameters_sha256": sha256(packed)}
+    manifest.model_copy(update=mended).write(artifact)
     with pytest.raises(ParityError, match="torchscript differs from the policy"):
         verify_artifact(open_artifact(artifact))
 
