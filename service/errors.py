@@ -5,6 +5,7 @@
         Unauthorized            401 unauthorized
         Forbidden               403 forbidden
         UnknownSession          404 unknown_session
+        UnknownModel            404 unknown_model
         RequestTimeout          408 request_timeout
         StepConflict            409 step_conflict
         PushConflict            409 push_conflict
@@ -64,6 +65,12 @@ class UnknownSession(ServiceError):
     """The session was never started here."""
 
     status_code, error_type = 404, "unknown_session"
+
+
+class UnknownModel(ServiceError):
+    """The server serves one policy, and not under this name."""
+
+    status_code, error_type = 404, "unknown_model"
 
 
 class RequestTimeout(ServiceError):

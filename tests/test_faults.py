@@ -1,6 +1,6 @@
 """Exactly once, whatever the network does: sessions under faults against one at a time.
 
-They are of one environment or of many, in JSON and in safetensors. Clients of raw sockets cut
+They are of one environment or of many, in every form there is. Clients of raw sockets cut
 connections before, during and after an answer, send requests twice and ahead of their turn, retry,
 and run out of time. Every session's answers must be, to the last bit, those of the same session run
 alone and undisturbed.
@@ -22,7 +22,7 @@ from model.spec import PolicySpec
 from service.runtime.load import load_runtime
 from service.settings import Settings
 from tests.connection import Connection
-from tests.forms import JSON, SAFETENSORS, Form
+from tests.forms import JSON, SAFETENSORS, Form, inference
 from tests.random_inputs import random_masks, random_observations
 from tests.running_server import RunningServer, running_server
 from tests.service.fakes import AppClient, Served
@@ -44,6 +44,10 @@ FAULTS = {
     "sent ahead of its turn": 4,
     "out of time": 3,
 }
+MODEL = "tiny"
+OIP, OIP_BINARY = (inference(MODEL, is_binary=is_binary) for is_binary in (False, True))
+FORMS = (JSON, SAFETENSORS, OIP, OIP_BINARY)
+"""Of vectors; lone environments send JSON."""
 Json = dict[str, Any]
 
 
@@ -82,7 +86,7 @@ def scripts(spec: PolicySpec, num_sessions: int, num_steps: int) -> list[Script]
 def vector_scripts(spec: PolicySpec) -> list[Script]:
     """Runs of vectors whose rows start episodes at random.
 
-    Half of them are in either form, and half of those bring a seed for each row that starts.
+    They are in turn in each form, and half of those bring a seed for each row that starts.
     """
     rng = np.random.default_rng(6)
     made = []
@@ -103,12 +107,12 @@ def vector_scripts(spec: PolicySpec) -> list[Script]:
             }
             if starts[step].any():
                 body["episode_start"] = starts[step]
-                if index % 4 < 2:
+                if index // len(FORMS) % 2:
                     body["seed"] = rng.integers(2**64, size=NUM_ROWS, dtype=np.uint64)
                 elif step == 0:
                     body["seed"] = index
             bodies.append(body)
-        made.append(Script(f"vector-{index}", (JSON, SAFETENSORS)[index % 2], bodies))
+        made.append(Script(f"vector-{index}", FORMS[index % len(FORMS)], bodies))
     return made
 
 
@@ -170,8 +174,8 @@ class Environment:
 
     async def _twice(self, body: Json) -> bytes:
         other = Connection(*self._host_and_port)
-        twice = self._form.content_type, self._form.request(body)
-        await asyncio.gather(self._connection.send(*twice), other.send(*twice))
+        twice = self._form.request(body)
+        await asyncio.gather(self._connection.send(twice), other.send(twice))
         one, two = await asyncio.gather(self._connection.receive(), other.receive())
         other.cut()
         assert (one.status, two.status) == (200, 200), (one, two)
@@ -188,7 +192,7 @@ class Environment:
             assert answer.status in (404, 409, 410), answer
 
     async def _send(self, body: Json, share: float = 1.0) -> None:
-        await self._connection.send(self._form.content_type, self._form.request(body), share)
+        await self._connection.send(self._form.request(body), share)
 
 
 def alone(artifact: Path, made: list[Script]) -> list[list[bytes]]:
@@ -200,8 +204,8 @@ def alone(artifact: Path, made: list[Script]) -> list[list[bytes]]:
 
 
 def answer_of(client: AppClient, form: Form, body: Json) -> bytes:
-    headers = {"Content-Type": form.content_type}
-    answer = client.request("POST", "/act", content=form.request(body), headers=headers)
+    content, headers, path = form.request(body)
+    answer = client.request("POST", path, content=content, headers=headers)
     assert answer.status_code == 200
     assert "replayed" not in answer.headers
     return answer.content
@@ -218,7 +222,7 @@ def artifact(
     policy: FactoredRecurrentActorCritic, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     output = tmp_path_factory.mktemp("faults") / "tiny"
-    export_policy(policy, None, output, name="tiny", formats=("onnx",), max_batch_size=64)
+    export_policy(policy, None, output, name=MODEL, formats=("onnx",), max_batch_size=64)
     return output
 
 
@@ -258,7 +262,7 @@ def test_a_seeded_session_is_the_same_among_256_others_and_after_a_restart(
             connection = Connection(*server.host_and_port)
             contents = []
             for body in script.bodies:
-                await connection.send(script.form.content_type, script.form.request(body))
+                await connection.send(script.form.request(body))
                 answer = await connection.receive()
                 assert answer.status == 200, answer
                 contents.append(answer.content)

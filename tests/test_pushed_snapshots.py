@@ -16,7 +16,7 @@ from service.bench.load import Session, new_sessions
 from service.bench.pool import POOL_SIZE, Pool
 from service.bench.replay import replay
 from service.bench.wire import Wire, wire_of
-from tests.connection import Connection
+from tests.connection import Connection, Message
 from tests.pushes import TIMEOUT_S, Learner, put
 from tests.random_inputs import random_policy
 from tests.running_server import running_server
@@ -40,7 +40,7 @@ async def act(home: Home, wire: Wire, session: Session, progress: Progress) -> N
         body = wire.body(session.session_id, session.seed, step, at, starts)
         while True:
             try:
-                await connection.send(wire.content_type, body)
+                await connection.send(Message(body, {"Content-Type": wire.content_type}))
                 answer = await connection.receive()
             except (OSError, asyncio.IncompleteReadError):
                 pass

@@ -127,7 +127,7 @@ class Environment:
         form, body = self.script.form, self.script.bodies[at]
         while True:
             try:
-                await self._connection.send(form.content_type, form.request(body))
+                await self._connection.send(form.request(body))
                 answer = await self._connection.receive()
             except (OSError, asyncio.IncompleteReadError):
                 pass

@@ -23,7 +23,7 @@ from export.manifest import step_inputs, step_outputs
 from model.spec import PolicySpec
 from tamiyo_client.noise import gumbel_noise, row_seed
 from tests.connection import Answer, Connection
-from tests.forms import JSON, SAFETENSORS, Arrays, Form, Told
+from tests.forms import JSON, SAFETENSORS, Arrays, Form, Told, inference
 from tests.loaded_step import allocated, load_from
 from tests.random_inputs import (
     packed,
@@ -48,6 +48,8 @@ MANY_ROWS = 300
 MAX_BODY_BYTES = 4_000_000
 TOO_LARGE = 3e38  # for this policy, not for a float32: only the model finds out
 SEEDS = st.integers(0, 2**64 - 2)
+MODEL = "tiny"
+OIP, OIP_BINARY = (inference(MODEL, is_binary=is_binary) for is_binary in (False, True))
 Address = tuple[str, int]
 Json = dict[str, Any]
 
@@ -274,7 +276,7 @@ class Session:
             assert answer.status == 200, answer
             assert answer.is_replay or not received
             assert all(answer.content.startswith(part) for part in received)
-            told.append(self._form.told(answer.content))
+            told.append(self._form.told(answer))
             assert told[-1].step == body["step"]
         self._connection.cut()
         self._other.cut()
@@ -312,8 +314,7 @@ class Session:
     async def _send(
         self, body: Json, connection: Connection | None = None, share: float = 1.0
     ) -> None:
-        content = self._form.request(body)
-        await (connection or self._connection).send(self._form.content_type, content, share)
+        await (connection or self._connection).send(self._form.request(body), share)
 
 
 async def as_single_sessions(address: Address, trajectory: Trajectory, name: str) -> list[Arrays]:
@@ -358,11 +359,11 @@ async def carried(
         if body["step"]:
             body["state"] = {half: state[rows] for half, state in states.items()}
         connection = Connection(*address)
-        await connection.send(form.content_type, form.request(body))
+        await connection.send(form.request(body))
         answer = await connection.receive()
         connection.cut()
         assert answer.status == 200, answer
-        told = form.told(answer.content)
+        told = form.told(answer)
         assert told.state is not None
         for arrays, of_rows in ((outputs, told.outputs), (states, told.state)):
             for name, array in arrays.items():
@@ -383,8 +384,11 @@ Way = Callable[[Address, Trajectory, str], Coroutine[Any, Any, list[Arrays]]]
 VECTOR_WAYS: dict[str, Way] = {
     "vector in JSON": lambda address, t, name: as_vector(address, t, name, JSON),
     "vector in safetensors": lambda address, t, name: as_vector(address, t, name, SAFETENSORS),
+    "vector by OIP": lambda address, t, name: as_vector(address, t, name, OIP),
+    "vector by OIP in binary": lambda address, t, name: as_vector(address, t, name, OIP_BINARY),
     "carried in JSON": lambda address, t, _: carried(address, t, JSON, by_step),
     "carried in safetensors": lambda address, t, _: carried(address, t, SAFETENSORS, by_step),
+    "carried by OIP in binary": lambda address, t, _: carried(address, t, OIP_BINARY, by_step),
 }
 WAYS_OF_FEW: dict[str, Way] = {
     "single sessions": as_single_sessions,
@@ -416,7 +420,7 @@ def served(
         random_policy(spec),
         None,
         output,
-        name="tiny",
+        name=MODEL,
         formats=("onnx",),
         max_batch_size=LARGEST_BATCH[request.param],
     )

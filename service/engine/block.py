@@ -22,7 +22,8 @@ class Block:
     starts from zeros. A single environment is a block of one row, and its episode is its `run`.
 
     `starts` says for all rows, or one by one where they differ, whether an episode starts. `seed`
-    is the run's; `seeds`, one a row, are of the episodes that start.
+    is the run's; `seeds`, one a row, are of the episodes that start. With `ends` it is the last
+    step that its session takes.
     `fingerprint` stands for what decides the answer: a retry has it, another content has not.
     """
 
@@ -33,6 +34,7 @@ class Block:
     run: str | None = None
     step: int | None = None
     starts: bool | NDArray[np.bool_] = False
+    ends: bool = False
     seed: int | None = None
     seeds: NDArray[np.uint64] | None = None
     state: State | None = None
@@ -47,6 +49,8 @@ class Block:
             digest.update(np.ascontiguousarray(array).data)
         if self.is_vector:
             digest.update(np.asarray(self.starts).data)
+            if self.ends:
+                digest.update(b"end")
             if self.seeds is not None:
                 digest.update(np.ascontiguousarray(self.seeds).data)
         self.fingerprint = digest.digest()
@@ -86,3 +90,10 @@ class Answer(NamedTuple):
     def array(self, name: str) -> NDArray[Any]:
         """The block's rows of one output."""
         return self.batch.arrays[name][self.first : self.first + self.num_rows]
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """All of it that is arrays, by the names that they have on a wire."""
+        tensors = {name: self.array(name) for name in self.batch.arrays}
+        if self.state is not None:
+            tensors["state_h"], tensors["state_c"] = self.state
+        return tensors

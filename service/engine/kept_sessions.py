@@ -166,6 +166,7 @@ class KeptSessions:
             "num_rows": np.array([len(session.rows) for session in sessions]),
             "is_vector": np.array([session.is_vector for session in sessions]),
             "is_stale": np.array([session.is_stale for session in sessions]),
+            "is_over": np.array([session.is_over for session in sessions]),
             "seed": np.array([session.seed for session in sessions], dtype=np.uint64),
             "next_step": np.array([session.next_step for session in sessions], dtype=np.uint64),
             "num_starts": np.array([session.num_starts for session in sessions], dtype=np.uint64),
@@ -240,6 +241,7 @@ class KeptSessions:
                 policy_version=intern(frame.record["policy_versions"][at]),
                 last_used_s=now_s - of["idle_s"],
                 is_stale=of["is_stale"] or not is_final,
+                is_over=of["is_over"],
             )
             rows.append(session.rows)
             of_rows.append(np.arange(where.start, where.stop))
@@ -254,7 +256,16 @@ class KeptSessions:
         self._runtime.write(rows, (arrays["h"][of], arrays["c"][of]))
 
 
-_COLUMNS = ("num_rows", "is_vector", "is_stale", "seed", "next_step", "num_starts", "idle_s")
+_COLUMNS = (
+    "num_rows",
+    "is_vector",
+    "is_stale",
+    "is_over",
+    "seed",
+    "next_step",
+    "num_starts",
+    "idle_s",
+)
 """Of what a frame has for each session, those that are arrays of numbers."""
 
 

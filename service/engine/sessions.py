@@ -25,7 +25,8 @@ class Session:
 
     `episodes` counts, for each row of a vector, the episodes that started in this run before the
     one it is in. `is_stepping`: a turn of it was admitted, and is not settled yet. `is_stale`: it
-    is as it was some time before a server was killed, and may have moved on since.
+    is as it was some time before a server was killed, and may have moved on since. `is_over`: it
+    took its last step, and is kept for whoever asks for that one again.
     """
 
     rows: Rows
@@ -41,6 +42,7 @@ class Session:
     last_used_s: float
     is_stepping: bool = False
     is_stale: bool = False
+    is_over: bool = False
 
 
 @dataclass(slots=True)
@@ -176,6 +178,8 @@ class SessionTable:
         if block.run is not None or block.seed is not None:
             self._check_run(session_id, session, block)
         if step is None or step == session.next_step:
+            if session.is_over:
+                raise self._absent(session_id, step)
             return self._go_on(session, block)
         if step == session.next_step - 1 and block.fingerprint == session.last_request:
             return session
@@ -204,6 +208,8 @@ class SessionTable:
             session.episodes = turn.episodes
             session.is_stepping = session.is_stale = False
         self.touch(session_id)
+        if block.ends:
+            self._close(session_id, block)
 
     def abandon(self, turn: Turn) -> None:
         """The turn was not taken: everything is as it was before `admit`."""
@@ -340,6 +346,13 @@ class SessionTable:
                 f"start anew; its next step is {session.next_step}"
             )
 
+    def _close(self, session_id: str, block: Block) -> None:
+        """After its last step: what cannot be asked for again need not be kept."""
+        if block.step is None and block.run is None:
+            self._remove(session_id, "ended")
+        else:
+            self._live[session_id].is_over = True
+
     def _settle(self, session_id: str, turn: Turn) -> bool:
         """The turn is not under way any more; whether its session was ended meanwhile."""
         self._num_reserved -= turn.num_reserved
@@ -405,6 +418,8 @@ class SessionTable:
 
     def _remove(self, session_id: str, event: str) -> None:
         session = self._live.pop(session_id)
+        if session.is_over:
+            event = "ended"
         self.events[event] += 1
         if not session.is_stepping:
             self._free(session)

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 Headers = list[tuple[bytes, bytes]]
 
 REPLAYED = (b"replayed", b"true")
+OF_TWO_SESSIONS = "`X-Session-Id` is given twice, with two names"
 
 HEEDED = {
     *(b"content-type", b"content-length", b"content-encoding", b"transfer-encoding"),
@@ -121,7 +122,7 @@ class Act:
         if self._keys.are_needed_to_act:
             self._keys.check_act(authorization)
         if is_of_two_sessions:
-            raise Malformed("`X-Session-Id` is given twice, with two names")
+            raise Malformed(OF_TWO_SESSIONS)
         for name, value in encodings:
             check_encoding(name, value)
         if content_type == b"application/json":

@@ -32,6 +32,8 @@ from service.http.documentation import (
 )
 from service.http.endpoint import PATH, ActEndpoint
 from service.http.front_page import as_html, front_page, respond
+from service.http.inference_codec import InferenceCodec
+from service.http.inference_routes import InferEndpoint, inference_routes
 from service.http.keys import Keys
 from service.http.policy_routes import policy_routes
 from service.http.schemas import (
@@ -136,6 +138,9 @@ def create_app(
     app.act_endpoint = ActEndpoint(app.act, metrics)
     app.prefix = settings.root_path
 
+    inference = InferenceCodec(
+        manifest, max_rows=engine.max_rows, max_body_bytes=settings.max_body_bytes
+    )
     spec = manifest.spec
     act_body: Any = act_request(spec) | vector_act_request(spec)
     act_answers: Any = act_response(spec) | vector_act_response(spec)
@@ -185,6 +190,9 @@ def create_app(
         """Every batch size has run once: `/act` answers at full speed."""
         engine.warm_up.check()
         return Ready()
+
+    infer = InferEndpoint(app.act, engine, inference, metrics)
+    app.include_router(inference_routes(manifest, infer, engine, inference, keys))
 
     weights = WeightsCodec(manifest)
     app.include_router(policy_routes(engine, weights, keys))

@@ -47,9 +47,17 @@ def check_rows(num_rows: int, max_rows: int, others: Mapping[str, int]) -> None:
 
 
 def check_session(
-    session_id: str | None, has_state: bool, starts: bool, named: Mapping[str, str | None]
+    session_id: str | None,
+    has_state: bool,
+    starts: bool,
+    named: Mapping[str, str | None],
+    *,
+    session: str = "session_id",
 ) -> None:
-    """Raises Invalid for what a session's request has not, or only a session's has."""
+    """Raises Invalid for what a session's request has not, or only a session's has.
+
+    `session` is what the form calls the session's name.
+    """
     if session_id is not None:
         if has_state:
             raise Invalid("`state` is for stateless requests; the server keeps a session's state")
@@ -59,7 +67,7 @@ def check_session(
         ("episode_start", starts),
     ):
         if is_given:
-            raise Invalid(f"`{name}` needs a `session_id`")
+            raise Invalid(f"`{name}` needs a `{session}`")
 
 
 def vector_starts(starts: NDArray[np.bool_], step: int | None) -> bool | NDArray[np.bool_]:

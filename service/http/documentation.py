@@ -2,12 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
-from math import log
+from math import log, prod
 from typing import Any
 
 import numpy as np
 
-from export.manifest import step_outputs
+from export.manifest import Manifest, step_outputs
 from model.spec import PolicySpec
 from service.errors import (
     Disconnected,
@@ -17,13 +17,15 @@ from service.errors import (
     ServiceError,
     SessionLost,
     StepConflict,
+    UnknownModel,
     UnknownSession,
     VersionMismatch,
 )
 from service.http.codec import SAFETENSORS
-from service.http.safetensors_codec import SCALARS, request_tensors
+from service.http.safetensors_codec import SCALARS
 from service.http.safetensors_file import DTYPE_NAMES
 from service.http.schemas import ErrorResponse
+from service.http.tensors import request_tensors
 from service.runtime.protocol import STATE_OUTPUTS
 
 Json = dict[str, Any]
@@ -33,6 +35,7 @@ ANYWHERE = (408, 431, 500)
 """What any request may get, whatever its route."""
 OF_SESSIONS = (UnknownSession, StepConflict, SessionLost)
 OF_WEIGHTS = (Forbidden, PushConflict, NoPreviousVersion, VersionMismatch)
+OF_MODELS = (UnknownModel,)
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 REPLAYED = {
     "Replayed": {
@@ -55,7 +58,9 @@ BEARER = {
 }
 
 
-def error_responses(*statuses: int, but: Collection[type[ServiceError]] = OF_WEIGHTS) -> Responses:
+def error_responses(
+    *statuses: int, but: Collection[type[ServiceError]] = (*OF_WEIGHTS, *OF_MODELS)
+) -> Responses:
     """The errors of these statuses, in the one form, with the words and headers each comes with.
 
     A status that no `ServiceError` has, or only those of `but`, is left out.
@@ -69,9 +74,9 @@ def error_responses(*statuses: int, but: Collection[type[ServiceError]] = OF_WEI
     }
 
 
-def every_error() -> Responses:
+def every_error(but: Collection[type[ServiceError]] = (*OF_WEIGHTS, *OF_MODELS)) -> Responses:
     """Everything that `POST /act` may answer but 200."""
-    return error_responses(*{error.status_code for error in _sent_errors()})
+    return error_responses(*{error.status_code for error in _sent_errors()}, but=but)
 
 
 def bearer(*, is_needed: bool) -> Json:
@@ -148,6 +153,52 @@ def act_answer(spec: PolicySpec, policy_version: str) -> Json:
         "value": 0.12,
         "policy_version": policy_version,
         **{name: extra[name] for name in spec.extra_outputs},
+    }
+
+
+def infer_examples(spec: PolicySpec) -> dict[str, Json]:
+    """Bodies of `POST .../infer` that this policy answers, as they are."""
+    observation = {
+        "name": "observation",
+        "datatype": "FP32",
+        "shape": [2, spec.observation_dim],
+        "data": [0.1] * (2 * spec.observation_dim),
+    }
+    turn = {"sequence_id": "trainer-4", "run": "b6c1"}
+    return {
+        "start": {
+            "summary": "The first step of two environments that step together",
+            "value": {
+                "parameters": {**turn, "step": 0, "sequence_start": True, "seed": 42},
+                "inputs": [observation],
+            },
+        },
+        "step": {
+            "summary": "The one after it",
+            "value": {"parameters": {**turn, "step": 1}, "inputs": [observation]},
+        },
+        "stateless": {
+            "summary": "A step without a sequence: the most likely actions, and nothing else",
+            "value": {
+                "parameters": {"deterministic": True},
+                "inputs": [observation],
+                "outputs": [{"name": "action"}],
+            },
+        },
+    }
+
+
+def infer_answer(manifest: Manifest) -> Json:
+    """What the last of them may be answered."""
+    heads = manifest.spec.head_names
+    shape = [2, len(heads)]
+    told = {"step": 0, "policy_version": manifest.policy_version, "heads": ",".join(heads)}
+    action = {"name": "action", "datatype": "INT64", "shape": shape, "data": [0] * prod(shape)}
+    return {
+        "model_name": manifest.name,
+        "model_version": "1",
+        "parameters": told,
+        "outputs": [action],
     }
 
 

@@ -28,7 +28,7 @@ class ActEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         response: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
-        exchange = _AsgiExchange(self._metrics, receive, response)
+        exchange = AsgiExchange(self._metrics, receive, response)
         try:
             self._act.open(exchange, scope["headers"])
             body = await read_body(receive, exchange.reads.max_body_bytes)
@@ -45,7 +45,9 @@ class ActEndpoint:
         await send({"type": "http.response.body", "body": content})
 
 
-class _AsgiExchange(Exchange):
+class AsgiExchange(Exchange):
+    """Its response is the result of a future."""
+
     __slots__ = ("_cycle", "_response")
 
     def __init__(

@@ -15,6 +15,7 @@ from service.engine.block import Answer, Block
 from service.errors import Invalid, Malformed, short
 from service.http.codec import JSON, Request, check_rows, check_session, vector_starts
 from service.http.inputs import FLOAT32, InputReader, finite_state
+from service.http.refusal import refusal, unknown_field
 from service.http.schemas import (
     ActRequest,
     VectorActRequest,
@@ -23,7 +24,6 @@ from service.http.schemas import (
 )
 from service.runtime.protocol import State
 
-WRONG_LENGTH = ("too_short", "too_long")
 OF_ROWS = re.compile(rb'"observation"\s*:\s*\[\s*\[')
 """What is no observation of one environment is taken for a vector's if it looks like one. The error
 would tell as well, but not without making Python objects of all that is wrong."""
@@ -61,7 +61,7 @@ class JsonCodec:
         except ValidationError as error:
             if OF_ROWS.search(body):
                 return self._parse_vector(body)
-            raise _refusal(error) from error
+            raise refusal(error) from error
         _check_fields(act)
         if act.session_id is None or act.state is not None:
             named = {"episode": act.episode}
@@ -116,7 +116,7 @@ class JsonCodec:
         try:
             act: VectorActRequest = self._vector_request.validate_json(body)
         except ValidationError as error:
-            raise _refusal(error) from error
+            raise refusal(error) from error
         starts = (
             vector_starts(np.array(act.episode_start, dtype=np.bool_), act.step)
             if isinstance(act.episode_start, list)
@@ -192,12 +192,12 @@ class JsonCodec:
 
 def _check_fields(act: ActRequest | VectorActRequest) -> None:
     if act.model_extra:
-        raise _unknown_field("", act.model_extra)
+        raise unknown_field("", act.model_extra)
     if not act.observation:
         raise Malformed("`observation` is required")
     if act.state is not None:
         if act.state.model_extra:
-            raise _unknown_field("state.", act.state.model_extra)
+            raise unknown_field("state.", act.state.model_extra)
         for name, rows in (("h", act.state.h), ("c", act.state.c)):
             if not rows:
                 raise Malformed(f"`state.{name}` is required")
@@ -208,28 +208,3 @@ def _array(values: Any, dtype: Any = np.float64) -> NDArray[Any]:
         return np.array(values, dtype=dtype)
     except OverflowError:  # of an integer beyond 64 bits, which is out of the policy's bounds too
         return np.array(values, dtype=object)
-
-
-def _refusal(error: ValidationError) -> Malformed | Invalid:
-    """Of another form than the documented one; or of that form, with a length not the policy's."""
-    errors = error.errors(include_url=False, include_input=False)
-    first = next((found for found in errors if found["type"] not in WRONG_LENGTH), errors[0])
-    where = _path(first["loc"])
-    if first["type"] in WRONG_LENGTH:
-        of = first["ctx"]
-        length = of.get("min_length", of.get("max_length"))
-        return Invalid(f"`{where}` has {of['actual_length']} values, the policy reads {length}")
-    if first["type"] == "json_invalid":
-        return Malformed(f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
-    return Malformed(f"`{where}`: {first['msg']}" if where else f"the body: {first['msg']}")
-
-
-def _unknown_field(parent: str, given: dict[str, Any]) -> Malformed:
-    return Malformed(f"`{parent}{short(next(iter(given)))}` is not a field of the request")
-
-
-def _path(location: tuple[int | str, ...]) -> str:
-    """As JavaScript and Python write it: `state.h[0]`."""
-    return "".join(
-        f"[{name}]" if isinstance(name, int) else f".{name}" for name in location
-    ).removeprefix(".")

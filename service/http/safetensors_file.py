@@ -71,7 +71,7 @@ def read_file(
                 f"`{short(name)}` starts at byte {start} of the data instead of {at}; tensors "
                 "neither overlap nor leave gaps"
             )
-        tensors[name] = _view(body, name, dtype, shape, begin + start)
+        tensors[name] = view(body, name, dtype, shape, begin + start)
         at = end
     if at != num_bytes:
         raise Malformed(f"the tensors end at byte {at} of the data, which has {num_bytes}")
@@ -155,9 +155,10 @@ def _are_whole(values: Any) -> bool:
     return type(values) is list and {*map(type, values)} <= {int}
 
 
-def _view(
+def view(
     body: bytes | bytearray, name: str, dtype: str, shape: list[int], start: int
 ) -> NDArray[Any]:
+    """A tensor of the body, from byte `start` on, whose bytes are all there. Raises Malformed."""
     try:
         tensor: NDArray[Any] = np.ndarray(shape, DTYPES[dtype], body, start)
     except ValueError as error:  # empty, and its other sizes are beyond any array's

@@ -28,7 +28,7 @@ Float = Annotated[float, Field(json_schema_extra={**FLOAT32})]
 Floats = Annotated[list[Float], FAIL_FAST]
 
 
-class _OneError:
+class OneError:
     """A union that is refused in one sentence instead of one for each of its members."""
 
     def __init__(self, message: str) -> None:
@@ -46,17 +46,17 @@ class _OneError:
 
 
 Allowed = Annotated[
-    bool | Annotated[int, Field(ge=0, le=1)], _OneError("Input should be true, false, 1 or 0")
+    bool | Annotated[int, Field(ge=0, le=1)], OneError("Input should be true, false, 1 or 0")
 ]
 """Whether a choice is; gymnasium's masks are of integers."""
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 Starts = Annotated[
     bool | Annotated[list[bool], Field(min_length=1), FAIL_FAST],
-    _OneError("Input should be true, false, or a list of them, one a row"),
+    OneError("Input should be true, false, or a list of them, one a row"),
 ]
 Seeds = Annotated[
     Seed | Annotated[list[Seed], Field(min_length=1), FAIL_FAST],
-    _OneError("Input should be an integer from 0 to 2**64 - 1, or a list of them, one a row"),
+    OneError("Input should be an integer from 0 to 2**64 - 1, or a list of them, one a row"),
 ]
 
 

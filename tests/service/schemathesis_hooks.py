@@ -3,6 +3,7 @@
 Loaded by its command line, by `SCHEMATHESIS_HOOKS`. Every check is on and nothing else is excused.
 """
 
+import json
 from collections.abc import Callable
 from copy import deepcopy
 from itertools import chain
@@ -15,6 +16,9 @@ from hypothesis.extra.numpy import arrays
 from safetensors.numpy import save
 
 SAFETENSORS = "application/vnd.safetensors"
+BINARY = "application/octet-stream"
+OBSERVED: list[int] = []
+"""How many numbers the policy observes, once its document is loaded."""
 LARGEST = 1e6
 """Beyond it an observation is a float32 like any other, but the network's sums may not be."""
 LONG_ENOUGH_MS = 60_000.0
@@ -24,7 +28,39 @@ LONG_ENOUGH_MS = 60_000.0
 def after_load_schema(context: Any, schema: Any) -> None:
     """Has safetensors bodies made: to a schema they are bytes like any other."""
     fields = schema.raw_schema["components"]["schemas"]["ActRequest"]["properties"]
-    schemathesis.openapi.media_type(SAFETENSORS, _files(fields["observation"]["minItems"]))
+    num_observed = fields["observation"]["minItems"]
+    schemathesis.openapi.media_type(SAFETENSORS, _files(num_observed))
+    schemathesis.openapi.media_type(BINARY, st.builds(json.dumps, st.just(_asked(num_observed))))
+    OBSERVED.append(num_observed)
+
+
+def _asked(num_observed: int) -> dict[str, Any]:
+    """What there is to be in an inference: the one tensor that is required."""
+    tensor = {"name": "observation", "datatype": "FP32", "shape": [1, num_observed]}
+    return {"inputs": [tensor | {"data": [0.5] * num_observed}]}
+
+
+def _infer(body: Any) -> None:
+    """Makes the tensors of a drawn body the policy's.
+
+    What they are called and how long their data are is in `GET /v2/models/NAME` and in no schema.
+    """
+    if not isinstance(body, dict):
+        return
+    body |= _asked(OBSERVED[-1])
+    if body.get("outputs"):
+        body["outputs"] = [{"name": "action"}]
+    said = body.get("parameters", {})
+    if not said.get("sequence_id"):
+        for name in ("sequence_start", "sequence_end", "run"):
+            said.pop(name, None)
+    if said.get("sequence_start"):
+        said.pop("step", None)
+    for name in ("sequence_id", "step", "seed", "timeout", "priority"):
+        if isinstance(said.get(name), float):
+            said[name] = int(said[name])
+    if said.get("timeout"):
+        said["timeout"] = max(1000 * int(LONG_ENOUGH_MS), said["timeout"])
 
 
 @st.composite
@@ -45,6 +81,9 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
     """Makes a request that the schema allows one that the service means to answer."""
     body = case.body
     if not case.meta.generation.mode.is_positive:
+        return
+    if case.path.endswith("/infer"):
+        _infer(body)
         return
     # No schema compares a header with a body: `X-Session-Id` is the body's `session_id` or absent.
     if "x-session-id" in case.headers:
@@ -81,6 +120,9 @@ def filter_failure(context: Any, failure: Any, case: Any, response: Any) -> bool
     if of_weights and response.status_code in (412, 422):
         return False
     body = case.body if isinstance(case.body, dict) else {}
+    said = body.get("parameters")
+    if isinstance(said, dict):
+        body = {**said, "session_id": said.get("sequence_id")}
     # A later step of a session that never started: what came before a request is in no schema.
     return not (response.status_code == 410 and body.get("session_id") and body.get("step"))
 

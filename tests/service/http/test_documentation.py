@@ -15,7 +15,8 @@ from export.manifest import Manifest
 from model.spec import HeadSpec, PolicySpec
 from service.errors import Disconnected, Forbidden, ServiceError, VersionMismatch
 from service.http.codec import JSON, SAFETENSORS
-from service.http.safetensors_codec import SCALARS, request_tensors
+from service.http.inference_codec import BINARY
+from service.http.safetensors_codec import SCALARS
 from service.http.safetensors_file import read_file
 from service.http.schemas import (
     BEYOND_FLOAT32,
@@ -24,6 +25,7 @@ from service.http.schemas import (
     vector_act_request,
     vector_act_response,
 )
+from service.http.tensors import request_tensors
 from service.settings import Settings
 from tests.service.conftest import MakeClient
 from tests.service.fakes import AppClient, Served, SummingRuntime
@@ -303,12 +305,25 @@ def test_every_example_of_a_request_works_as_it_is(openapi: Json, client: AppCli
         assert again.content == answer.content, "who tries it out twice is answered twice"
 
 
+def test_every_example_of_an_inference_works_as_it_is(openapi: Json, client: AppClient) -> None:
+    asked = openapi["paths"]["/v2/models/{model}/infer"]["post"]["requestBody"]["content"]
+    assert asked.keys() == {JSON, BINARY}
+    for example in asked[JSON]["examples"].values():
+        assert documents(openapi, "InferRequest", example["value"])
+        answers = [
+            client.request("POST", "/v2/models/tiny/infer", json=example["value"]) for _ in range(2)
+        ]
+        assert [answer.status_code for answer in answers] == [200, 200], answers[0].text
+        assert answers[0].content == answers[1].content, "who tries it out twice is answered twice"
+        assert documents(openapi, "InferResponse", answers[0].json())
+
+
 def test_every_success_shows_what_one_looks_like(openapi: Json, client: AppClient) -> None:
     for name, operation in operations(openapi).items():
         for status, response in operation["responses"].items():
             if status == "200":
                 for content_type, content in response["content"].items():
-                    assert "example" in content or content_type == SAFETENSORS, name
+                    assert "example" in content or content_type in (SAFETENSORS, BINARY), name
                     assert "schema" in content, name
     examples = {
         name: operation["responses"]["200"]["content"][JSON]["example"]
@@ -316,12 +331,17 @@ def test_every_success_shows_what_one_looks_like(openapi: Json, client: AppClien
         if JSON in operation["responses"].get("200", {}).get("content", {})
     }
     assert documents(openapi, "ActResponse", examples.pop("POST /act"))
-    for name in ("GET /healthz", "GET /readyz", "GET /policy", "GET /"):
+    paths = ("/healthz", "/readyz", "/policy", "/", "/v2", "/v2/health/live", "/v2/health/ready")
+    for name in (f"GET {path}" for path in paths):
         answer = client.get(name.removeprefix("GET ")).json()
         assert without_nulls(answer) == examples.pop(name)
     for name in ("PUT /policy/weights", "POST /policy/rollback"):
         assert documents(openapi, "WeightsResponse", examples.pop(name))
     assert documents(openapi, "VersionsResponse", examples.pop("GET /policy/versions"))
+    model, tiny = "/v2/models/{model}", "/v2/models/tiny"
+    for path in ("", "/ready"):
+        assert client.get(tiny + path).json() == examples.pop(f"GET {model}{path}")
+    assert documents(openapi, "InferResponse", examples.pop(f"POST {model}/infer"))
     assert not examples
 
 
@@ -390,7 +410,11 @@ def test_which_routes_take_a_key_is_documented(
         assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
         security = {name: of.get("security") for name, of in operations(document).items()}
         expected: list[Json] = [{"bearer": []}] if is_needed else [{}, {"bearer": []}]
-        keyed = ("POST /act", "DELETE /sessions/{session_id}")
+        model = "/v2/models/{model}"
+        keyed = (
+            *("POST /act", "DELETE /sessions/{session_id}", f"POST {model}/infer"),
+            *("GET /v2", f"GET {model}", f"GET {model}/ready"),
+        )
         administered = ("PUT /policy/weights", "POST /policy/rollback")
         assert {name for name, of in security.items() if of} == {*keyed, *administered}
         for name in keyed:

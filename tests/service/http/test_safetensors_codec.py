@@ -20,8 +20,9 @@ from service.engine.block import Block
 from service.errors import ServiceError
 from service.http.codec import JSON, SAFETENSORS
 from service.http.json_codec import JsonCodec
-from service.http.safetensors_codec import SafetensorsCodec, request_tensors
+from service.http.safetensors_codec import SafetensorsCodec
 from service.http.safetensors_file import DTYPES, LARGEST_HEADER_BYTES
+from service.http.tensors import request_tensors
 from tests.random_inputs import random_observations
 from tests.service.conftest import MakeClient
 from tests.service.fakes import AppClient

@@ -1,0 +1,265 @@
+"""The Open Inference Protocol, version 2: routes below `/v2`, for one model, the policy."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from importlib.metadata import version as version_of
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Depends, Request, Response
+from fastapi.routing import APIRoute
+from starlette.types import Receive
+
+from export.manifest import Manifest
+from service.engine.engine import Engine
+from service.errors import Malformed, ServiceError, UnknownModel, short
+from service.http.act import OF_TWO_SESSIONS, Act, Headers
+from service.http.body import LONGEST_LENGTH, check_announced, read_body
+from service.http.codec import JSON
+from service.http.compression import compressed, decompressed, preferred
+from service.http.documentation import (
+    OF_SESSIONS,
+    OF_WEIGHTS,
+    REPLAYED,
+    Json,
+    Responses,
+    bearer,
+    error_responses,
+    every_error,
+    infer_answer,
+    infer_examples,
+    json_content,
+)
+from service.http.endpoint import AsgiExchange
+from service.http.endpoint import Response as Responded
+from service.http.inference_codec import BINARY, VERSION, InferenceCall, InferenceCodec
+from service.http.inference_schemas import (
+    InferRequest,
+    InferResponse,
+    Live,
+    ModelMetadata,
+    ModelReady,
+    ServerMetadata,
+)
+from service.http.keys import Keys
+from service.http.schemas import Ready
+from service.metrics import Metrics
+
+PROJECT = "tamiyo-serve"
+EXTENSIONS = ["binary_tensor_data", "parameters", "sequence", "sequence(string_id)"]
+JSON_BYTES = "inference-header-content-length"
+BINARY_REQUEST = {
+    BINARY: {
+        "schema": {
+            "type": "string",
+            "format": "binary",
+            "description": "The JSON, of the length that `Inference-Header-Content-Length` says, "
+            "and behind it the tensors that have a `binary_data_size`, little-endian.",
+        }
+    }
+}
+BINARY_ANSWER = {
+    BINARY: {
+        "schema": {"type": "string", "format": "binary", "description": "The same of an answer."}
+    }
+}
+
+
+class InferExchange(AsgiExchange):
+    """Answers in the request's own form, and compressed where its client takes that."""
+
+    __slots__ = ("_call", "_encoding")
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        receive: Receive,
+        response: "asyncio.Future[Responded]",
+        call: InferenceCall,
+        encoding: str | None,
+    ) -> None:
+        super().__init__(metrics, receive, response)
+        self.reads = self.writes = self._call = call
+        self._encoding = encoding
+
+    def respond(
+        self, status: int, headers: Headers, content: bytes, content_type: str = JSON
+    ) -> None:
+        if status == 200:
+            if self._call.answer_json_bytes is not None:
+                headers.append((JSON_BYTES.encode(), b"%d" % self._call.answer_json_bytes))
+            headers.append((b"vary", b"accept-encoding"))
+            if self._encoding is not None:
+                headers.append((b"content-encoding", self._encoding.encode()))
+                content = compressed(content, self._encoding)
+        super().respond(status, headers, content, content_type)
+
+
+class InferEndpoint:
+    """`POST .../infer`, of which every byte is read here."""
+
+    def __init__(self, act: Act, engine: Engine, codec: InferenceCodec, metrics: Metrics) -> None:
+        self._act = act
+        self._engine = engine
+        self._codec = codec
+        self._metrics = metrics
+
+    async def __call__(self, request: Request) -> Response:
+        response: asyncio.Future[Responded] = asyncio.get_running_loop().create_future()
+        call = InferenceCall(self._codec)
+        encoding = preferred(request.headers.get("accept-encoding", ""))
+        exchange = InferExchange(self._metrics, request.receive, response, call, encoding)
+        try:
+            exchange.session_header = _session_header(request)
+            call.json_bytes = _json_bytes(request)
+            body = await self._read(request, call.max_body_bytes)
+        except ServiceError as error:
+            exchange.refuse(error)
+        except Exception:
+            exchange.fail()
+        else:
+            self._act.run(body, exchange)
+        status, headers, content = await response
+        answered = Response(content, status)
+        answered.raw_headers = headers
+        return answered
+
+    async def _read(self, request: Request, limit: int) -> bytes | bytearray:
+        """The body, out of its encoding."""
+        for length in request.headers.getlist("content-length"):
+            check_announced(length.encode("latin-1"), limit)
+        self._engine.check_open()
+        encoding = ", ".join(request.headers.getlist("content-encoding"))
+        return decompressed(await read_body(request.receive, limit), encoding, limit)
+
+
+def inference_routes(
+    manifest: Manifest,
+    infer_endpoint: InferEndpoint,
+    engine: Engine,
+    codec: InferenceCodec,
+    keys: Keys,
+) -> APIRouter:
+    """Routes below `/v2`, of which those of health need no key."""
+    name = manifest.name
+
+    def check_model(request: Request) -> None:
+        model, version = (request.path_params.get(of, VERSION) for of in ("model", "version"))
+        if model != name:
+            raise UnknownModel(f"there is no model {short(model)!r}, only {name!r}")
+        if version != VERSION:
+            raise UnknownModel(f"there is no version {short(version)!r}, only {VERSION!r}")
+
+    async def answer(request: Request) -> Response:
+        await keys.may_act(request)
+        check_model(request)
+        return await infer_endpoint(request)
+
+    class InferRoute(APIRoute):
+        """Decodes nothing: the body may be binary, and is validated once."""
+
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            return answer
+
+    router = APIRouter(prefix="/v2")
+    model = {"name": "model", "in": "path", "required": True, "schema": {"enum": [name]}}
+    may_act, of_model = Depends(keys.may_act), Depends(check_model)
+    to_act = bearer(is_needed=keys.are_needed_to_act)
+    of_one = {**to_act, "parameters": [model]}
+
+    server = ServerMetadata(name=PROJECT, version=version_of(PROJECT), extensions=EXTENSIONS)
+    absent = error_responses(401, 404, but=OF_SESSIONS)
+    answered = infer_answer(manifest)
+
+    @router.get(
+        "",
+        responses=error_responses(401) | shown(server.model_dump()),
+        dependencies=[may_act],
+        openapi_extra=to_act,
+    )
+    async def describe_server() -> ServerMetadata:
+        """Which server this is, and what it speaks of the Open Inference Protocol."""
+        return server
+
+    @router.get("/health/live", responses=shown({"live": True}))
+    async def is_live() -> Live:
+        """The process is alive."""
+        return Live()
+
+    @router.get("/health/ready", responses=error_responses(503) | shown({"ready": True}))
+    async def is_ready() -> Ready:
+        """Every batch size has run once."""
+        engine.check_ready()
+        return Ready()
+
+    def route(suffix: str, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """A route of the model's, and the same of its one version."""
+
+        def add(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+            for version, is_shown in (("", True), ("/versions/{version}", False)):
+                path = f"/models/{{model}}{version}{suffix}"
+                router.add_api_route(path, endpoint, include_in_schema=is_shown, **options)
+            return endpoint
+
+        return add
+
+    @route(
+        "",
+        responses=absent | shown(codec.metadata.model_dump()),
+        dependencies=[may_act, of_model],
+        openapi_extra=of_one,
+    )
+    async def describe_model() -> ModelMetadata:
+        """What the policy reads and gives."""
+        return codec.metadata
+
+    @route(
+        "/ready",
+        responses=absent | error_responses(503) | shown({"name": name, "ready": True}),
+        dependencies=[may_act, of_model],
+        openapi_extra=of_one,
+    )
+    async def is_model_ready() -> ModelReady:
+        """The policy answers at full speed."""
+        engine.check_ready()
+        return ModelReady(name=name)
+
+    @route(
+        "/infer",
+        methods=["POST"],
+        route_class_override=InferRoute,
+        responses=every_error(but=OF_WEIGHTS)
+        | {200: {"content": json_content(answered) | BINARY_ANSWER, "headers": REPLAYED}},
+        openapi_extra={**of_one, "requestBody": {"content": BINARY_REQUEST}},
+    )
+    async def infer(
+        body: Annotated[InferRequest, Body(openapi_examples=infer_examples(manifest.spec))],
+    ) -> InferResponse:
+        """Takes one step of as many environments as the tensors have rows.
+
+        With a `sequence_id` they are a vector that steps together, whose states are kept here.
+        """
+        raise AssertionError("InferRoute has answered already; this is its documentation")
+
+    return router
+
+
+def shown(example: Json) -> Responses:
+    """A success, by what it looks like."""
+    return {200: {"content": json_content(example)}}
+
+
+def _session_header(request: Request) -> bytes | None:
+    given = {value for name, value in request.headers.raw if name == b"x-session-id"}
+    if len(given) > 1:
+        raise Malformed(OF_TWO_SESSIONS)
+    return given.pop() if given else None
+
+
+def _json_bytes(request: Request) -> int | None:
+    """How much of the body is JSON; None is all of it."""
+    given = request.headers.get(JSON_BYTES)
+    if given is None:
+        return None
+    if not (given.isascii() and given.isdigit() and len(given) <= LONGEST_LENGTH):
+        raise Malformed("the Inference-Header-Content-Length is not a number")
+    return int(given)
