@@ -49,10 +49,10 @@ class Block:
             digest.update(np.ascontiguousarray(array).data)
         if self.is_vector:
             digest.update(np.asarray(self.starts).data)
-            if self.ends:
-                digest.update(b"end")
             if self.seeds is not None:
                 digest.update(np.ascontiguousarray(self.seeds).data)
+        if self.ends:
+            digest.update(b"end")
         self.fingerprint = digest.digest()
 
 

@@ -57,6 +57,17 @@ def test_the_last_answer_of_one_is_given_again(bench: Bench, path: Path) -> None
     assert after.step(4.0, "a", step=3, **RUN) == bench.step(4.0, "a", step=3, **RUN)
 
 
+@pytest.mark.parametrize("is_final", [True, False])
+def test_after_its_last_step_a_session_takes_none_and_gives_that_one_again(
+    bench: Bench, path: Path, is_final: bool
+) -> None:
+    bench.start(1.0, "a", step=0, **RUN)
+    last = bench.step(2.0, "a", step=1, ends=True, **RUN)
+    after = bench.restarted(path, is_final=is_final)
+    assert after.step(2.0, "a", step=1, ends=True, **RUN) == last._replace(is_replay=True)
+    assert isinstance(answer(after, single(after.spec, 3.0, "a", step=2, **RUN)), SessionLost)
+
+
 def test_a_first_step_that_is_sent_again_is_given_again(bench: Bench, path: Path) -> None:
     first = bench.start(1.0, "a", **RUN)
     after = stale(bench, path)

@@ -555,6 +555,65 @@ def test_ending_a_session_that_is_not_there_says_why(
         table.sessions.end("a")
 
 
+def test_a_last_step_that_nobody_can_ask_for_again_ends_its_session(table: Table) -> None:
+    table.start()
+    table.take(ends=True)
+    assert (len(table.sessions), table.sessions.events["ended"]) == (0, 1)
+    assert table.num_free_rows() == NUM_ROWS
+    with pytest.raises(UnknownSession):
+        table.ask()
+    table.start(ends=True)
+    assert table.num_free_rows() == NUM_ROWS, "the first step may be the last"
+
+
+def test_a_last_step_that_does_not_run_ends_nothing(table: Table) -> None:
+    table.start()
+    turn = table.ask(ends=True)
+    assert isinstance(turn, Turn)
+    table.sessions.abandon(turn)
+    assert table.take(step=1).step == 1
+
+
+def test_a_numbered_last_step_is_given_again_and_none_comes_after_it(table: Table) -> None:
+    table.start(step=0)
+    table.take(step=1, ends=True)
+    again = table.ask(step=1, ends=True)
+    assert isinstance(again, Session)
+    with pytest.raises(StepConflict, match="with another content"):
+        table.ask(step=1)
+    for step in (None, 2):
+        with pytest.raises(SessionLost if step else UnknownSession):
+            table.ask(step=step)
+    assert table.start(run="b").begins
+    assert table.take(step=1).step == 1, "a start begins as always"
+
+
+def test_a_first_step_of_a_named_run_may_be_the_last_and_is_given_again(table: Table) -> None:
+    table.start(run="p", ends=True)
+    assert isinstance(table.ask(starts=True, run="p", ends=True), Session)
+    with pytest.raises(UnknownSession):
+        table.ask()
+
+
+@pytest.mark.parametrize("how", ["by DELETE", "idle", "no room"])
+def test_a_session_that_took_its_last_step_was_ended_whoever_frees_its_rows(
+    table: Table, how: str
+) -> None:
+    table.start(step=0, ends=True)
+    if how == "by DELETE":
+        table.sessions.end("a")
+    elif how == "idle":
+        table.clock.now_s += IDLE_S + 1
+        table.sessions.expire_idle()
+    else:
+        for name in "bcd":
+            table.start(name)
+    assert table.sessions.events["ended"] == 1
+    assert not table.sessions.events["expired"] + table.sessions.events["evicted"]
+    with pytest.raises(UnknownSession):
+        table.ask("a")
+
+
 @pytest.mark.parametrize("is_taken", [True, False])
 def test_a_session_ended_while_it_steps_is_no_more_and_keeps_no_row(
     table: Table, is_taken: bool
