@@ -42,8 +42,8 @@ class Settings(BaseSettings):
     act_keys: Annotated[
         Path | None,
         Field(
-            description="A file of keys, one a line and after it its name for the log: POST /act "
-            "and all under /sessions then take `Authorization: Bearer KEY`. Without one, whoever "
+            description="A file of keys, one a line and after it its name for the log: POST /act, "
+            "/sessions and /v2 then take `Authorization: Bearer KEY`. Without one, whoever "
             "reaches the service may act. SIGHUP has it read again."
         ),
     ] = None
