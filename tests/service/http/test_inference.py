@@ -292,6 +292,7 @@ def test_a_client_that_would_rather_not_gets_it_plain(client: AppClient, spec: P
         (gzip.compress(b"{}")[:-1], "one whole gzip stream"),
         (gzip.compress(b"{}") + b"more", "one whole gzip stream"),
     ],
+    ids=["plain", "cut short", "and more"],
 )
 def test_what_is_not_compressed_as_said_is_refused(
     client: AppClient, content: bytes, sentence: str
