@@ -1,7 +1,8 @@
 """`python -m export`: a trainer's checkpoint becomes a verified artifact directory.
 
 `python -m export verify DIR` checks an artifact again, anywhere; `inspect DIR` says what it is;
-`push --checkpoint FILE --to URL` has a running service take newer weights.
+`push --checkpoint FILE --to URL` has a running service take newer weights; `triton DIR --repository
+REPOSITORY` writes what Triton loads.
 
 Exit codes: 0 every requested format passed its parity check, or the weights serve; 1 one did not,
 and there is no artifact, or the service refused; 2 bad input; 130 interrupted, 143 terminated. One
@@ -15,13 +16,14 @@ from contextlib import contextmanager
 from export.console import fail
 from export.inspection import show_artifact
 from export.manifest import ArtifactError
-from export.options import export_parser, inspect_parser, push_parser, verify_parser
+from export.options import export_parser, inspect_parser, push_parser, triton_parser, verify_parser
 
 PARSERS = {
     "export": export_parser,
     "verify": verify_parser,
     "inspect": inspect_parser,
     "push": push_parser,
+    "triton": triton_parser,
 }
 EXTRA = "torch"
 BROUGHT_BY_EXTRA = {"jinja2", "onnx", "onnxscript", "torch"}
@@ -46,6 +48,10 @@ def _run(command: str, arguments: Sequence[str]) -> int:
             fail(str(error))
         return 0
     with _extra_named(command):
+        if command == "triton":
+            from export.triton.command import run as run_triton
+
+            return run_triton(options)
         from export.commands import run
 
         return run(command, options)

@@ -35,11 +35,20 @@ def staged(output: Path, *, overwrite: bool) -> Iterator[Path]:
     one as well, and FileExistsError where that has a file of the same name.
     """
     output = check_output(output, overwrite=overwrite)
+    with staging_beside(output) as staging:
+        yield staging
+        _publish(staging, output, overwrite)
+
+
+@contextmanager
+def staging_beside(output: Path) -> Iterator[Path]:
+    """An empty directory on the file system of `output`, for the block to take out of it what it
+    has written there: what still lies in it goes with it.
+    """
     with _parent_made(output), _workshop(output) as workshop:
         staging = workshop / NEW
         staging.mkdir()
         yield staging
-        _publish(staging, output, overwrite)
 
 
 def check_output(output: Path, *, overwrite: bool) -> Path:
@@ -52,7 +61,7 @@ def check_output(output: Path, *, overwrite: bool) -> Path:
         raise FileExistsError(f"{output} is a link to {os.readlink(output)}, which does not exist")
     if output.is_symlink() or not output.name:  # `.` has neither a name nor a directory around it
         output = output.resolve()
-    _finish_abandoned(output)
+    finish_abandoned(output)
     _check_replaceable(output, overwrite)
     return output
 
@@ -108,7 +117,8 @@ def _workshops(output: Path) -> str:
     return f".{output.name}.export-"
 
 
-def _finish_abandoned(output: Path) -> None:
+def finish_abandoned(output: Path) -> None:
+    """Puts in order what was beside `output` when whoever wrote there was killed."""
     try:
         beside = list(output.parent.iterdir())
     except OSError:

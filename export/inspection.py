@@ -20,7 +20,7 @@ def show_artifact(directory: Path, *, as_json: bool) -> None:
     spec = manifest.spec
     heads = ", ".join(f"{head.name} {head.size}" for head in spec.heads)
     say(f"{manifest.name}: {manifest.policy_version}")
-    say(f"  from {_origin(manifest.source)}")
+    say(f"  from {origin(manifest.source)}")
     say(f"  {spec.name}: {spec.observation_dim} features, {spec.num_layers} x {spec.hidden_dim}")
     say(f"  heads: {heads}")
     floors = (f"{h.name} {h.probability_floor:g}" for h in spec.heads if h.probability_floor > 0)
@@ -42,7 +42,7 @@ def show_artifact(directory: Path, *, as_json: bool) -> None:
         say(f"missing: {', '.join(missing)}")
 
 
-def _origin(source: Source) -> str:
+def origin(source: Source) -> str:
     """A module has neither a file nor a seed, only the name its owner gave it."""
     seed = None if source.seed is None else f"seed {source.seed}"
     known = source.sha256 or seed

@@ -15,6 +15,8 @@ PRESETS: dict[str, Callable[[], PolicySpec]] = {
     "tamiyo-v2": PolicySpec.tamiyo_v2,
 }
 IDENTITY = "identity"
+MOST_SEQUENCES = 2**31 - 1
+"""What Triton's configuration has room for."""
 
 EXAMPLES = """examples:
   python -m export --checkpoint best.pt --output artifacts/best
@@ -23,6 +25,7 @@ EXAMPLES = """examples:
   python -m export verify artifacts/best --trusted key.pub
   python -m export inspect artifacts/best
   python -m export push --checkpoint newer.pt --to http://127.0.0.1:8000
+  python -m export triton artifacts/best --repository models
 """
 
 
@@ -178,6 +181,44 @@ def inspect_parser() -> Parser:
     return parser
 
 
+def triton_parser() -> Parser:
+    parser = Parser(
+        prog="python -m export triton",
+        description="Puts an artifact's ONNX step into a Triton model repository, once with its "
+        "state as inputs and outputs and once with the state that Triton keeps of a sequence.",
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument(
+        "--repository",
+        type=Path,
+        required=True,
+        metavar="REPOSITORY",
+        help="what tritonserver is given as --model-repository; made where there is none",
+    )
+    parser.add_argument(
+        "--name",
+        help="of the first model; the second's has _seq behind it (default: the artifact's)",
+    )
+    parser.add_argument(
+        "--device",
+        type=_device,
+        help="cpu or cuda: where Triton runs it (default: where it was exported for); it need not "
+        "be here",
+    )
+    parser.add_argument(
+        "--max-sequences",
+        type=_max_sequences,
+        default=1024,
+        metavar="N",
+        help="environments that Triton keeps a state of at once; another waits, untold, until one "
+        "ends (default 1024)",
+    )
+    parser.add_argument(
+        "--trusted", type=Path, metavar="KEY.pub", help="refuse what this key has not signed"
+    )
+    return parser
+
+
 def chosen_formats(formats: tuple[str, ...] | None, precision: Precision) -> tuple[str, ...] | None:
     """`all` is every format that has the precision; None is left to `export_policy`."""
     if formats == ("all",):
@@ -219,6 +260,12 @@ def _seed(text: str) -> int:
 def _batch_size(text: str) -> int:
     if not text.isdecimal() or not 2 <= int(text) <= LARGEST_BATCH_SIZE:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 2 to {LARGEST_BATCH_SIZE}")
+    return int(text)
+
+
+def _max_sequences(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_SEQUENCES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MOST_SEQUENCES}")
     return int(text)
 
 
