@@ -19,7 +19,7 @@ DOCKER ?= docker
 help:
 	@echo "make serve    install, export a default policy if there is none, serve it on $(HOST):$(PORT);"
 	@echo "              PRESET=tamiyo-v2: esper-lite's policy of today instead of V1"
-	@echo "make test     install, run every check and test; EXTRAS=dev,heavy: with other programs too"
+	@echo "make test     install, run every check and test; EXTRAS=dev,heavy,ray: with other programs too"
 	@echo "make check    formatting, lint and types only"
 	@echo "make image    build the image for GPU hosts with docker; TARGET=cpu: the small one without torch"
 	@echo "make test-image   run the tests of tests/image against the image TARGET=cpu with docker"
@@ -74,7 +74,7 @@ format: $(TESTING)
 # own pip configuration's choice, and every build pins the CUDA libraries it needs itself.
 lock:
 	rm -rf .lock && $(PYTHON) -m venv .lock
-	.lock/bin/pip install --quiet 'torch==2.13.0' && .lock/bin/pip install --quiet --editable client --editable '.[torch,dev,heavy]'
+	.lock/bin/pip install --quiet 'torch==2.13.0' && .lock/bin/pip install --quiet --editable client --editable '.[torch,dev,heavy,ray]'
 	{ echo "# Every package of the environment, pinned. Made by 'make lock'."; \
 	  .lock/bin/pip freeze --all --exclude-editable --exclude pip | sed 's/+[a-z0-9.]*$$//'; } > constraints.txt
 	rm -rf .lock

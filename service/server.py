@@ -33,6 +33,8 @@ from service.settings import Settings
 
 logger = logging.getLogger("service")
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
 ACCEPTS_A_TURN = 16
 """libuv accepts one connection for each listening descriptor and turn of its loop, and a turn may
 hold a whole batch: with one descriptor, the last of 256 new clients would wait for 256 batches."""
@@ -93,30 +95,45 @@ def main(asked_to_stop: Sequence[int] = ()) -> int:
     settings = _settings()
     logging.basicConfig(
         level=settings.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        format=LOG_FORMAT,
         stream=sys.stdout,
     )
     try:
         keys = Keys(settings.act_keys, settings.admin_keys)
         signal.signal(signal.SIGHUP, lambda *_: keys.reload())
-        artifact = _opened(settings)
-        directory, manifest = artifact.directory, artifact.manifest
-        device = choose_device(settings.device, manifest, settings.runtime)
-        name: str = settings.runtime
-        if name == "auto":
-            name = choose_runtime(
-                artifact,
-                device=device,
-                num_threads=settings.num_threads,
-                max_batch_size=min(settings.max_batch_size, manifest.max_batch_size),
-            )
-        runtime = load_runtime(
-            directory, manifest, name=name, device=device, num_threads=settings.num_threads
-        )
+        artifact = open_policy(settings)
+        runtime = load_policy(artifact, settings)
     except (ArtifactError, KeyFileError) as error:
         _fail(str(error))
     _warn_if_open(settings)
-    return serve(settings, manifest, runtime, keys, asked_to_stop)
+    return serve(settings, artifact.manifest, runtime, keys, asked_to_stop)
+
+
+def open_policy(settings: Settings) -> Artifact:
+    """The artifact to serve, its manifest read once. ArtifactError where it is not to be."""
+    directory = find_artifact(settings.artifact)
+    if settings.trusted is None:
+        return open_artifact(directory)
+    from export.signature import load_public_key
+
+    return open_artifact(directory, trusted=load_public_key(settings.trusted))
+
+
+def load_policy(artifact: Artifact, settings: Settings) -> RenewableStep:
+    """Its step, on what runs it here. Raises ArtifactError."""
+    manifest = artifact.manifest
+    device = choose_device(settings.device, manifest, settings.runtime)
+    name: str = settings.runtime
+    if name == "auto":
+        name = choose_runtime(
+            artifact,
+            device=device,
+            num_threads=settings.num_threads,
+            max_batch_size=min(settings.max_batch_size, manifest.max_batch_size),
+        )
+    return load_runtime(
+        artifact.directory, manifest, name=name, device=device, num_threads=settings.num_threads
+    )
 
 
 def serve(
@@ -201,16 +218,6 @@ def _engine(
                 "%s; no session goes on, and the next one moves this to %s", error, aside
             )
     return engine
-
-
-def _opened(settings: Settings) -> Artifact:
-    """The artifact to serve, its manifest read once. ArtifactError where it is not to be."""
-    directory = find_artifact(settings.artifact)
-    if settings.trusted is None:
-        return open_artifact(directory)
-    from export.signature import load_public_key
-
-    return open_artifact(directory, trusted=load_public_key(settings.trusted))
 
 
 def _warn_if_open(settings: Settings) -> None:

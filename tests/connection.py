@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Mapping
 from typing import NamedTuple
 
+Address = tuple[str, int]
+
 
 class Message(NamedTuple):
     """A request for a step, as its form has it."""

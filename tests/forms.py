@@ -40,7 +40,7 @@ class Form(Protocol):
 class _Json:
     def request(self, fields: Fields) -> Message:
         content = json.dumps(fields, default=lambda array: array.tolist()).encode()
-        return Message(content, {"Content-Type": "application/json"})
+        return Message(content, {"Content-Type": "application/json"} | _named(fields))
 
     def told(self, answer: Answer) -> Told:
         fields = json.loads(answer.content)
@@ -57,7 +57,8 @@ class _Safetensors:
     def request(self, fields: Fields) -> Message:
         tensors, scalars = _parted(fields)
         metadata = {n: v if isinstance(v, str) else json.dumps(v) for n, v in scalars.items()}
-        return Message(save(tensors, metadata), {"Content-Type": "application/vnd.safetensors"})
+        headers = {"Content-Type": "application/vnd.safetensors"} | _named(fields)
+        return Message(save(tensors, metadata), headers)
 
     def told(self, answer: Answer) -> Told:
         content = answer.content
@@ -80,6 +81,7 @@ class _Inference:
 
     def request(self, fields: Fields) -> Message:
         tensors, scalars = _parted(fields)
+        named = _named(fields)
         starts = tensors.pop("episode_start", None)
         if starts is not None and starts.all():
             scalars["sequence_start"] = True
@@ -87,6 +89,8 @@ class _Inference:
             tensors["episode_start"] = starts
         if "session_id" in scalars:
             scalars["sequence_id"] = scalars.pop("session_id")
+        if "timeout_ms" in scalars:
+            scalars["timeout"] = max(1, int(1000 * scalars.pop("timeout_ms")))
         scalars["binary_data_output"] = self._is_binary
         inputs: list[dict[str, Any]] = [
             {"name": n, "shape": t.shape, "datatype": DATATYPES.get(t.dtype.name, "BOOL")}
@@ -100,8 +104,8 @@ class _Inference:
                 of["data"] = tensor.tolist()
         text = json.dumps({"inputs": inputs, "parameters": scalars}).encode()
         if not self._is_binary:
-            return Message(text, {"Content-Type": "application/json"}, self._path)
-        headers = {"Inference-Header-Content-Length": str(len(text))}
+            return Message(text, {"Content-Type": "application/json"} | named, self._path)
+        headers = {"Inference-Header-Content-Length": str(len(text))} | named
         return Message(b"".join((text, *raw)), headers, self._path)
 
     def told(self, answer: Answer) -> Told:
@@ -120,6 +124,11 @@ class _Inference:
         assert at == len(raw)
         state = {half: tensors.pop(f"state_{half}") for half in "hc" if f"state_{half}" in tensors}
         return Told(body["parameters"]["step"], tensors, state or None)
+
+
+def _named(fields: Fields) -> dict[str, str]:
+    """What a balancer reads."""
+    return {"X-Session-Id": fields["session_id"]} if "session_id" in fields else {}
 
 
 def _parted(fields: Fields) -> tuple[Arrays, dict[str, Any]]:

@@ -21,7 +21,7 @@ from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from service.runtime.load import load_runtime
 from service.settings import Settings
-from tests.connection import Connection
+from tests.connection import Address, Connection
 from tests.forms import JSON, SAFETENSORS, Form, inference
 from tests.random_inputs import random_masks, random_observations
 from tests.running_server import RunningServer, running_server
@@ -211,9 +211,9 @@ def answer_of(client: AppClient, form: Form, body: Json) -> bytes:
     return answer.content
 
 
-async def disturbed(server: RunningServer, made: list[Script]) -> tuple[Any, Counter[str]]:
+async def disturbed(address: Address, made: list[Script]) -> tuple[Any, Counter[str]]:
     seen: Counter[str] = Counter()
-    environments = [Environment(script, *server.host_and_port, seen) for script in made]
+    environments = [Environment(script, *address, seen) for script in made]
     return await asyncio.gather(*(each.run() for each in environments)), seen
 
 
@@ -229,7 +229,7 @@ def artifact(
 def check_under_faults(artifact: Path, made: list[Script], *, at_least: int) -> None:
     """Every session is told what it is told alone, and each fault came so often at least."""
     with running_server(artifact) as server:
-        got, seen = asyncio.run(asyncio.wait_for(disturbed(server, made), TIMEOUT_S))
+        got, seen = asyncio.run(asyncio.wait_for(disturbed(server.host_and_port, made), TIMEOUT_S))
         assert "Traceback" not in server.log()
     for fault in FAULTS:
         assert seen[fault] > at_least, seen

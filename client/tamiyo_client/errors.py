@@ -11,7 +11,7 @@ PolicyError               whatever it is; `status` and `error_type` say what the
         NotReady          503
         Draining          503
         DeadlineExceeded  504
-        Unreachable       no answer at all; the network's own error is its cause
+        Unreachable       no answer at all, or a proxy's 500, 502; the cause is the network's error
     ServerError           500, or an answer that is no policy's
 """
 
@@ -92,6 +92,7 @@ BY_TYPE: dict[str, type[PolicyError]] = {
     "not_ready": NotReady,
     "draining": Draining,
     "deadline_exceeded": DeadlineExceeded,
+    "internal": ServerError,
 }
 BY_STATUS: dict[int, type[PolicyError]] = {
     **dict.fromkeys((400, 408, 413, 415, 422, 431), InvalidRequest),
@@ -100,6 +101,7 @@ BY_STATUS: dict[int, type[PolicyError]] = {
     410: SessionLost,
     412: VersionMismatch,
     429: Overloaded,
+    500: Unreachable,  # of Ray Serve, when a replica dies
     502: Unreachable,
     503: NotReady,
     504: DeadlineExceeded,

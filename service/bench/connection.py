@@ -30,14 +30,17 @@ class Connection(asyncio.Protocol):
         self._port = parts.port or (443 if self._is_tls else 80)
         self._head = (
             f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
-            f"Content-Type: {content_type}\r\nContent-Length: "
+            f"Content-Type: {content_type}\r\n"
         ).encode()
         self._transport: asyncio.Transport | None = None
         self._is_lost = asyncio.Event()
         self._response: asyncio.Future[Response] | None = None
 
-    async def post(self, body: bytes) -> Response:
-        """The answer. Raises OSError where there is none: no connection, cut off, not HTTP."""
+    async def post(self, body: bytes, session_id: str | None = None) -> Response:
+        """The answer. Raises OSError where there is none: no connection, cut off, not HTTP.
+
+        `session_id` is for a balancer.
+        """
         loop = asyncio.get_running_loop()
         if self._transport is not None and self._transport.is_closing():
             await self._is_lost.wait()  # or its end would be taken for the next one's
@@ -49,7 +52,9 @@ class Connection(asyncio.Protocol):
         self._content = b""
         self._retry_after_s = 0.0
         self._response = loop.create_future()
-        self._transport.write(b"%b%d\r\n\r\n%b" % (self._head, len(body), body))
+        named = b"" if session_id is None else b"X-Session-Id: %b\r\n" % session_id.encode()
+        length = b"Content-Length: %d\r\n\r\n" % len(body)
+        self._transport.write(b"%b%b%b%b" % (self._head, named, length, body))
         return await self._response
 
     def close(self) -> None:

@@ -60,7 +60,10 @@ async def end_sessions(url: str, sessions: Iterable[Session]) -> None:
     async with httpcore.AsyncConnectionPool(max_connections=1) as http:
         for session in sessions:
             try:
-                await http.request("DELETE", f"{url}/sessions/{session.session_id}")
+                path = f"/sessions/{session.session_id}"
+                await http.request(
+                    "DELETE", url + path, headers={"X-Session-Id": session.session_id}
+                )
             except (httpcore.NetworkError, httpcore.ProtocolError) as error:
                 raise OSError(str(error)) from error
 
@@ -159,7 +162,7 @@ class LoadGenerator:
         )
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                response = await connection.post(body)
+                response = await connection.post(body, session.session_id)
         except (OSError, TimeoutError) as error:
             connection.close()
             load.errors[type(error).__name__] += 1

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from export.loaders.protocol import RenewableStep
 from export.manifest import ArtifactError, Manifest
@@ -29,6 +29,8 @@ from service.runtime.protocol import Runtime
 logger = logging.getLogger(__name__)
 
 MOST_LISTED = 16
+OF_AN_EXPORT = {"name", "value_scale"}
+"""What of a spec is an export's own; the weights have the value's scale."""
 
 
 class Push(NamedTuple):
@@ -39,8 +41,15 @@ class Push(NamedTuple):
     read_probe: Callable[[], Probe]
 
 
+class Successor(NamedTuple):
+    """Another artifact, and what loads its step once it is known to be this policy's."""
+
+    manifest: Manifest
+    load: Callable[[], RenewableStep]
+
+
 class Change(NamedTuple):
-    """What a push or a rollback did."""
+    """What changed which weights serve."""
 
     policy_version: str
     previous_version: str | None
@@ -157,6 +166,14 @@ class PolicyVersions:
             lambda: self._built(read(), if_match), restarts_sessions, by, "pushed"
         )
 
+    async def succeed(self, open_artifact: Callable[[], Successor], *, by: str) -> Change:
+        """Has another artifact's weights serve, whose export held them against their policy.
+
+        Raises PushConflict as `push` does, and Invalid where it cannot be opened or is another
+        policy's, naming what differs: then nothing has changed.
+        """
+        return await self._changed(lambda: self._built_from(open_artifact), False, by, "changed to")
+
     async def rollback(
         self, *, if_match: Collection[str] | None, restarts_sessions: bool, by: str
     ) -> Change:
@@ -236,6 +253,34 @@ class PolicyVersions:
         adopt = self._runtime.prepare(self.previous.loaded)
         return _Built(self.previous, adopt, self.previous.probe_error)
 
+    def _built_from(self, open_artifact: Callable[[], Successor]) -> _Built:
+        try:
+            successor = open_artifact()
+            self._check_policy(successor.manifest)
+            name = successor.manifest.policy_version
+            if name == self.current.policy_version:
+                return _Built(self.current, _nothing, None)
+            loaded = successor.load()
+        except ArtifactError as error:
+            raise Invalid(str(error)) from error
+        return _Built(Weights(name, loaded), self._runtime.prepare(loaded), None)
+
+    def _check_policy(self, manifest: Manifest) -> None:
+        """Raises Invalid where an artifact is not of this policy, naming the first that differs."""
+        served = _rules(self._manifest)
+        for name, other in _rules(manifest).items():
+            if other != served[name]:
+                raise Invalid(
+                    f"this is another policy's artifact: its {name} is {short(str(other))}, and "
+                    f"that of the policy that serves {short(str(served[name]))}"
+                )
+        checked, needed = manifest.max_batch_size, self._manifest.max_batch_size
+        if checked < needed:
+            raise Invalid(
+                f"this artifact was checked with batches up to {checked}, and the one that serves "
+                f"with up to {needed}: export it again with as many"
+            )
+
     def _check(self, parameters: Parameters) -> None:
         """Raises Invalid where they are not this policy's, naming the first that differs."""
         expected = self._manifest.parameters
@@ -258,6 +303,13 @@ class PolicyVersions:
         serves = self.current.policy_version
         if if_match is not None and {"*", serves}.isdisjoint(if_match):
             raise VersionMismatch(f"{serves} serves, not {short(', '.join(if_match))}")
+
+
+def _rules(manifest: Manifest) -> dict[str, Any]:
+    """What two artifacts of one policy have in common, whatever their weights are."""
+    rules = manifest.spec.model_dump(mode="json", exclude=OF_AN_EXPORT)
+    parameters = {p.name: (p.dtype, p.shape) for p in manifest.parameters}
+    return {**rules, "precision": manifest.precision, "parameters": parameters}
 
 
 def _nothing() -> None:

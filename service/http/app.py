@@ -94,7 +94,7 @@ class App(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.prefix:  # which a proxy may have taken off the path, or not: both find their route
             scope["root_path"] = self.prefix
-        paths = (PATH, self.prefix + PATH)
+        paths = (PATH, scope.get("root_path", "") + PATH)
         if scope["type"] == "http" and scope["path"] in paths and scope["method"] == "POST":
             await self.act_endpoint(scope, receive, send)
             return

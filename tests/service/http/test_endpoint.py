@@ -4,6 +4,7 @@ import asyncio
 import json
 from typing import Any
 
+import httpx
 import pytest
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
@@ -126,3 +127,13 @@ def test_an_exception_nobody_foresaw_is_500_with_a_fixed_text(client: AppClient)
     client.run(client.app.act_endpoint({"headers": HEADERS}, receive, send))
     assert sent[0]["status"] == 500
     assert json.loads(sent[1]["body"]) == {"error": "internal error", "error_type": "internal"}
+
+
+def test_a_server_s_own_prefix_is_no_part_of_the_path(client: AppClient) -> None:
+    async def posted() -> httpx.Response:
+        transport = httpx.ASGITransport(client.app, root_path="/tamiyo")
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            body = {"observation": [0.0] * client.served.manifest.spec.observation_dim}
+            return await http.post("/tamiyo/act", json=body)
+
+    assert client.run(posted()).status_code == 200

@@ -1,0 +1,127 @@
+"""Another artifact's weights in the place of those that serve, or why not."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from export.manifest import ArtifactError, Manifest
+from model.spec import PolicySpec
+from service.engine.policy_versions import Change, Successor
+from service.errors import Invalid
+from service.runtime.load import load_runtime
+from service.settings import Settings
+from tests.pushes import Learner
+from tests.random_inputs import random_policy
+from tests.service.fakes import AppClient, Served
+from tests.specs import TINY_V1
+
+MAX_BATCH_SIZE = 16
+
+
+def exported(directory: Path, spec: PolicySpec = TINY_V1, *, seed: int = 0) -> Manifest:
+    learner = Learner(random_policy(spec, seed))
+    return learner.export(directory, "onnx", max_batch_size=MAX_BATCH_SIZE)
+
+
+def successor(directory: Path) -> Successor:
+    manifest = Manifest.read(directory)
+    load = partial(load_runtime, directory, manifest, name="onnx", device="cpu", num_threads=1)
+    return Successor(manifest, load)
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two exports of one policy."""
+    directory = tmp_path_factory.mktemp("successors")
+    for seed in range(2):
+        exported(directory / f"version-{seed}", seed=seed)
+    return directory / "version-0", directory / "version-1"
+
+
+@pytest.fixture
+def client(artifacts: tuple[Path, Path]) -> Iterator[AppClient]:
+    manifest, load = successor(artifacts[0])
+    with AppClient(Served.make(manifest, load(), Settings(artifact=artifacts[0]))) as client:
+        yield client
+
+
+def succeed(client: AppClient, directory: Path) -> Change:
+    return client.run(client.engine.versions.succeed(lambda: successor(directory), by="somebody"))
+
+
+def test_its_weights_serve_until_those_before_do_again(
+    client: AppClient, artifacts: tuple[Path, Path]
+) -> None:
+    first, second = (Manifest.read(directory).policy_version for directory in artifacts)
+    body = {"observation": [0.5] * TINY_V1.observation_dim, "seed": 3}
+    before = client.act(body).json()
+    assert succeed(client, artifacts[1]) == Change(second, first, None)
+    after = client.act(body).json()
+    assert (before["policy_version"], after["policy_version"]) == (first, second)
+    assert after["value"] != before["value"]
+    versions = client.engine.versions
+    client.run(versions.rollback(if_match=None, restarts_sessions=False, by="somebody"))
+    assert client.act(body).json() == before
+
+
+def test_the_weights_that_serve_are_not_loaded_again(
+    client: AppClient, artifacts: tuple[Path, Path]
+) -> None:
+    def load() -> None:
+        raise AssertionError
+
+    manifest = Manifest.read(artifacts[0])
+    versions = client.engine.versions
+    client.run(versions.succeed(lambda: Successor(manifest, load), by="somebody"))  # type: ignore[arg-type]
+    assert [version.policy_version for version in versions.listed] == [manifest.policy_version]
+
+
+OTHERS = {
+    "observations": (
+        PolicySpec.tamiyo_v1(
+            num_slots=2, observation_dim=13, feature_dim=12, hidden_dim=10, num_layers=1
+        ),
+        "its observation_dim is 13, and that of the policy that serves 11",
+    ),
+    "a network": (
+        PolicySpec.tamiyo_v1(
+            num_slots=2, observation_dim=11, feature_dim=12, hidden_dim=14, num_layers=1
+        ),
+        "its hidden_dim is 14, and that of the policy that serves 10",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_one_of_another_policy_is_refused_with_what_differs(
+    client: AppClient, tmp_path: Path, what: str
+) -> None:
+    spec, sentence = OTHERS[what]
+    exported(tmp_path / "other", spec)
+    serves = client.engine.versions.current
+    with pytest.raises(Invalid, match=sentence):
+        succeed(client, tmp_path / "other")
+    assert client.engine.versions.current is serves
+
+
+def test_one_that_was_checked_with_smaller_batches_is_refused(
+    client: AppClient, tmp_path: Path
+) -> None:
+    Learner(random_policy(TINY_V1, 1)).export(tmp_path / "other", "onnx", max_batch_size=8)
+    with pytest.raises(Invalid, match=r"checked with batches up to 8, and .* up to 16"):
+        succeed(client, tmp_path / "other")
+
+
+def test_one_that_is_damaged_or_not_there_is_refused(client: AppClient, tmp_path: Path) -> None:
+    exported(tmp_path / "other", seed=2)
+    file = tmp_path / "other" / "policy.onnx"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(Invalid, match=r"policy\.onnx") as refused:
+        succeed(client, tmp_path / "other")
+    assert isinstance(refused.value.__cause__, ArtifactError)
+    with pytest.raises(Invalid, match="nowhere"):
+        succeed(client, tmp_path / "nowhere")
+    metrics = client.get("/metrics").text
+    assert 'tamiyo_weights_changes_total{result="invalid"} 2.0' in metrics
