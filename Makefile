@@ -10,15 +10,17 @@ PRESET ?= tamiyo-v1
 ARTIFACT := artifacts/$(PRESET)
 HOST ?= 127.0.0.1
 PORT ?= 8000
+REPLICAS ?=
 TARGET ?= cuda
 IMAGE ?= tamiyo-serve:$(TARGET)
 DOCKER ?= docker
 
-.PHONY: help install serve test check image test-image format lock clean
+.PHONY: help install serve cluster test check image test-image format lock clean
 
 help:
 	@echo "make serve    install, export a default policy if there is none, serve it on $(HOST):$(PORT);"
 	@echo "              PRESET=tamiyo-v2: esper-lite's policy of today instead of V1"
+	@echo "make cluster  the same on all cores, a service on each behind HAProxy; REPLICAS=2: on two"
 	@echo "make test     install, run every check and test; EXTRAS=dev,heavy,ray: with other programs too"
 	@echo "make check    formatting, lint and types only"
 	@echo "make image    build the image for GPU hosts with docker; TARGET=cpu: the small one without torch"
@@ -46,14 +48,18 @@ $(ARTIFACT)/manifest.json: | $(SERVING)
 serve: $(SERVING) $(ARTIFACT)/manifest.json
 	$(BIN)/python -m service --artifact $(ARTIFACT) --host $(HOST) --port $(PORT)
 
+cluster: $(SERVING) $(ARTIFACT)/manifest.json
+	HOST=$(HOST) PORT=$(PORT) REPLICAS=$(REPLICAS) PYTHON=$(BIN)/python deploy/cluster.sh --artifact $(ARTIFACT)
+
 check: $(TESTING)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mypy examples
 	$(BIN)/hadolint --failure-threshold warning Dockerfile
-	$(BIN)/shellcheck .ci/run .ci/image deploy/verify.sh examples/curl.sh
-	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml compose.gpu.yaml
+	$(BIN)/shellcheck .ci/run .ci/image deploy/verify.sh deploy/cluster.sh examples/curl.sh
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml compose.gpu.yaml compose.cluster.yaml
+	$(BIN)/kubernetes-validate --strict --quiet deploy/kubernetes/*.yaml
 
 test: check
 	$(BIN)/python -m pytest

@@ -125,25 +125,31 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _push(options: argparse.Namespace) -> int:
+    """To every URL, whatever the others answer: replicas that differ are the fewer the better."""
     api_key = None if options.api_key_file is None else _first_word(options.api_key_file)
     policy, normalizer, _ = load_source(options)
-    try:
-        answer = push_policy(
-            policy,
-            normalizer,
-            options.to,
-            api_key,
-            if_match=options.if_match,
-            restart_sessions=options.restart_sessions,
-            timeout_s=PATIENCE_S,
-        )
-    except ValueError as error:
-        fail(str(error))
-    except PolicyError as error:
-        fail(f"{options.to}: {error}", code=1)
-    say(f"{options.to} serves {answer.policy_version}")
-    say(f"  before it {answer.previous_version or 'none that is kept'}")
-    say(f"  {answer.probe_error:.1e} from the probe at most")
+    refused = []
+    for url in options.to:
+        try:
+            answer = push_policy(
+                policy,
+                normalizer,
+                url,
+                api_key,
+                if_match=options.if_match,
+                restart_sessions=options.restart_sessions,
+                timeout_s=PATIENCE_S,
+            )
+        except ValueError as error:
+            fail(str(error))
+        except PolicyError as error:
+            refused.append(f"{url}: {error}")
+            continue
+        say(f"{url} serves {answer.policy_version}")
+        say(f"  before it {answer.previous_version or 'none that is kept'}")
+        say(f"  {answer.probe_error:.1e} from the probe at most")
+    if refused:
+        fail("; ".join(refused), code=1)
     return 0
 
 

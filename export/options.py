@@ -121,7 +121,11 @@ def push_parser() -> Parser:
     )
     _add_source(parser)
     parser.add_argument(
-        "--to", required=True, metavar="URL", help="of the service, as http://127.0.0.1:8000 is"
+        "--to",
+        required=True,
+        action="append",
+        metavar="URL",
+        help="of the service, as http://127.0.0.1:8000 is; given again, of each of its replicas",
     )
     parser.add_argument(
         "--api-key-file",

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import httpx
+
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
@@ -40,6 +42,12 @@ class RunningServer:
     def host_and_port(self) -> tuple[str, int]:
         host, _, port = self.address.removeprefix("http://").rpartition(":")
         return host, int(port)
+
+    def counted(self, sample: str) -> float:
+        """What its `/metrics` say of that; 0 where they say nothing yet."""
+        text = httpx.get(f"{self.address}/metrics", timeout=STOP_TIMEOUT_S).text
+        found = re.search(rf"^{re.escape(sample)} (\S+)$", text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
 
     def log(self) -> str:
         """Everything it has written so far."""

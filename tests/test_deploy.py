@@ -25,7 +25,8 @@ from tests.service.fakes import Bench
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 GRAFANA = ROOT / "deploy" / "grafana"
-COMPOSE_FILES = ("compose.yaml", "compose.gpu.yaml")
+COMPOSE_FILES = ("compose.yaml", "compose.gpu.yaml", "compose.cluster.yaml")
+KUBERNETES = ROOT / "deploy" / "kubernetes"
 
 Yaml = dict[str, Any]
 
@@ -66,7 +67,8 @@ def test_the_build_is_given_what_the_dockerfile_copies_and_no_more() -> None:
 
 
 def test_every_variable_the_image_and_the_compose_files_set_is_a_setting() -> None:
-    texts = [DOCKERFILE, *((ROOT / name).read_text() for name in COMPOSE_FILES)]
+    files = [*(ROOT / name for name in COMPOSE_FILES), *KUBERNETES.glob("*.yaml")]
+    texts = [DOCKERFILE, *(file.read_text() for file in files)]
     names = {name for text in texts for name in re.findall(r"\bTAMIYO_([A-Z_]+)", text)}
     assert names >= {"ARTIFACT", "HOST", "PORT", "DEVICE"}
     assert {name.lower() for name in names} <= Settings.model_fields.keys()
@@ -171,9 +173,10 @@ def promtool() -> str:
 
 
 def test_prometheus_accepts_its_configuration_and_the_alarms(tmp_path: Path, promtool: str) -> None:
-    for name in ("prometheus.yml", "alerts.yml"):
+    configurations = ("prometheus.yml", "prometheus.cluster.yml")
+    for name in (*configurations, "alerts.yml"):
         shutil.copy(ROOT / "deploy" / name, tmp_path)
-    for check in (["rules", "alerts.yml"], ["config", "prometheus.yml"]):
+    for check in (["rules", "alerts.yml"], *(["config", name] for name in configurations)):
         done = subprocess.run(
             [promtool, "check", *check], cwd=tmp_path, capture_output=True, text=True, timeout=60
         )

@@ -9,6 +9,8 @@ alone and undisturbed.
 import asyncio
 import random
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from service.runtime.load import load_runtime
 from service.settings import Settings
+from tests.balancer import balanced, needs_haproxy
 from tests.connection import Address, Connection
 from tests.forms import JSON, SAFETENSORS, Form, inference
 from tests.random_inputs import random_masks, random_observations
@@ -226,11 +229,48 @@ def artifact(
     return output
 
 
-def check_under_faults(artifact: Path, made: list[Script], *, at_least: int) -> None:
-    """Every session is told what it is told alone, and each fault came so often at least."""
+class Reached(NamedTuple):
+    """What serves, and where clients find it."""
+
+    address: Address
+    servers: list[RunningServer]
+
+
+@contextmanager
+def one_server(artifact: Path) -> Iterator[Reached]:
     with running_server(artifact) as server:
-        got, seen = asyncio.run(asyncio.wait_for(disturbed(server.host_and_port, made), TIMEOUT_S))
-        assert "Traceback" not in server.log()
+        yield Reached(server.host_and_port, [server])
+
+
+@contextmanager
+def two_behind_haproxy(artifact: Path) -> Iterator[Reached]:
+    with (
+        running_server(artifact) as one,
+        running_server(artifact) as two,
+        balanced(one.host_and_port, two.host_and_port) as balancer,
+    ):
+        yield Reached(balancer.host_and_port, [one, two])
+
+
+behind_each = pytest.mark.parametrize(
+    "reached_at",
+    [
+        pytest.param(one_server, id="one server"),
+        pytest.param(two_behind_haproxy, id="two behind HAProxy", marks=needs_haproxy),
+    ],
+)
+ReachedAt = Callable[[Path], AbstractContextManager[Reached]]
+
+
+def check_under_faults(
+    reached_at: ReachedAt, artifact: Path, made: list[Script], *, at_least: int
+) -> None:
+    """Every session is told what it is told alone, and each fault came so often at least."""
+    with reached_at(artifact) as (address, servers):
+        got, seen = asyncio.run(asyncio.wait_for(disturbed(address, made), TIMEOUT_S))
+        kept = [server.counted("tamiyo_sessions") for server in servers]
+        assert min(kept) > sum(kept) / len(kept) / 2, kept
+        assert not any("Traceback" in server.log() for server in servers)
     for fault in FAULTS:
         assert seen[fault] > at_least, seen
     assert seen["replayed"] > at_least, seen  # answers were lost, and given again
@@ -239,17 +279,19 @@ def check_under_faults(artifact: Path, made: list[Script], *, at_least: int) -> 
             assert one == other, f"{script.session_id}, step {at}"
 
 
+@behind_each
 def test_every_trajectory_is_bit_for_bit_the_undisturbed_one(
-    artifact: Path, spec: PolicySpec
+    reached_at: ReachedAt, artifact: Path, spec: PolicySpec
 ) -> None:
     made = scripts(spec, NUM_SESSIONS, NUM_STEPS)
-    check_under_faults(artifact, made, at_least=NUM_SESSIONS)
+    check_under_faults(reached_at, artifact, made, at_least=NUM_SESSIONS)
 
 
+@behind_each
 def test_every_trajectory_of_vectors_is_bit_for_bit_the_undisturbed_one(
-    artifact: Path, spec: PolicySpec
+    reached_at: ReachedAt, artifact: Path, spec: PolicySpec
 ) -> None:
-    check_under_faults(artifact, vector_scripts(spec), at_least=NUM_VECTORS)
+    check_under_faults(reached_at, artifact, vector_scripts(spec), at_least=NUM_VECTORS)
 
 
 def test_a_seeded_session_is_the_same_among_256_others_and_after_a_restart(

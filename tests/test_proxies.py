@@ -19,11 +19,8 @@ import pytest
 
 from export.exporter import export_policy
 from model.policy import FactoredRecurrentActorCritic
-from tests.running_server import (
-    STOP_TIMEOUT_S,
-    RunningServer,
-    running_server,
-)
+from tests.balancer import HAPROXY, needs_haproxy
+from tests.running_server import STOP_TIMEOUT_S, RunningServer, running_server
 
 START_TIMEOUT_S = 30.0
 TIMEOUT_S = 30.0
@@ -34,7 +31,6 @@ Json = dict[str, Any]
 Configure = Callable[[Path, str, list[RunningServer]], list[str]]
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
-HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
 
 
 def nginx(directory: Path, how: str, servers: list[RunningServer]) -> list[str]:
@@ -129,9 +125,7 @@ backend act
 
 PROXIES = [
     pytest.param(nginx, id="nginx", marks=pytest.mark.skipif(not NGINX, reason="no nginx here")),
-    pytest.param(
-        haproxy, id="HAProxy", marks=pytest.mark.skipif(not HAPROXY, reason="no HAProxy here")
-    ),
+    pytest.param(haproxy, id="HAProxy", marks=needs_haproxy),
 ]
 
 
@@ -272,24 +266,15 @@ def test_a_body_too_large_is_refused_through_a_proxy_and_the_next_request_is_ser
 def test_hashing_the_session_s_name_keeps_it_where_its_state_is(
     servers: list[RunningServer], dimension: int, tmp_path: Path, proxy: Configure
 ) -> None:
-    before = [num_sessions(server) for server in servers]
+    before = [server.counted("tamiyo_sessions") for server in servers]
     with behind(proxy, "hashed", tmp_path, *servers) as client:
         names = [f"{tmp_path.name}-{number}" for number in range(NUM_SESSIONS)]
         for name in names:
             play(client, name, dimension)
-    shares = [num_sessions(server) - was for server, was in zip(servers, before, strict=True)]
+    after = [server.counted("tamiyo_sessions") for server in servers]
+    shares = [now - was for now, was in zip(after, before, strict=True)]
     assert sum(shares) == NUM_SESSIONS
     assert min(shares) > 0
-
-
-def num_sessions(server: RunningServer) -> int:
-    found = re.search(
-        r"^tamiyo_sessions (\S+)$",
-        httpx.get(f"{server.address}/metrics", timeout=TIMEOUT_S).text,
-        re.MULTILINE,
-    )
-    assert found
-    return int(float(found.group(1)))
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,12 @@ server that nobody disturbs.
 """
 
 import asyncio
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import httpx
 import numpy as np
 import pytest
 
@@ -30,6 +28,8 @@ NUM_RESTARTS = 5
 NUM_SESSIONS = 40
 NUM_STEPS = 100
 RETRY_S = 0.02
+NO_ANSWER = (502, 503)
+"""A balancer's, of a server that ended, and of one that is not there or not ready."""
 TIMEOUT_S = 240.0
 PATIENCE: dict[str, Any] = {"timeout_s": TIMEOUT_S, "retries": 10_000}
 
@@ -62,9 +62,7 @@ class Home:
         self.server = await asyncio.to_thread(self._started, str(self.port))
 
     def counted(self, name: str) -> float:
-        text = httpx.get(f"{self.server.address}/metrics").text
-        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
-        return float(found[1]) if found else 0.0
+        return self.server.counted(name)
 
     async def has_written(self, more: int) -> None:
         """So many snapshots were begun and written since it was called."""
@@ -103,14 +101,22 @@ class Progress:
             await self._changed.wait_for(lambda: self._number >= number)
 
 
+class Place(Protocol):
+    """Where a server is found, or a balancer; what is on its stack ends before it does."""
+
+    host: str
+    port: int
+    stack: ExitStack
+
+
 class Environment:
     """Sends its script's requests in order, each until it is answered for good."""
 
-    def __init__(self, script: Script, home: Home) -> None:
+    def __init__(self, script: Script, place: Place) -> None:
         self.script = script
         self.answers: list[bytes] = []
-        self._connection = Connection(home.host, home.port)
-        home.stack.callback(self.hang_up)
+        self._connection = Connection(place.host, place.port)
+        place.stack.callback(self.hang_up)
 
     async def goes_on(self, number: int, made: Callable[[], Any]) -> None:
         """Until it has so many answers."""
@@ -132,7 +138,7 @@ class Environment:
             except (OSError, asyncio.IncompleteReadError):
                 pass
             else:
-                if answer.status != 503:
+                if answer.status not in NO_ANSWER:
                     return answer
             self._connection.cut()
             await asyncio.sleep(RETRY_S)
@@ -228,7 +234,7 @@ def without_names(script: Script) -> Script:
         if body["step"] == 0:  # without a name it may be a retry of another
             del left["step"]
         bodies.append(left)
-    return script._replace(session_id=f"{script.session_id}!", bodies=bodies)
+    return script._replace(bodies=bodies)
 
 
 def without_steps(script: Script) -> Script:
@@ -236,7 +242,7 @@ def without_steps(script: Script) -> Script:
         {name: value for name, value in body.items() if name != "step"}
         for body in without_names(script).bodies
     ]
-    return script._replace(session_id=f"{script.session_id}?", bodies=bodies)
+    return script._replace(bodies=bodies)
 
 
 def renamed(made: list[Script], prefix: str) -> list[Script]:

@@ -22,7 +22,7 @@ from export.loaders.protocol import LoadedStep
 from export.manifest import step_inputs, step_outputs
 from model.spec import PolicySpec
 from tamiyo_client.noise import gumbel_noise, row_seed
-from tests.connection import Answer, Connection
+from tests.connection import Address, Answer, Connection
 from tests.forms import JSON, SAFETENSORS, Arrays, Form, Told, inference
 from tests.loaded_step import allocated, load_from
 from tests.random_inputs import (
@@ -50,7 +50,6 @@ TOO_LARGE = 3e38  # for this policy, not for a float32: only the model finds out
 SEEDS = st.integers(0, 2**64 - 2)
 MODEL = "tiny"
 OIP, OIP_BINARY = (inference(MODEL, is_binary=is_binary) for is_binary in (False, True))
-Address = tuple[str, int]
 Json = dict[str, Any]
 
 

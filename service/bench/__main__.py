@@ -216,7 +216,8 @@ def _show(
     console.print(percentiles)
     if load.latencies_ms:
         console.print(_bars("latency", _histogram(latencies)))
-    console.print(_bars("batch size", ranges(sizes)))
+    if sizes:
+        console.print(_bars("batch size", ranges(sizes)))
     for kind, count in load.errors.items():
         console.print(f"[red]{count} requests failed: {kind}")
     if differences is None:

@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import Mapping
+from http import HTTPStatus
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -12,6 +14,7 @@ TIMEOUT_S = 30.0
 async def batch_sizes(url: str) -> dict[str, float]:
     """How many batches there were so far, as `{upper bound of the size: batches}`.
 
+    Of a balancer, which has no metrics of the services behind it, there is nothing to say.
     Raises OSError where the server does not answer.
     """
     text = await asyncio.to_thread(_metrics, url)
@@ -28,9 +31,14 @@ async def batch_sizes(url: str) -> dict[str, float]:
 
 
 def _metrics(url: str) -> str:
-    with urlopen(f"{url}/metrics", timeout=TIMEOUT_S) as response:
-        text: str = response.read().decode()
-        return text
+    try:
+        with urlopen(f"{url}/metrics", timeout=TIMEOUT_S) as response:
+            text: str = response.read().decode()
+    except HTTPError as error:
+        if error.code != HTTPStatus.NOT_FOUND:
+            raise
+        return ""
+    return text
 
 
 def ranges(sizes: Mapping[str, float]) -> dict[str, float]:

@@ -39,7 +39,7 @@ class Connection(asyncio.Protocol):
     async def post(self, body: bytes, session_id: str | None = None) -> Response:
         """The answer. Raises OSError where there is none: no connection, cut off, not HTTP.
 
-        `session_id` is for a balancer.
+        A balancer keeps a session where it is by the name that is given for it.
         """
         loop = asyncio.get_running_loop()
         if self._transport is not None and self._transport.is_closing():
