@@ -56,16 +56,19 @@ def push_policy(
 ) -> PushAnswer:
     """Has the server at `url` serve these weights, once it has seen them do what `policy` does.
 
-    `policy` may be compiled, on any device, and go on learning: all of it is copied. `api_key` is
-    an admin key; `if_match` the version to be replaced; `restart_sessions` gives up the sessions,
-    whose states the older weights made. It is sent again where no answer comes.
+    `policy` and `normalizer` may be compiled, on any device, and go on learning: all of it is
+    copied. `api_key` is an admin key; `if_match` the version to be replaced; `restart_sessions`
+    gives up the sessions, whose states the older weights made. It is sent again where no answer
+    comes, or the server is about to end.
 
-    Raises ValueError, before anything is sent, for weights that are not finite, and for a policy
-    whose spec is not the served one's; `tamiyo_client.PolicyError`, with the server's sentence,
-    where it is refused.
+    Raises ValueError, before anything is sent, for weights that are not finite, and for a URL, key
+    or version that can be none; before any weights are, for a policy whose spec is not the served
+    one's. Raises `tamiyo_client.PolicyError`, with the server's sentence, where it is refused, and
+    Unreachable, which is one, where no answer comes in `timeout_s`.
     """
     own = copied(policy, normalizer)
     pack_weights(*own)
+    conditions = {} if if_match is None else {"If-Match": f'"{_header_value(if_match)}"'}
     headers = {} if api_key is None else {"Authorization": bearer(api_key)}
     transport = Transport(None)
     patience = Patience(timeout_s)
@@ -83,7 +86,6 @@ def push_policy(
             raise ServerError(f"{url} runs a release that takes no weights", error_type="")
         spec = _served_spec(own.policy.spec, PolicySpec.model_validate(served["spec"]))
         body = push_body(own, spec, served["precision"])
-        conditions = {"If-Match": f'"{if_match}"'} if if_match is not None else {}
         path = "/policy/weights" + ("?sessions=restart" if restart_sessions else "")
         answer = answered("PUT", path, body, **{"Content-Type": SAFETENSORS}, **conditions)
     finally:
@@ -101,6 +103,12 @@ def push_body(own: RebuiltPolicy, spec: PolicySpec, precision: Precision) -> byt
             tensors[name] = tensor.view(torch.bfloat16) if is_bfloat16 else tensor
         probe = _probe(own, spec, precision)
         return save(tensors | {f"probe.{name}": value for name, value in probe.items()})
+
+
+def _header_value(if_match: str) -> str:
+    if not (if_match.isascii() and if_match.isprintable()):
+        raise ValueError(f"if_match is {if_match!r}; a version is of printable ASCII letters")
+    return if_match
 
 
 def _served_spec(own: PolicySpec, served: PolicySpec) -> PolicySpec:
@@ -136,6 +144,7 @@ def copied(policy: nn.Module, normalizer: ObservationNormalizer | None) -> Rebui
     Raises ValueError for a module that is no policy, but has one in it perhaps.
     """
     eager = getattr(policy, "_orig_mod", policy)
+    normalizer = getattr(normalizer, "_orig_mod", normalizer)
     if not isinstance(eager, FactoredRecurrentActorCritic):
         raise ValueError(
             f"a {type(eager).__name__} is no policy; where it is wrapped around one, push that"

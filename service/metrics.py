@@ -26,7 +26,19 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from service.errors import (
+    Invalid,
+    Malformed,
+    NoPreviousVersion,
+    PushConflict,
+    ServiceError,
+    VersionMismatch,
+)
+
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+OF_CHANGES = (PushConflict, Malformed, Invalid, NoPreviousVersion, VersionMismatch, ServiceError)
+"""What refuses a push or a rollback that was begun. Each is counted from 0 on, as an alarm does not
+see the first event of a series that appears with it."""
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each counter, which nobody reads
 
 
@@ -46,7 +58,7 @@ class Snapshots(Protocol):
     last_s: float | None
     every_s: float | None
 
-    def age_s(self) -> float | None: ...
+    def age_s(self) -> float: ...
 
 
 class Metrics:
@@ -54,7 +66,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._by_result: defaultdict[str, int] = defaultdict(int)
+        self._by_result: defaultdict[str, int] = defaultdict(int, {ServiceError.error_type: 0})
         self._registry.register(_ResultCollector(self._by_result))
         self._batch_size = _Histogram(
             "tamiyo_batch_size",
@@ -79,6 +91,8 @@ class Metrics:
             ["result"],
             registry=self._registry,
         )
+        for result in ("ok", *(error.error_type for error in OF_CHANGES)):
+            self._changes.labels(result)
         self._waiting = Gauge(
             "tamiyo_waiting", "Environments that wait for the policy.", registry=self._registry
         )
@@ -248,7 +262,7 @@ class _SnapshotCollector(Collector):
         for name, help_text, value in (
             ("tamiyo_snapshot_seconds", "Time of writing the last one.", self._snapshots.last_s),
             ("tamiyo_snapshot_every_seconds", "How often one is written.", every_s),
-            ("tamiyo_snapshot_age_seconds", "Age of the one there is.", age_s),
+            ("tamiyo_snapshot_age_seconds", "Age of the one there is, or of the server.", age_s),
         ):
             if value is not None:
                 yield GaugeMetricFamily(name, help_text, value=value)

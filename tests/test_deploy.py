@@ -157,7 +157,8 @@ def test_the_dashboard_asks_only_for_metrics_that_there_are(
 def test_alarms_are_of_metrics_that_there_are_and_each_is_explained(
     alerts: list[Yaml], there_are: set[str]
 ) -> None:
-    asked = {name for rule in alerts for name in re.findall(r"\btamiyo_\w+", rule["expr"])}
+    expressions = " ".join(rule["expr"] for rule in alerts)
+    asked = set(re.findall(r"\b(?:tamiyo|process)_\w+", expressions))
     assert asked <= there_are
     explained = (ROOT / "docs" / "operations.md").read_text()
     assert all(f"`{rule['alert']}`" in explained for rule in alerts)
@@ -185,15 +186,18 @@ def test_prometheus_accepts_its_configuration_and_the_alarms(tmp_path: Path, pro
 
 
 HOUR = "x60"  # in which a value is scraped each minute
-FIRST = f"{'_ ' * 10}1+0{HOUR}"  # of a series that there is not before
+FIRST = f"0+0x9 1+0{HOUR}"
+AFTER_A_GAP = f"1+0x20 _x20 1+0{HOUR}"  # in which nobody asked
 NONE_YET = f"0+0{HOUR}"
 FAILED = 'tamiyo_act_requests_total{instance="a",result="internal"}'
 REFUSED = 'tamiyo_weights_changes_total{instance="a",result="invalid"}'
 SERVES = "tamiyo_policy_info"
 AGE, EVERY = (f'tamiyo_snapshot_{of}_seconds{{instance="a"}}' for of in ("age", "every"))
+STARTED = 'process_start_time_seconds{instance="a"}'  # the tests begin in 1970
 ALARMS: dict[str, tuple[str, dict[str, str], dict[int, bool]]] = {  # after so many minutes
     "the first 500": ("Fails", {FAILED: FIRST}, {9: False, 10: True, 14: True, 16: False}),
     "another": ("Fails", {FAILED: f"1+0x30 2+0{HOUR}"}, {29: False, 32: True, 40: False}),
+    "an old one after a gap": ("Fails", {FAILED: AFTER_A_GAP}, {20: False, 41: False, 44: False}),
     "no 500": ("Fails", {FAILED: NONE_YET}, {0: False, 3: False, 30: False}),
     "the first push that is refused": (
         "PushesRefused",
@@ -204,6 +208,11 @@ ALARMS: dict[str, tuple[str, dict[str, str], dict[int, bool]]] = {  # after so m
         "PushesRefused",
         {REFUSED: f"1+0x30 2+0{HOUR}"},
         {29: False, 32: True, 45: False},
+    ),
+    "an old one, and nobody asked": (
+        "PushesRefused",
+        {REFUSED: AFTER_A_GAP},
+        {41: False, 44: False, 50: False},
     ),
     "pushes that serve": ("PushesRefused", {REFUSED.replace("invalid", "ok"): FIRST}, {12: False}),
     "two policies": (
@@ -223,12 +232,30 @@ ALARMS: dict[str, tuple[str, dict[str, str], dict[int, bool]]] = {  # after so m
         },
         {5: False, 30: True},
     ),
-    "an old snapshot": ("SnapshotOld", {AGE: f"151+0{HOUR}", EVERY: f"30+0{HOUR}"}, {5: True}),
-    "a late one": ("SnapshotOld", {AGE: f"149+0{HOUR}", EVERY: f"30+0{HOUR}"}, {5: False}),
+    "an old snapshot": (
+        "SnapshotOld",
+        {AGE: f"151+0{HOUR}", EVERY: f"30+0{HOUR}", STARTED: f"0+0{HOUR}"},
+        {5: True},
+    ),
+    "a late one": (
+        "SnapshotOld",
+        {AGE: f"149+0{HOUR}", EVERY: f"30+0{HOUR}", STARTED: f"0+0{HOUR}"},
+        {5: False},
+    ),
     "one of every hour": (
         "SnapshotOld",
-        {AGE: f"3600+0{HOUR}", EVERY: f"3600+0{HOUR}"},
+        {AGE: f"3600+0{HOUR}", EVERY: f"3600+0{HOUR}", STARTED: f"-36000+0{HOUR}"},
         {5: False},
+    ),
+    "a server that has begun with an old one": (
+        "SnapshotOld",
+        {AGE: f"7200+60{HOUR}", EVERY: f"300+0{HOUR}", STARTED: f"120+0{HOUR}"},
+        {5: False, 16: False, 20: True},
+    ),
+    "none at all": (
+        "SnapshotOld",
+        {AGE: f"0+60{HOUR}", EVERY: f"30+0{HOUR}", STARTED: f"0+0{HOUR}"},
+        {2: False, 5: True},
     ),
 }
 

@@ -255,6 +255,29 @@ def test_what_can_be_no_key_is_refused_without_showing_it(key: str) -> None:
     assert not key.strip() or key.strip() not in str(told.value)
 
 
+@pytest.mark.parametrize("version", ["sha256:12\r\nHost: b", "sha256:1\x00", "sha256:é"])
+def test_what_can_be_no_version_is_refused_before_anybody_is_asked(version: str) -> None:
+    with pytest.raises(ValueError, match="a version is of printable ASCII letters"):
+        push_policy(*v1_learner(1), "http://127.0.0.1:9", if_match=version)
+
+
+NORMALIZERS: dict[str, Callable[[ObservationNormalizer], nn.Module]] = {
+    "compiled": compiled,
+    "double": lambda normalizer: normalizer.double(),
+    "bfloat16": lambda normalizer: normalizer.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("form", NORMALIZERS)
+def test_statistics_of_any_form_are_pushed_as_they_are(form: str) -> None:
+    """These are of numbers that every one of these forms has exactly."""
+    policy, _ = v1_learner(1)
+    mean, var = (torch.arange(V1.observation_dim, dtype=torch.float32) for _ in range(2))
+    expected = push_body(copied(policy, ObservationNormalizer(mean, var)), V1, "fp32")
+    normalizer: Any = NORMALIZERS[form](ObservationNormalizer(mean, var))
+    assert push_body(copied(policy, normalizer), V1, "fp32") == expected
+
+
 def test_a_module_around_a_policy_is_no_policy() -> None:
     policy, normalizer = v1_learner(1)
     with pytest.raises(ValueError, match="a Sequential is no policy; where it is wrapped around"):

@@ -37,8 +37,10 @@ class Engine:
         settings: Settings,
         observe: Callable[[int, float], None] = lambda num_rows, seconds: None,
         observe_change: Callable[[str, float], None] = lambda result, seconds: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         spec = manifest.spec
+        self._clock = clock
         self._drain_s = settings.drain_s
         self._stops_at_s: float | None = None
         self.max_rows = min(settings.max_rows, settings.max_sessions, settings.max_waiting)
@@ -59,7 +61,7 @@ class Engine:
             capacity=settings.max_sessions,
             idle_timeout_s=settings.session_idle_s,
             seed=settings.seed,
-            clock=time.monotonic,
+            clock=clock,
         )
         stepper = Stepper(
             self.runtime,
@@ -97,7 +99,7 @@ class Engine:
                 max_rows=self.max_rows,
                 served=self._served,
                 serve=self._serve,
-                clock=time.monotonic,
+                clock=clock,
             )
             self.snapshots = Snapshots(settings.snapshot, kept, every_s=settings.snapshot_every_s)
         runtime, snapshots = self.runtime, self.snapshots
@@ -146,7 +148,7 @@ class Engine:
     def stops(self) -> None:
         """From now on the end is waited for."""
         if self._stops_at_s is None:
-            self._stops_at_s = time.monotonic()
+            self._stops_at_s = self._clock()
 
     async def stop(self) -> None:
         """Answers what waits, as far as `--drain-s` from `stops` on goes, and takes nothing more.
@@ -156,9 +158,10 @@ class Engine:
         self.stops()
         self.warm_up.stop()
         assert self._stops_at_s is not None
-        left_s = self._stops_at_s + self._drain_s - time.monotonic()
+        left_s = self._stops_at_s + self._drain_s - self._clock()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.batcher.drain(), max(0.0, left_s))
+            async with asyncio.timeout(left_s):  # with none left, too, nothing more is taken
+                await self.batcher.drain()
         if self.snapshots is not None:
             await self.snapshots.stop()
             self.batcher.halt()

@@ -302,7 +302,8 @@ class PolicyVersions:
     def _check_match(self, if_match: Collection[str] | None) -> None:
         serves = self.current.policy_version
         if if_match is not None and {"*", serves}.isdisjoint(if_match):
-            raise VersionMismatch(f"{serves} serves, not {short(', '.join(if_match))}")
+            asked = ", ".join(filter(None, if_match)) or "a version without a name"
+            raise VersionMismatch(f"{serves} serves, not {short(asked)}")
 
 
 def _rules(manifest: Manifest) -> dict[str, Any]:

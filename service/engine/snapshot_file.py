@@ -40,6 +40,10 @@ class SnapshotError(Exception):
     """The snapshot cannot be gone on from, or none can be written there; the message says why."""
 
 
+class NotSynced(OSError):
+    """The snapshot is in its place, and a crash of the machine may bring back what was there."""
+
+
 class Frame(NamedTuple):
     """A part of a snapshot: arrays by name, and `record`, of what JSON has."""
 
@@ -63,6 +67,8 @@ class Draft:
         with suppress(OSError):  # a file system without locks: what is abandoned there stays
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._digest = hashlib.sha256()
+        self.has_set_aside = False
+        """Whether an older one has its other name, also where publishing then failed."""
         try:
             self._write(b"tamiyo-snapshot %d\n" % SCHEMA)
         except BaseException:
@@ -77,19 +83,26 @@ class Draft:
         self._write(content)
 
     def publish(self, *, is_final: bool, set_aside: Path | None = None) -> None:
-        """Puts it in place; an older one is replaced, or becomes `set_aside`."""
+        """Puts it in place; an older one is replaced, or becomes `set_aside`.
+
+        Raises OSError, of which NotSynced means that it is in place.
+        """
         assert self._descriptor is not None
         self._write(_length(0))
         self._digest.update(WORDS[is_final])
         self._write(self._digest.digest())
         os.fsync(self._descriptor)
-        if set_aside is not None:
-            with suppress(FileNotFoundError):
-                os.replace(self._path, set_aside)
-        os.replace(self._draft, self._path)
         directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fsync(directory)
+            if set_aside is not None:
+                with suppress(FileNotFoundError):
+                    os.replace(self._path, set_aside)
+                self.has_set_aside = True
+            os.replace(self._draft, self._path)
+            try:
+                os.fsync(directory)
+            except OSError as error:
+                raise NotSynced(error.errno, error.strerror) from error
         finally:
             os.close(directory)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from service.engine.kept_sessions import KeptSessions, Restored
-from service.engine.snapshot_file import Draft, Snapshot, SnapshotError, check_place
+from service.engine.snapshot_file import Draft, NotSynced, Snapshot, SnapshotError, check_place
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +36,13 @@ class Snapshots:
         """Where a file goes that was not gone on from; one that went before is not replaced."""
         self.every_s = every_s
         self.has_failed = False
-        """Whether the last one of all could not be written."""
+        """Whether the last one of all could not be written, or not synced."""
         self.has_ended = False
         """Whether that was tried: a server that is made to end at once does not."""
         self.by_result = {"written": 0, "failed": 0}
         self.last_s: float | None = None
         """How long it took to write the last one."""
-        self._written_at_s: float | None = None
+        self._written_at_s = time.time()
         self._kept = kept
         self._found: Snapshot | None = None
         self._is_refused = False
@@ -138,10 +138,8 @@ class Snapshots:
             await self._run(draft.discard)
         self._note(began_s)
 
-    def age_s(self) -> float | None:
-        """Of what lies there and can be gone on from."""
-        if self._written_at_s is None:
-            return None
+    def age_s(self) -> float:
+        """Of what lies there and can be gone on from; where there is nothing, of this object."""
         return max(0.0, time.time() - self._written_at_s)
 
     async def _write_often(self, opened: "asyncio.Future[None]", every_s: float) -> None:
@@ -161,8 +159,11 @@ class Snapshots:
         return await asyncio.get_running_loop().run_in_executor(self._beside, write)
 
     def _publish(self, draft: Draft, *, is_final: bool) -> None:
-        draft.publish(is_final=is_final, set_aside=self.refused_path if self._is_refused else None)
-        self._is_refused = False
+        aside = self.refused_path if self._is_refused else None
+        try:
+            draft.publish(is_final=is_final, set_aside=aside)
+        finally:
+            self._is_refused = self._is_refused and not draft.has_set_aside
 
     def _note(self, began_s: float) -> None:
         self.by_result["written"] += 1
@@ -172,9 +173,14 @@ class Snapshots:
     def _note_failure(self, error: Exception, consequence: str) -> None:
         self.by_result["failed"] += 1
         is_known = isinstance(error, OSError)
+        what = "no snapshot could be written"
+        if isinstance(error, NotSynced):
+            what = "the snapshot is in place, and could not be synced"
+            consequence = "a crash of the machine may undo it"
         logger.error(
-            "%s: no snapshot could be written (%s); %s",
+            "%s: %s (%s); %s",
             self.path,
+            what,
             error.strerror if isinstance(error, OSError) else error,
             consequence,
             exc_info=None if is_known else error,

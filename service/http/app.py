@@ -14,6 +14,7 @@ from export.manifest import Manifest
 from service.engine.engine import Engine
 from service.errors import ServiceError
 from service.http.act import Act
+from service.http.body import read_ignored
 from service.http.codec import JSON, SAFETENSORS
 from service.http.documentation import (
     ANYWHERE,
@@ -170,11 +171,12 @@ def create_app(
         "/sessions/{session_id:any}",
         status_code=204,
         dependencies=[Depends(keys.may_act)],
-        responses=error_responses(401, 404, 410),
+        responses=error_responses(401, 404, 410, 413),
         openapi_extra={"parameters": [SESSION_ID], **to_act},
     )
     async def end_session(request: Request) -> None:
         """Ends a session and frees its state."""
+        await read_ignored(request.receive)
         engine.sessions.end(request.path_params["session_id"])
 
     @app.get("/healthz", responses={200: {"content": json_content({"alive": True})}})

@@ -4,6 +4,7 @@ from starlette.types import Receive
 
 from service.errors import Disconnected, Malformed, TooLarge, UnsupportedContentType
 
+MOST_IGNORED_BYTES = 1 << 16
 LONGEST_LENGTH = 18  # digits; as many as an int may have is a way to hold the loop
 
 
@@ -41,3 +42,8 @@ async def read_body(receive: Receive, limit: int) -> bytearray:
         check_length(len(body), limit)
         if not message.get("more_body", False):
             return body
+
+
+async def read_ignored(receive: Receive) -> None:
+    """Waits for the end of a body that says nothing: half a request is none. Raises likewise."""
+    await read_body(receive, MOST_IGNORED_BYTES)

@@ -12,7 +12,7 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 
-from service.errors import Disconnected, ServiceError, TooLarge
+from service.errors import Disconnected, Draining, ServiceError, TooLarge
 from service.http.act import Exchange, Headers
 from service.http.body import check_length
 from service.http.codec import JSON
@@ -149,9 +149,19 @@ class AsgiRequest(RequestResponseCycle):
 
     def start(self) -> None:
         connection = self._connection
-        task = connection.loop.create_task(self.run_asgi(connection.config.loaded_app))
+        task = connection.loop.create_task(self.run_asgi(self._answered))
         task.add_done_callback(connection.server.tasks.discard)
         connection.server.tasks.add(task)
+
+    async def _answered(self, *of_asgi: Any) -> None:
+        """The application, which uvicorn cancels once its patience with the end is over."""
+        try:
+            await self._connection.config.loaded_app(*of_asgi)
+        except asyncio.CancelledError:
+            self.refuse(Draining("the server is shutting down"))
+
+    async def send_500_response(self) -> None:
+        self.refuse(ServiceError("internal error"))
 
     async def send(self, message: Any) -> None:
         if message["type"] == "http.response.start" and (
@@ -176,6 +186,8 @@ class AsgiRequest(RequestResponseCycle):
 
     def refuse(self, error: ServiceError) -> None:
         """The answer in the application's stead, which is told that the client hung up."""
+        if self.disconnected:
+            return
         if self.response_started:
             self._connection.transport.abort()
             return

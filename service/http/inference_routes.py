@@ -13,7 +13,7 @@ from export.manifest import Manifest
 from service.engine.engine import Engine
 from service.errors import Malformed, ServiceError, UnknownModel, short
 from service.http.act import OF_TWO_SESSIONS, Act, Headers
-from service.http.body import LONGEST_LENGTH, check_announced, read_body
+from service.http.body import LONGEST_LENGTH, check_announced, check_encoding, read_body
 from service.http.codec import JSON
 from service.http.compression import compressed, decompressed, preferred
 from service.http.documentation import (
@@ -127,6 +127,8 @@ class InferEndpoint:
         """The body, out of its encoding."""
         for length in request.headers.getlist("content-length"):
             check_announced(length.encode("latin-1"), limit)
+        for transfer in request.headers.getlist("transfer-encoding"):
+            check_encoding(b"transfer-encoding", transfer.encode("latin-1"))
         self._engine.check_open()
         encoding = ", ".join(request.headers.getlist("content-encoding"))
         return decompressed(await read_body(request.receive, limit), encoding, limit)

@@ -8,6 +8,7 @@ import hmac
 import logging
 import os
 import stat
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,18 +30,26 @@ class Key(NamedTuple):
 
 
 class KeyFile:
-    """The keys of one file as it was last read. Raises KeyFileError."""
+    """The keys of one file as it was last read. Raises KeyFileError, also where there is none."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._keys = _read(path)
+        if not self._keys:
+            raise KeyFileError(f"{path}: there is no key in it")
 
     def reload(self) -> None:
-        """Reads it again. One that is not to be used is logged, and changes nothing."""
+        """Reads it again: without a key it lets nobody in; one that is no good changes nothing.
+
+        Both are logged.
+        """
         try:
             self._keys = _read(self._path)
         except KeyFileError as error:
             logger.error("%s; its keys stay as they were", error)
+            return
+        if not self._keys:
+            logger.warning("%s: there is no key in it any more, and it lets nobody in", self._path)
 
     def name_of(self, digest: bytes) -> str | None:
         """Of the key with this `digest_of`, if it is here; how long that takes says nothing."""
@@ -55,27 +64,33 @@ def digest_of(key: bytes) -> bytes:
 
 def _read(path: Path) -> list[Key]:
     try:
-        with path.open("rb") as file:
-            content, mode = file.read(), os.fstat(file.fileno()).st_mode
+        with open(path, "rb", opener=_without_waiting) as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode):
+                raise KeyFileError(f"{path}: it is no regular file")
+            content = file.read()
     except OSError as error:
         raise KeyFileError(f"{path}: it cannot be read: {error.strerror}") from None
     lines: dict[bytes, int] = {}
     keys = []
     for number, line in enumerate(content.splitlines(), 1):
-        words = line.split()
-        if not words or words[0].startswith(b"#"):
+        words = list(takewhile(lambda word: not word.startswith(b"#"), line.split()))
+        if not words:
             continue
         key = _key(path, number, words)
         if key.digest in lines:
             raise _bad(path, number, f"the key of line {lines[key.digest]} stands here again")
         lines[key.digest] = number
         keys.append(key)
-    if not keys:
-        raise KeyFileError(f"{path}: there is no key in it")
     if mode & stat.S_IROTH:
         logger.warning("%s can be read by every user of this machine (chmod o-r)", path)
-    logger.info("keys in %s: %d (%s)", path, len(keys), ", ".join(key.name for key in keys))
+    if keys:
+        logger.info("keys in %s: %d (%s)", path, len(keys), ", ".join(key.name for key in keys))
     return keys
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe would wait for somebody who writes to it
 
 
 def _key(path: Path, number: int, words: list[bytes]) -> Key:

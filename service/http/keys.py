@@ -12,8 +12,9 @@ from service.http.key_file import KeyFile, digest_of
 logger = logging.getLogger(__name__)
 
 NOT_OF_THIS_MACHINE = {
-    *(b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via", b"origin"),
-    *(b"cf-connecting-ip", b"true-client-ip", b"sec-fetch-site"),
+    *(b"forwarded", b"x-real-ip", b"x-client-ip", b"x-cluster-client-ip", b"cf-connecting-ip"),
+    *(b"true-client-ip", b"fastly-client-ip", b"x-original-forwarded-for", b"via"),
+    *(b"origin", b"sec-fetch-site"),
 }
 """Headers of what a proxy passed on, or a page in a browser sent, wherever it came from last.
 

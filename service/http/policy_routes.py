@@ -18,7 +18,7 @@ from service.errors import (
     UnsupportedContentType,
     short,
 )
-from service.http.body import check_announced, check_encoding, read_body
+from service.http.body import check_announced, check_encoding, read_body, read_ignored
 from service.http.codec import SAFETENSORS
 from service.http.documentation import (
     OF_SESSIONS,
@@ -109,7 +109,7 @@ def policy_routes(engine: Engine, codec: WeightsCodec, keys: Keys) -> APIRouter:
         "/rollback",
         responses={
             **answers,
-            **error_responses(400, 401, 403, 409, 412, 503, but=OF_SESSIONS),
+            **error_responses(400, 401, 403, 409, 412, 413, 503, but=OF_SESSIONS),
         },
         openapi_extra={
             **bearer(is_needed=keys.are_needed_to_administer),
@@ -120,6 +120,7 @@ def policy_routes(engine: Engine, codec: WeightsCodec, keys: Keys) -> APIRouter:
         """Has the version before the last push serve again; the way back leads once."""
         engine.check_ready()
         restarts, if_match = _restarts_sessions(request), _if_match(request)
+        await read_ignored(request.receive)
         return _response(
             await versions.rollback(if_match=if_match, restarts_sessions=restarts, by=by)
         )
@@ -161,7 +162,10 @@ def _restarts_sessions(request: Request) -> bool:
     for name in request.query_params:
         if name != "sessions":
             raise Malformed(f"`{short(name)}` is no parameter of this route; `sessions` is")
-    what = request.query_params.get("sessions", "keep")
+    given = request.query_params.getlist("sessions")
+    if len(given) > 1:
+        raise Malformed("`sessions` is given twice")
+    what = given[0] if given else "keep"
     if what not in ("keep", "restart"):
         raise Malformed(f"`sessions` is {short(what)!r}, not 'keep' or 'restart'")
     return what == "restart"
@@ -193,7 +197,7 @@ async def _read(request: Request, limit: int) -> bytearray:
             f"the content type is {short(content_type)!r}; send {SAFETENSORS}"
         )
     for name, value in request.headers.raw:
-        if name == b"content-encoding":
+        if name in (b"content-encoding", b"transfer-encoding"):
             check_encoding(name, value)
         elif name == b"content-length":
             check_announced(value, limit)

@@ -49,10 +49,22 @@ def test_batches_and_results_are_counted_as_prometheus_counts(
         metrics.observe_batch(num_rows, step_s)
         of_sizes.observe(num_rows)
         of_seconds.observe(step_s)
+    requests.labels("internal")
     for result in results:
         metrics.count(result)
         requests.labels(result).inc()
     assert samples(rendered(metrics)) == samples(generate_latest(registry).decode())
+
+
+def test_what_an_alarm_counts_is_there_before_its_first_event() -> None:
+    """`increase` does not see the first one otherwise."""
+    text = rendered(Metrics())
+    assert 'tamiyo_act_requests_total{result="internal"} 0.0' in text
+    for result in (
+        *("ok", "internal", "malformed", "invalid"),
+        *("push_conflict", "no_previous_version", "version_mismatch"),
+    ):
+        assert f'tamiyo_weights_changes_total{{result="{result}"}} 0.0' in text
 
 
 class Written:

@@ -272,6 +272,20 @@ def test_metrics_tell_of_snapshots_and_of_who_was_restored(artifact: Path, path:
         assert counted(server, "written") == counted(server, "failed") == 0
 
 
+def test_where_none_was_written_yet_its_age_is_the_server_s(artifact: Path, path: Path) -> None:
+    for content in (None, b"something else"):
+        if content is not None:
+            path.write_bytes(content)
+        with serving(artifact, path, "--snapshot-every-s", "3600") as server:
+            age_s = metric(server, "tamiyo_snapshot_age_seconds")
+            assert age_s is not None
+            later_s = metric(server, "tamiyo_snapshot_age_seconds")
+            assert later_s is not None
+            assert 0 < age_s < later_s < TIMEOUT_S
+            server.process.kill()
+            server.process.wait()
+
+
 def test_without_the_option_nothing_is_written_or_told(artifact: Path) -> None:
     with running_server(artifact) as server:
         assert "tamiyo_snapshot" not in httpx.get(f"{server.address}/metrics").text

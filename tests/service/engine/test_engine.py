@@ -15,9 +15,17 @@ from model.spec import PolicySpec
 from service.engine.block import Answer, Block
 from service.engine.engine import Engine
 from service.engine.stepper import Stepper
-from service.errors import ServiceError
+from service.errors import Draining, ServiceError
 from service.settings import Settings
-from tests.service.fakes import TIMEOUT_S, Bench, Stepped, SummingRuntime, run, single, vector
+from tests.service.fakes import (
+    TIMEOUT_S,
+    Bench,
+    Stepped,
+    SummingRuntime,
+    run,
+    single,
+    vector,
+)
 
 LARGEST = 16
 
@@ -107,6 +115,24 @@ def test_there_are_rows_where_every_session_comes_back_as_runs_begin(
     limits = {"max_sessions": capacity, "max_rows": largest, "max_batch_size": 2}
     num_rows = engine_of(artifact, manifest, spec, **limits).runtime.zero_row
     assert capacity < max(num_used) <= num_rows
+
+
+@pytest.mark.parametrize("drain_s", [0, 1])
+def test_an_engine_that_stops_takes_nothing_more_even_where_no_time_is_left(
+    artifact: Path, manifest: Manifest, spec: PolicySpec, drain_s: int
+) -> None:
+    async def scenario() -> None:
+        engine = engine_of(artifact, manifest, spec, drain_s=drain_s)
+        engine.start()
+        assert engine.warm_up.done is not None
+        await engine.warm_up.done
+        await engine.stop()
+        with pytest.raises(Draining):
+            engine.check_open()
+        with pytest.raises(Draining):
+            await told(engine, single(spec, 1.0))
+
+    run(scenario())
 
 
 def test_a_step_beside_the_loop_is_told_as_long_as_one_runs(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import uvicorn
+from fastapi import Request
 from safetensors.numpy import load, save
 from uvicorn.server import ServerState
 
@@ -61,6 +62,10 @@ class Connection:
     async def drain(self) -> None:
         await self._writer.drain()
 
+    async def finish_sending(self) -> None:
+        await self._writer.drain()
+        self._writer.write_eof()
+
     def reset(self) -> None:
         own: socket.socket = self._writer.get_extra_info("socket")
         own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -91,6 +96,12 @@ class Server:
     def begin_shutdown(self) -> None:
         for connection in list(self.connections):
             connection.shutdown()
+
+    def cancel_tasks(self) -> None:
+        """As uvicorn does once its patience has ended."""
+        for connection in self.connections:
+            for task in connection.server.tasks:
+                task.cancel()
 
 
 @asynccontextmanager
@@ -300,6 +311,55 @@ def test_both_ways_answer_a_request_alike(
     assert direct[0].headers["content-type"] == "application/json"
     if name in GO_ON:
         assert "connection" not in direct[0].headers
+
+
+class Unforeseen(BaseException):
+    """Nothing that Starlette would answer."""
+
+
+def test_whatever_ends_a_route_its_client_is_told_in_json(
+    client: AppClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    @client.app.get("/broken")
+    async def broken() -> None:
+        raise Unforeseen
+
+    async def play(server: Server) -> Answer:
+        async with server.connect() as connection:
+            connection.send(b"GET /broken HTTP/1.1\r\nHost: test\r\n\r\n")
+            answer = await connection.answer()
+            assert await connection.is_closed()
+            return answer
+
+    answer: Answer = scenario(client, play)
+    assert (answer.status, answer.headers["content-type"]) == (500, "application/json")
+    assert json.loads(answer.content) == {"error": "internal error", "error_type": "internal"}
+    assert "Unforeseen" in caplog.text
+
+
+@pytest.mark.parametrize("error", [Unforeseen, asyncio.CancelledError])
+def test_a_route_that_ends_so_after_its_client_was_told_why_adds_nothing(
+    client: AppClient, error: type[BaseException]
+) -> None:
+    @client.app.post("/broken")
+    async def broken(request: Request) -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        raise error
+
+    async def play(server: Server) -> Answer:
+        async with server.connect() as connection:
+            connection.send(b"POST /broken HTTP/1.1\r\nHost: test\r\n")
+            connection.send(b"Transfer-Encoding: chunked\r\n\r\nzz\r\n")
+            answer = await connection.answer()
+            assert await connection.is_closed()
+            return answer
+
+    answer: Answer = scenario(client, play)
+    assert answer.status == 400
+    assert 'tamiyo_unread_requests_total{result="malformed"} 1.0' in client.get("/metrics").text
+    assert 'tamiyo_unread_requests_total{result="draining"}' not in client.get("/metrics").text
+    assert 'tamiyo_unread_requests_total{result="internal"}' not in client.get("/metrics").text
 
 
 def test_a_good_request_takes_the_short_way(client: AppClient, spec: PolicySpec) -> None:

@@ -306,6 +306,12 @@ def test_an_encoding_nobody_knows_is_refused(client: AppClient) -> None:
     assert "'br'" in error_of(refused, 415, "unsupported_content_type")
 
 
+def test_nor_is_one_read_that_is_for_its_way(client: AppClient) -> None:
+    refused = post(client, b"{}", Transfer_Encoding="gzip, chunked")
+    sentence = error_of(refused, 415, "unsupported_content_type")
+    assert sentence == "the Transfer-Encoding is 'gzip'; send the body as it is"
+
+
 def test_a_bomb_is_no_more_than_its_limit() -> None:
     bomb = compressed(bytes(50_000_000), "gzip")
     with pytest.raises(TooLarge, match="larger than 1000 bytes"):

@@ -36,6 +36,11 @@ def test_a_line_is_a_key_and_its_name_or_the_line_is_its_name(path: Path) -> Non
     assert names(path, "", "alice", ONE[:-1], f"{ONE} alice", "#") == [None] * 5
 
 
+def test_what_begins_with_a_number_sign_is_a_comment_also_behind_a_key(path: Path) -> None:
+    written(path, f"{ONE} #alice's key\n{TWO} bob # hers\n{THREE} c#\n")
+    assert names(path, ONE, TWO, THREE) == ["line 1", "bob", "c#"]
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_a_line_ends_as_on_any_system_and_the_next_key_is_no_name(path: Path, end: str) -> None:
     written(path, end.join(["#", ONE, TWO[:-1], f"{THREE} carol", ""]))
@@ -52,7 +57,7 @@ BAD_FILES: dict[str, tuple[str | bytes, str]] = {
     "comments": (f"# {ONE}\n\n", "there is no key in it"),
     "a key twice": (f"{ONE} a\n#\n{ONE} b\n", "line 3: the key of line 1 stands here again"),
     "three words": (f"{ONE}\n{TWO} alice's key\n", "line 2: more than a key and its name"),
-    "a comment after a key": (f"{ONE} alice # hers\n", "line 1: more than a key and its name"),
+    "three words before a comment": (f"{ONE} of alice # hers", "line 1: more than a key and its"),
     "a key of other letters": (f"{ONE}é\n", "line 1: the key is not of printable ASCII"),
     "a byte order mark": (f"\ufeff{ONE}\n", "line 1: the key is not of printable ASCII"),
     "a control character": (f"{ONE}\x07\n", "line 1: the key is not of printable ASCII"),
@@ -86,6 +91,20 @@ def test_a_file_that_cannot_be_read_is_refused(path: Path) -> None:
     path.mkdir()
     with pytest.raises(KeyFileError, match=r"act\.keys: it cannot be read: Is a directory"):
         KeyFile(path)
+
+
+def test_what_is_no_regular_file_is_refused_and_never_waited_for(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = KeyFile(written(path, f"{ONE} alice\n"))
+    path.unlink()
+    os.mkfifo(path)
+    for refused in (path, Path("/dev/zero")):
+        with pytest.raises(KeyFileError, match=f"{refused}: it is no regular file"):
+            KeyFile(refused)
+    file.reload()
+    assert file.name_of(digest_of(ONE.encode())) == "alice"
+    assert "it is no regular file; its keys stay as they were" in caplog.text
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
@@ -135,13 +154,26 @@ def test_reading_again_takes_what_is_there_now(path: Path) -> None:
     assert called == [None, "robert", "line 2"]
 
 
+@pytest.mark.parametrize("content", ["", f"# {ONE} alice\n"])
+def test_the_last_key_is_revoked_as_any_other_and_the_log_warns_that_there_is_none(
+    path: Path, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = KeyFile(written(path, f"{ONE} alice\n"))
+    written(path, content)
+    file.reload()
+    assert file.name_of(digest_of(ONE.encode())) is None
+    assert warnings(caplog) == [f"{path}: there is no key in it any more, and it lets nobody in"]
+    written(path, f"{TWO} bob\n")
+    file.reload()
+    assert file.name_of(digest_of(TWO.encode())) == "bob"
+
+
 def test_a_bad_file_read_again_changes_nothing_and_is_logged(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = KeyFile(written(path, f"{ONE} alice\n"))
-    for content in (f"{TWO}\n{TWO}\n", ""):
-        written(path, content)
-        file.reload()
+    written(path, f"{TWO}\n{TWO}\n")
+    file.reload()
     path.unlink()
     file.reload()
     called = [file.name_of(digest_of(key.encode())) for key in (ONE, TWO)]
@@ -149,7 +181,6 @@ def test_a_bad_file_read_again_changes_nothing_and_is_logged(
     errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert [error.removeprefix(f"{path}: ") for error in errors] == [
         "line 2: the key of line 1 stands here again; its keys stay as they were",
-        "there is no key in it; its keys stay as they were",
         "it cannot be read: No such file or directory; its keys stay as they were",
     ]
 

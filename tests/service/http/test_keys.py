@@ -320,7 +320,8 @@ def test_without_admin_keys_no_other_may_and_is_told_what_to_set(
     [
         *("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via", "Origin", "oRIGIN"),
         *("X-Forwarded-Proto", "x-forwarded-client-cert", "X-Envoy-External-Address"),
-        *("Sec-Fetch-Site", "CF-Connecting-IP", "True-Client-IP"),
+        *("Sec-Fetch-Site", "CF-Connecting-IP", "True-Client-IP", "X-Client-IP"),
+        *("X-Cluster-Client-IP", "Fastly-Client-IP", "X-Original-Forwarded-For"),
     ],
 )
 @pytest.mark.parametrize("value", ["127.0.0.1", "null", ""])

@@ -1,7 +1,11 @@
 """The routes that change weights, over the fake policy, whose one parameter scales its value."""
 
 import asyncio
+import gc
+import json
+import logging
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,12 +21,15 @@ from export.manifest import Manifest, Parameter, step_inputs, step_outputs
 from export.parameters import Parameters
 from model.spec import PolicySpec
 from service.engine.engine import Engine
+from service.http.weights_codec import WeightsCodec
 from service.runtime.protocol import STATE_INPUTS, STATE_OUTPUTS
 from service.settings import Settings
 from tests.loaded_step import allocated
 from tests.named_version import version_of
 from tests.service.fakes import TIMEOUT_S, AppClient, Served, SummingRuntime
 from tests.service.http.bodies import Json, body
+from tests.service.http.test_connection import Answer, Server
+from tests.service.http.test_connection import scenario as over_sockets
 
 ROWS, STEPS = 32, 4
 SAFETENSORS = "application/vnd.safetensors"
@@ -203,11 +210,16 @@ def test_a_push_may_be_for_one_version_only(
     assert refused(roll_back(client, If_Match=own)) == (412, "version_mismatch")
     assert act(client, spec) == (2, version(2))
     assert refused(put(client, three, If_Match=f'"{version(7)}", "{own}"'))[0] == 412
-    assert refused(put(client, three, If_Match=""))[0] == 412, "that is no version"
+    for none in ("", " , ", '""'):
+        answer = put(client, three, If_Match=none)
+        assert refused(answer) == (412, "version_mismatch")
+        assert answer.json()["error"] == f"{version(2)} serves, not a version without a name"
     one_of_two = f'"{version(7)}", "{version(2)}"'
     assert changed(put(client, three, If_Match=one_of_two)) == (version(3), version(2))
     assert changed(put(client, three, If_Match="*"))[0] == version(3)
-    assert changed(roll_back(client, If_Match=version(3))) == (version(2), None)
+    in_two_lines = [("If-Match", f'"{version(7)}"'), ("If-Match", f'"{version(3)}"')]
+    back = client.request("POST", "/policy/rollback", headers=in_two_lines)
+    assert changed(back) == (version(2), None)
 
 
 def test_other_weights_are_refused_while_some_are_checked_and_act_goes_on(
@@ -234,7 +246,7 @@ def test_other_weights_are_refused_while_some_are_checked_and_act_goes_on(
     loaded.next_gate = None
     assert changed(put(client, push_body(spec, 3))) == (version(3), version(2))
     metrics = client.get("/metrics").text
-    assert 'tamiyo_weights_changes_total{result="push_conflict"}' in metrics
+    assert 'tamiyo_weights_changes_total{result="push_conflict"} 2.0' in metrics
 
 
 def test_another_push_meanwhile_is_refused_before_its_body_is_read(
@@ -417,6 +429,14 @@ def test_a_body_in_whatever_encoding_is_refused(
     assert act(client, spec)[0] == 1
 
 
+def test_so_is_one_that_is_encoded_for_its_way(client: AppClient, spec: PolicySpec) -> None:
+    answer = put(client, push_body(spec, 2), Transfer_Encoding="gzip, chunked")
+    assert refused(answer) == (415, "unsupported_content_type")
+    assert answer.json()["error"] == "the Transfer-Encoding is 'gzip'; send the body as it is"
+    answer = put(client, push_body(spec, 2), Transfer_Encoding="chunked")
+    assert changed(answer)[0] == version(2)
+
+
 @pytest.mark.parametrize("encoding", ["identity", "Identity", ""])
 def test_a_body_that_is_said_to_be_as_it_is_is_taken(
     encoding: str, client: AppClient, spec: PolicySpec
@@ -430,6 +450,7 @@ def test_a_body_that_is_said_to_be_as_it_is_is_taken(
     [
         ("?sessions=restarted", "`sessions` is 'restarted', not 'keep' or 'restart'"),
         ("?session=restart", "`session` is no parameter of this route; `sessions` is"),
+        ("?sessions=restart&sessions=keep", "`sessions` is given twice"),
     ],
 )
 def test_a_query_that_is_not_understood_is_refused(
@@ -439,6 +460,104 @@ def test_a_query_that_is_not_understood_is_refused(
         assert refused(answer) == (400, "malformed")
         assert answer.json()["error"] == sentence
     assert act(client, spec)[0] == 1
+
+
+HALVES = {
+    "cut short": b"Content-Length: 10\r\n\r\nabc",
+    "in a chunk that is none": b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+}
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("route", ["POST /policy/rollback", "DELETE /sessions/a"])
+def test_a_request_of_which_only_half_comes_changes_nothing(
+    client: AppClient, spec: PolicySpec, route: str, half: str
+) -> None:
+    changed(put(client, push_body(spec, 2)))
+    act(client, spec, 1, session_id="a", episode_start=True)
+
+    async def play(server: Server) -> None:
+        async with server.connect() as connection:
+            connection.send(f"{route} HTTP/1.1\r\nHost: test\r\n".encode(), HALVES[half])
+            while not server.connections:
+                await asyncio.sleep(0)
+            await connection.finish_sending()
+            while server.connections:
+                await asyncio.sleep(0)
+
+    over_sockets(client, play)
+    assert act(client, spec, 1, session_id="a") == (4, version(2))
+
+
+def test_a_push_that_the_end_overtakes_is_told_so_in_json(
+    client: AppClient,
+    spec: PolicySpec,
+    loaded: Renewed,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gate = loaded.next_gate = threading.Event()
+    content = push_body(spec, 2)
+    head = f"PUT /policy/weights HTTP/1.1\r\nHost: test\r\nContent-Type: {SAFETENSORS}\r\n"
+
+    async def play(server: Server) -> Answer:
+        async with server.connect() as connection:
+            connection.send(head.encode(), b"Content-Length: %d\r\n\r\n" % len(content), content)
+            while not client.engine.versions.is_changing():
+                await asyncio.sleep(0)
+            server.cancel_tasks()
+            answer = await connection.answer()
+            assert await connection.is_closed()
+            gate.set()
+            return answer
+
+    answer: Answer = over_sockets(client, play)
+    assert (answer.status, answer.headers["content-type"]) == (503, "application/json")
+    assert json.loads(answer.content) == {
+        "error": "the server is shutting down",
+        "error_type": "draining",
+    }
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_a_push_that_fails_after_its_client_hung_up_is_no_error_of_ours(
+    client: AppClient, spec: PolicySpec, loaded: Renewed, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log has its one warning, and nothing of a task whose end nobody asked for."""
+    gate = loaded.next_gate = threading.Event()
+
+    async def scenario() -> None:
+        push = asyncio.ensure_future(putting(client, push_body(spec, 2, probed=3)))
+        while not client.engine.versions.is_changing():
+            await asyncio.sleep(0)
+        push.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await push
+        gate.set()
+        while client.engine.versions.is_changing():
+            await asyncio.sleep(0)
+
+    client.run(scenario())
+    loaded.next_gate = None
+    changed(put(client, push_body(spec, 3)))  # and the engine has forgotten that one
+    gc.collect()
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno > logging.INFO]
+    assert warning.startswith("weights of this machine refused: ")
+
+
+class Body(bytearray):
+    """That it is gone can be seen."""
+
+
+def test_of_a_push_the_parameters_are_kept_and_not_its_body(
+    served_manifest: Manifest, spec: PolicySpec
+) -> None:
+    body = Body(push_body(spec, 2))
+    is_there = weakref.ref(body)
+    parameters = WeightsCodec(served_manifest).parse(body).parameters
+    del body
+    gc.collect()
+    assert is_there() is None
+    assert parameters["scale"] == [2]
 
 
 def test_a_client_that_hangs_up_while_its_push_is_checked_changes_nothing_halfway(
