@@ -61,8 +61,9 @@ check: $(TESTING)
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml compose.gpu.yaml compose.cluster.yaml
 	$(BIN)/kubernetes-validate --strict --quiet deploy/kubernetes/*.yaml
 
+# On as many cores as there are, up to four: a file's tests share servers, and stay together.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 image:
 	$(DOCKER) build --target $(TARGET) --tag $(IMAGE) \
