@@ -193,7 +193,7 @@ class _ResultCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         results = CounterMetricFamily(
             "tamiyo_act_requests",
-            "Answers to POST /act by result: ok, replayed, disconnected, or the error's type.",
+            "Requests for a step by result: ok, replayed, disconnected, or the error's type.",
             labels=["result"],
         )
         for result, count in self._by_result.items():

@@ -215,7 +215,7 @@ class KeptSessions:
         Fills their rows.
         """
         arrays, now_s = frame.arrays, self._clock()
-        columns = {name: arrays[name].tolist() for name in _COLUMNS}
+        columns = {name: arrays[name].tolist() for name in _COLUMNS if name in arrays}
         stops = np.cumsum(arrays["num_rows"]).tolist()
         rows, of_rows = [], []
         for at, (name, stop) in enumerate(zip(frame.record["names"], stops, strict=True)):
@@ -241,7 +241,7 @@ class KeptSessions:
                 policy_version=intern(frame.record["policy_versions"][at]),
                 last_used_s=now_s - of["idle_s"],
                 is_stale=of["is_stale"] or not is_final,
-                is_over=of["is_over"],
+                is_over=of.get("is_over", False),  # which is younger than the others
             )
             rows.append(session.rows)
             of_rows.append(np.arange(where.start, where.stop))

@@ -4,7 +4,7 @@ Knows nothing of HTTP, of batches or of the model.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NamedTuple
@@ -98,6 +98,7 @@ class SessionTable:
         self.events = dict.fromkeys(kinds, 0)
         self._rows = rows
         self._live: OrderedDict[str, Session] = OrderedDict()  # least recently used first
+        self._over: dict[str, None] = {}  # of the live, those that took their last step
         self._num_waiting: dict[str, int] = {}
         self._past: OrderedDict[str, Past] = OrderedDict()
         self.forgotten_starts = 0  # the most of any session that is not remembered any more
@@ -157,6 +158,8 @@ class SessionTable:
         if session is not None and session.is_stale and _has_moved_on(session, block):
             self._remove(session_id, "lost")
             session = None
+        if session is not None and session.is_over:
+            return self._after_the_end(session_id, session, block)
         if session is not None and session.is_vector != block.is_vector:
             kinds = ("a single environment", "a vector of environments")
             raise StepConflict(
@@ -178,8 +181,6 @@ class SessionTable:
         if block.run is not None or block.seed is not None:
             self._check_run(session_id, session, block)
         if step is None or step == session.next_step:
-            if session.is_over:
-                raise self._absent(session_id, step)
             return self._go_on(session, block)
         if step == session.next_step - 1 and block.fingerprint == session.last_request:
             return session
@@ -253,6 +254,7 @@ class SessionTable:
     ) -> None:
         """Goes on from the sessions of a server before this one, for which there is room."""
         self._live = OrderedDict(sorted(live.items(), key=lambda item: item[1].last_used_s))
+        self._over = {name: None for name, session in self._live.items() if session.is_over}
         self.num_rows = sum(len(session.rows) for session in live.values())
         self.events["restored"] = len(live)
         self._past = OrderedDict(past)
@@ -295,7 +297,10 @@ class SessionTable:
     def _begun(self, session_id: str, turn: Turn, policy_version: str, is_ended: bool) -> Session:
         """The session as it is after the first turn of its run; `is_ended`, as it was before."""
         block, before = turn.block, turn.session
-        if before is None or is_ended:
+        if before is not None and before.is_over and not is_ended:
+            self.events["ended"] += 1
+            self._over.pop(session_id)
+        if before is None or before.is_over or is_ended:
             self.events["started"] += 1
             self._past.pop(session_id, None)
         self.num_rows += block.num_rows
@@ -348,10 +353,26 @@ class SessionTable:
 
     def _close(self, session_id: str, block: Block) -> None:
         """After its last step: what cannot be asked for again need not be kept."""
-        if block.step is None and block.run is None:
+        if block.step is None and (block.run is None or block.starts is not True):
             self._remove(session_id, "ended")
         else:
             self._live[session_id].is_over = True
+            self._over[session_id] = None
+
+    def _after_the_end(self, session_id: str, session: Session, block: Block) -> Turn | Session:
+        """What `admit` gives where the session took its last step: that one again, or a new run."""
+        is_first = block.starts is True and not block.step
+        step = 0 if is_first and block.run is not None else block.step
+        is_its_run = block.run is None or block.run == session.run
+        is_its_last = step == session.next_step - 1 and block.fingerprint == session.last_request
+        if is_its_run and is_its_last:
+            return session
+        if is_first and (block.run is None or block.run != session.run):
+            return self._begin(session_id, session, block)
+        raise (SessionLost if step else UnknownSession)(
+            f"session {session_id!r} has taken its last step; start it anew, with "
+            "`episode_start`: true"
+        )
 
     def _settle(self, session_id: str, turn: Turn) -> bool:
         """The turn is not under way any more; whether its session was ended meanwhile."""
@@ -386,7 +407,7 @@ class SessionTable:
     def _check_room(self, num_rows: int, *, besides: str) -> None:
         """Raises Overloaded where so many rows more can't be had by evicting."""
         missing = self.num_rows + self._num_reserved + num_rows - self.capacity
-        for session_id, session in self._live.items():
+        for session_id, session in self._by_need():
             if missing <= 0:
                 return
             if session_id != besides and self._is_evictable(session_id, session):
@@ -404,7 +425,7 @@ class SessionTable:
         """
         excess = self.num_rows - self.capacity
         victims = []
-        for session_id, session in self._live.items():
+        for session_id, session in self._by_need():
             if excess <= 0:
                 break
             if session_id != besides and self._is_evictable(session_id, session):
@@ -413,6 +434,11 @@ class SessionTable:
         for session_id in victims:
             self._remove(session_id, "evicted")
 
+    def _by_need(self) -> Iterator[tuple[str, Session]]:
+        """Who is given up first: who took the last step, and then the least recently used."""
+        yield from ((session_id, self._live[session_id]) for session_id in self._over)
+        yield from (item for item in self._live.items() if not item[1].is_over)
+
     def _is_evictable(self, session_id: str, session: Session) -> bool:
         return session_id not in self._num_waiting and not session.is_stepping
 
@@ -420,6 +446,7 @@ class SessionTable:
         session = self._live.pop(session_id)
         if session.is_over:
             event = "ended"
+            del self._over[session_id]
         self.events[event] += 1
         if not session.is_stepping:
             self._free(session)

@@ -1,5 +1,7 @@
 """What a client would rather be answered in (RFC 9110, 12.5.1)."""
 
+from math import isfinite
+
 
 def quality(accept: str, media_type: str) -> float:
     """How welcome `media_type` is, from 0 to 1: what the most specific range says."""
@@ -16,7 +18,8 @@ def _q(parameters: list[str]) -> float:
     for parameter in parameters:
         if parameter.startswith("q="):
             try:
-                return float(parameter.removeprefix("q="))
+                welcome = float(parameter.removeprefix("q="))
+                return welcome if isfinite(welcome) else 0.0
             except ValueError:
                 return 0.0
     return 1.0

@@ -71,7 +71,7 @@ class Exchange(ABC):
 
     def fail(self) -> None:
         """From an `except`: a bug of ours. The client gets a fixed text, the log the rest."""
-        logger.exception("POST /act failed")
+        logger.exception("a request for a step failed")
         self.refuse(ServiceError("internal error"))
 
 
@@ -191,4 +191,4 @@ def _check_session(header: bytes, session_id: str | None) -> None:
     if session_id is None or (
         header != session_id.encode() and header.decode("latin-1") != session_id
     ):
-        raise Malformed("`X-Session-Id` is not the `session_id` of the request")
+        raise Malformed("`X-Session-Id` does not name the session of the request")

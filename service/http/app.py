@@ -193,7 +193,7 @@ def create_app(
         engine.warm_up.check()
         return Ready()
 
-    infer = InferEndpoint(app.act, engine, inference, metrics)
+    infer = InferEndpoint(app.act, engine, inference, metrics, keys)
     app.include_router(inference_routes(manifest, infer, engine, inference, keys))
 
     weights = WeightsCodec(manifest)

@@ -38,7 +38,8 @@ def decompressed(body: bytes | bytearray, encoding: str, limit: int) -> bytes | 
 def preferred(accept_encoding: str) -> str | None:
     """The encoding the client would have, of those there are; None is none."""
     encoding = max(WBITS, key=lambda encoding: quality(accept_encoding, encoding))
-    return encoding if quality(accept_encoding, encoding) > 0 else None
+    least = quality(accept_encoding, "identity")
+    return encoding if quality(accept_encoding, encoding) > least else None
 
 
 def compressed(content: bytes, encoding: str) -> bytes:

@@ -14,7 +14,7 @@ from pydantic_core import to_json
 
 from export.manifest import Manifest, step_outputs
 from service.engine.block import Answer, Block
-from service.errors import Invalid, Malformed, TooLarge, short
+from service.errors import Invalid, Malformed, TooLarge, UnknownModel, short
 from service.http.codec import JSON, Request
 from service.http.inference_schemas import (
     InferInput,
@@ -78,6 +78,13 @@ class InferenceCodec:
         )
         # The one that pydantic keeps for the class is slower by its wrapper.
         self.validator = TypeAdapter(InferRequest).validator
+
+    def check_model(self, model: str, version: str = VERSION) -> None:
+        """Raises UnknownModel for another than the one there is."""
+        if model != self.name:
+            raise UnknownModel(f"there is no model {short(model)!r}, only {self.name!r}")
+        if version != VERSION:
+            raise UnknownModel(f"there is no version {short(version)!r}, only {VERSION!r}")
 
 
 class InferenceCall:
@@ -193,7 +200,11 @@ class InferenceCall:
         raise Malformed(f"`{given.name}` is {short(given.datatype)}, not {known}")
 
     def _check_outputs(self, *, is_stateless: bool) -> None:
+        seen = set[str]()
         for output in self._asked.outputs:
+            if output.name in seen:
+                raise Malformed(f"`{output.name}` is asked for twice")
+            seen.add(output.name)
             if output.name not in self._codec.outputs:
                 known = ", ".join(self._codec.outputs)
                 raise Malformed(f"`{short(output.name)}` is no output; there are {known}")

@@ -11,7 +11,7 @@ from starlette.types import Receive
 
 from export.manifest import Manifest
 from service.engine.engine import Engine
-from service.errors import Malformed, ServiceError, UnknownModel, short
+from service.errors import Malformed, ServiceError
 from service.http.act import OF_TWO_SESSIONS, Act, Headers
 from service.http.body import LONGEST_LENGTH, check_announced, check_encoding, read_body
 from service.http.codec import JSON
@@ -31,7 +31,7 @@ from service.http.documentation import (
 )
 from service.http.endpoint import AsgiExchange
 from service.http.endpoint import Response as Responded
-from service.http.inference_codec import BINARY, VERSION, InferenceCall, InferenceCodec
+from service.http.inference_codec import BINARY, InferenceCall, InferenceCodec
 from service.http.inference_schemas import (
     InferRequest,
     InferResponse,
@@ -44,9 +44,41 @@ from service.http.keys import Keys
 from service.http.schemas import Ready
 from service.metrics import Metrics
 
+MANY_BYTES = 1 << 14
 PROJECT = "tamiyo-serve"
 EXTENSIONS = ["binary_tensor_data", "parameters", "sequence", "sequence(string_id)"]
 JSON_BYTES = "inference-header-content-length"
+HEADERS = [
+    {
+        "name": "Inference-Header-Content-Length",
+        "in": "header",
+        "description": "How many of the body's bytes are JSON, where tensors follow it; with 0 the "
+        "body is the bytes of `observation`.",
+        "schema": {"type": "integer", "minimum": 0},
+    },
+    {
+        "name": "Content-Encoding",
+        "in": "header",
+        "description": "Of the body; `Accept-Encoding` is heeded as well.",
+        "schema": {"enum": ["gzip", "deflate", "identity"]},
+    },
+    {
+        "name": "X-Session-Id",
+        "in": "header",
+        "description": "For load balancers; equal to `sequence_id` of the body.",
+        "schema": {"type": "string", "minLength": 1, "maxLength": 256},
+    },
+]
+OF_ANSWERS = REPLAYED | {
+    "Inference-Header-Content-Length": {
+        "description": "How many of the answer's bytes are JSON, where tensors follow it.",
+        "schema": {"type": "integer"},
+    },
+    "Content-Encoding": {
+        "description": "As `Accept-Encoding` would have it.",
+        "schema": {"enum": ["gzip", "deflate"]},
+    },
+}
 BINARY_REQUEST = {
     BINARY: {
         "schema": {
@@ -65,9 +97,9 @@ BINARY_ANSWER = {
 
 
 class InferExchange(AsgiExchange):
-    """Answers in the request's own form, and compressed where its client takes that."""
+    """Answers in the request's own form."""
 
-    __slots__ = ("_call", "_encoding")
+    __slots__ = ("_call",)
 
     def __init__(
         self,
@@ -75,40 +107,37 @@ class InferExchange(AsgiExchange):
         receive: Receive,
         response: "asyncio.Future[Responded]",
         call: InferenceCall,
-        encoding: str | None,
     ) -> None:
         super().__init__(metrics, receive, response)
         self.reads = self.writes = self._call = call
-        self._encoding = encoding
 
     def respond(
         self, status: int, headers: Headers, content: bytes, content_type: str = JSON
     ) -> None:
-        if status == 200:
-            if self._call.answer_json_bytes is not None:
-                headers.append((JSON_BYTES.encode(), b"%d" % self._call.answer_json_bytes))
-            headers.append((b"vary", b"accept-encoding"))
-            if self._encoding is not None:
-                headers.append((b"content-encoding", self._encoding.encode()))
-                content = compressed(content, self._encoding)
+        if self._call.answer_json_bytes is not None and status == 200:
+            headers.append((JSON_BYTES.encode(), b"%d" % self._call.answer_json_bytes))
         super().respond(status, headers, content, content_type)
 
 
 class InferEndpoint:
     """`POST .../infer`, of which every byte is read here."""
 
-    def __init__(self, act: Act, engine: Engine, codec: InferenceCodec, metrics: Metrics) -> None:
+    def __init__(
+        self, act: Act, engine: Engine, codec: InferenceCodec, metrics: Metrics, keys: Keys
+    ) -> None:
         self._act = act
         self._engine = engine
         self._codec = codec
         self._metrics = metrics
+        self._keys = keys
 
     async def __call__(self, request: Request) -> Response:
         response: asyncio.Future[Responded] = asyncio.get_running_loop().create_future()
         call = InferenceCall(self._codec)
-        encoding = preferred(request.headers.get("accept-encoding", ""))
-        exchange = InferExchange(self._metrics, request.receive, response, call, encoding)
+        exchange = InferExchange(self._metrics, request.receive, response, call)
         try:
+            await self._keys.may_act(request)
+            self._codec.check_model(**request.path_params)
             exchange.session_header = _session_header(request)
             call.json_bytes = _json_bytes(request)
             body = await self._read(request, call.max_body_bytes)
@@ -119,6 +148,8 @@ class InferEndpoint:
         else:
             self._act.run(body, exchange)
         status, headers, content = await response
+        if status == 200:
+            content = await _encoded(content, headers, request)
         answered = Response(content, status)
         answered.raw_headers = headers
         return answered
@@ -131,7 +162,8 @@ class InferEndpoint:
             check_encoding(b"transfer-encoding", transfer.encode("latin-1"))
         self._engine.check_open()
         encoding = ", ".join(request.headers.getlist("content-encoding"))
-        return decompressed(await read_body(request.receive, limit), encoding, limit)
+        body = await read_body(request.receive, limit)
+        return await asyncio.to_thread(decompressed, body, encoding, limit) if encoding else body
 
 
 def inference_routes(
@@ -145,22 +177,13 @@ def inference_routes(
     name = manifest.name
 
     def check_model(request: Request) -> None:
-        model, version = (request.path_params.get(of, VERSION) for of in ("model", "version"))
-        if model != name:
-            raise UnknownModel(f"there is no model {short(model)!r}, only {name!r}")
-        if version != VERSION:
-            raise UnknownModel(f"there is no version {short(version)!r}, only {VERSION!r}")
-
-    async def answer(request: Request) -> Response:
-        await keys.may_act(request)
-        check_model(request)
-        return await infer_endpoint(request)
+        codec.check_model(**request.path_params)
 
     class InferRoute(APIRoute):
         """Decodes nothing: the body may be binary, and is validated once."""
 
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-            return answer
+            return infer_endpoint
 
     router = APIRouter(prefix="/v2")
     model = {"name": "model", "in": "path", "required": True, "schema": {"enum": [name]}}
@@ -230,8 +253,12 @@ def inference_routes(
         methods=["POST"],
         route_class_override=InferRoute,
         responses=every_error(but=OF_WEIGHTS)
-        | {200: {"content": json_content(answered) | BINARY_ANSWER, "headers": REPLAYED}},
-        openapi_extra={**of_one, "requestBody": {"content": BINARY_REQUEST}},
+        | {200: {"content": json_content(answered) | BINARY_ANSWER, "headers": OF_ANSWERS}},
+        openapi_extra={
+            **to_act,
+            "parameters": [model, *HEADERS],
+            "requestBody": {"content": BINARY_REQUEST},
+        },
     )
     async def infer(
         body: Annotated[InferRequest, Body(openapi_examples=infer_examples(manifest.spec))],
@@ -250,6 +277,28 @@ def shown(example: Json) -> Responses:
     return {200: {"content": json_content(example)}}
 
 
+async def _encoded(content: bytes, headers: Headers, request: Request) -> bytes:
+    """An answer as its client would have it, and the headers that say so.
+
+    A thread compresses a large one: a thousand rows and their states take a third of a second.
+    """
+    encoding = preferred(", ".join(request.headers.getlist("accept-encoding")))
+    headers.append((b"vary", b"accept-encoding"))
+    if encoding is None:
+        return content
+    if len(content) < MANY_BYTES:
+        content = compressed(content, encoding)
+    else:
+        content = await asyncio.to_thread(compressed, content, encoding)
+    of_plain = [header for header in headers if header[0] != b"content-length"]
+    headers[:] = (
+        *of_plain,
+        (b"content-encoding", encoding.encode()),
+        (b"content-length", b"%d" % len(content)),
+    )
+    return content
+
+
 def _session_header(request: Request) -> bytes | None:
     given = {value for name, value in request.headers.raw if name == b"x-session-id"}
     if len(given) > 1:
@@ -259,9 +308,10 @@ def _session_header(request: Request) -> bytes | None:
 
 def _json_bytes(request: Request) -> int | None:
     """How much of the body is JSON; None is all of it."""
-    given = request.headers.get(JSON_BYTES)
-    if given is None:
+    all_given = request.headers.getlist(JSON_BYTES)
+    if not all_given:
         return None
+    given = ", ".join(all_given)
     if not (given.isascii() and given.isdigit() and len(given) <= LONGEST_LENGTH):
         raise Malformed("the Inference-Header-Content-Length is not a number")
     return int(given)

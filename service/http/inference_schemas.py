@@ -10,10 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.http.schemas import FAIL_FAST, Identifier, OneError, Seed
 
-Size = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(ge=0, lt=2**64)]
 
 
+MOST_DIMENSIONS = 8
+"""Of a shape; no tensor of a policy's has as many."""
 SequenceId = Annotated[
     Count | Annotated[str, Field(max_length=256)],
     OneError("Input should be an integer from 0 to 2**64 - 1 or a string of at most 256"),
@@ -70,7 +72,7 @@ class InferInput(_Wire):
     """One tensor, with a row for each environment."""
 
     name: str
-    shape: Annotated[list[Size], FAIL_FAST]
+    shape: Annotated[list[Size], Field(max_length=MOST_DIMENSIONS), FAIL_FAST]
     datatype: str
     parameters: InputParameters = InputParameters()
     data: Annotated[Any, Field(description="Row-major, flat or nested as `shape` says.")] = None

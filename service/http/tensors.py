@@ -87,7 +87,7 @@ class TensorReader:
         starts = self._starts(tensors, scalars)
         seeds = tensors.get("seed")
         if scalars.seed is not None and seeds is not None:
-            raise Invalid("`seed` is given twice, for all rows and as a tensor")
+            raise Invalid("`seed` is given twice, as one number and as a tensor")
         named = {"run": scalars.run}
         has_state = "state_h" in tensors
         check_session(

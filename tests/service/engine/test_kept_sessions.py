@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from model.spec import PolicySpec
 from service.engine.block import Block
-from service.engine.kept_sessions import FRAME_NAMES, FRAME_ROWS, Served
+from service.engine.kept_sessions import FRAME_NAMES, FRAME_ROWS, KeptSessions, Served
 from service.engine.sessions import Past
-from service.engine.snapshot_file import Draft, Snapshot, SnapshotError
+from service.engine.snapshot_file import Draft, Frame, Snapshot, SnapshotError
 from service.errors import ServiceError, SessionLost, StepConflict, UnknownSession
 from tests.service.fakes import VERSION, Bench, Stepped, single, vector
 
@@ -55,6 +55,32 @@ def test_the_last_answer_of_one_is_given_again(bench: Bench, path: Path) -> None
     for _ in range(2):
         assert after.step(3.0, "a", step=2, **RUN) == last._replace(is_replay=True)
     assert after.step(4.0, "a", step=3, **RUN) == bench.step(4.0, "a", step=3, **RUN)
+
+
+def test_a_snapshot_that_says_nothing_of_last_steps_is_read(
+    bench: Bench, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those were that were written before there were any."""
+    steps_of(bench, "a", **RUN)
+    frame = KeptSessions._sessions_frame
+
+    def older(*args: Any) -> Frame:
+        record, arrays = frame(*args)
+        return Frame(record, {name: of for name, of in arrays.items() if name != "is_over"})
+
+    monkeypatch.setattr(KeptSessions, "_sessions_frame", older)
+    after = bench.restarted(path)
+    assert after.step(4.0, "a", step=3, **RUN) == bench.step(4.0, "a", step=3, **RUN)
+
+
+def test_one_that_ended_is_the_first_to_be_given_up_after_a_restart(
+    bench: Bench, path: Path
+) -> None:
+    bench.start(1.0, "a", step=0, **RUN)
+    bench.start(1.0, "b", step=0, ends=True, **RUN)
+    after = bench.restarted(path, capacity=2)
+    after.start(1.0, "c")
+    assert after.step(2.0, "a", step=1, **RUN) == bench.step(2.0, "a", step=1, **RUN)
 
 
 @pytest.mark.parametrize("is_final", [True, False])

@@ -579,13 +579,52 @@ def test_a_numbered_last_step_is_given_again_and_none_comes_after_it(table: Tabl
     table.take(step=1, ends=True)
     again = table.ask(step=1, ends=True)
     assert isinstance(again, Session)
-    with pytest.raises(StepConflict, match="with another content"):
-        table.ask(step=1)
-    for step in (None, 2):
-        with pytest.raises(SessionLost if step else UnknownSession):
+    for step in (None, 0, 1, 2):
+        with pytest.raises(SessionLost if step else UnknownSession, match="its last step"):
             table.ask(step=step)
     assert table.start(run="b").begins
     assert table.take(step=1).step == 1, "a start begins as always"
+
+
+@pytest.mark.parametrize("ended", [{"step": 0}, {"run": "p"}, {"run": "p", "step": 0}])
+@pytest.mark.parametrize("again", [{}, {"step": 0}, {"run": "q"}])
+def test_after_its_last_step_a_start_begins_whatever_was_there(
+    table: Table, ended: dict[str, Any], again: dict[str, Any]
+) -> None:
+    """With other rows, another seed, as another kind: it has ended."""
+    table.start(ends=True, seed=1, **ended)
+    turn = table.take_all(3, "a", starts=True, seed=2, **again)
+    assert (turn.begins, turn.step) == (True, 0)
+    assert (len(table.sessions), table.sessions.num_rows) == (1, 3)
+    assert table.num_free_rows() == NUM_ROWS - 3
+    assert (table.sessions.events["started"], table.sessions.events["ended"]) == (2, 1)
+    table.start("b", step=0, ends=True)
+    table.start("b", step=0, x=2.0, ends=True)
+    assert isinstance(table.ask("b", x=2.0, starts=True, step=0, ends=True), Session)
+
+
+def test_a_late_start_of_the_run_that_ended_begins_nothing(table: Table) -> None:
+    table.start(run="p", step=0)
+    table.take(run="p", step=1, ends=True)
+    for step in (0, None):
+        with pytest.raises(UnknownSession, match="its last step"):
+            table.ask(starts=True, run="p", step=step)
+    assert isinstance(table.ask(run="p", step=1, ends=True), Session)
+
+
+def test_what_names_no_step_is_not_kept_for_a_retry(table: Table) -> None:
+    table.start(run="p")
+    table.take(run="p", ends=True)
+    assert (len(table.sessions), table.num_free_rows()) == (0, NUM_ROWS)
+
+
+def test_who_took_the_last_step_is_given_up_before_anybody_who_acts(table: Table) -> None:
+    table.start("a")
+    table.start("b")
+    table.start("c", step=0, ends=True)
+    table.start("d")
+    assert table.live("abd") == "abd"
+    assert table.sessions.events["ended"] == 1
 
 
 def test_a_first_step_of_a_named_run_may_be_the_last_and_is_given_again(table: Table) -> None:

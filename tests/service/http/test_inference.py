@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from model.spec import PolicySpec
 from service.errors import Malformed, TooLarge
 from service.http.compression import compressed, decompressed
+from service.http.inference_routes import MANY_BYTES
 from tests.service.conftest import MakeClient
 from tests.service.fakes import AppClient
 from tests.service.http.bodies import Json, error_of
@@ -111,7 +112,8 @@ def test_the_metadata_has_every_tensor(client: AppClient, spec: PolicySpec) -> N
     assert client.get("/v2/models/tiny/versions/1/ready").json() == {"name": "tiny", "ready": True}
     server = client.get("/v2").json()
     assert server["name"] == "tamiyo-serve"
-    assert {"binary_tensor_data", "sequence", "sequence(string_id)"} <= {*server["extensions"]}
+    names = {"binary_tensor_data", "parameters", "sequence", "sequence(string_id)"}
+    assert {*server["extensions"]} == names
 
 
 @pytest.mark.parametrize(
@@ -188,8 +190,9 @@ def test_a_numbered_end_may_be_asked_for_again_and_nothing_after_it(
     answers = [infer(client, end) for _ in range(2)]
     assert answers[1].headers["replayed"] == "true"
     assert answers[0].content == answers[1].content
-    error_of(infer(client, asked(spec, 1, step=1, **turn)), 409, "step_conflict")
-    error_of(infer(client, asked(spec, 1, step=2, **turn)), 410, "session_lost")
+    for step in (1, 2):
+        sentence = error_of(infer(client, asked(spec, 1, step=step, **turn)), 410, "session_lost")
+        assert "has taken its last step" in sentence
     error_of(infer(client, asked(spec, 1, sequence_id=3)), 404, "unknown_session")
     assert infer(client, end).headers["replayed"] == "true", "as long as there is room"
     again = asked(spec, 5, sequence_start=True, step=0, sequence_id=3, run="b")
@@ -321,6 +324,67 @@ def test_a_bomb_is_no_more_than_its_limit() -> None:
         decompressed(b"", "deflate", 1000)
 
 
+def test_a_bomb_is_no_more_than_its_limit_on_the_route(client: AppClient, spec: PolicySpec) -> None:
+    bomb = gzip.compress(bytes(50_000_000))
+    refused = post(client, bomb, **{"Content-Encoding": "gzip", JSON_BYTES: "0"})
+    error_of(refused, 413, "too_large")
+
+
+def test_a_large_answer_is_compressed_as_a_small_one(client: AppClient, spec: PolicySpec) -> None:
+    many = asked(spec, *range(200), deterministic=True)
+    plain = infer(client, many, **{"Accept-Encoding": "identity"})
+    assert len(plain.content) > MANY_BYTES
+    answer = infer(client, many, **{"Accept-Encoding": "deflate"})
+    assert answer.headers["content-encoding"] == "deflate"
+    assert int(answer.headers["content-length"]) < len(plain.content)
+    assert answer.json() == plain.json()
+
+
+@pytest.mark.parametrize(
+    ("accepted", "encoding"),
+    [
+        ("gzip, deflate", "gzip"),
+        ("gzip;q=0.1, deflate;q=0.5", "deflate"),
+        ("gzip;q=nan, deflate;q=0.5", "deflate"),
+        ("identity, gzip;q=0.5", None),
+        ("br", None),
+        ("", None),
+    ],
+)
+def test_the_encoding_is_the_one_the_client_would_rather_have(
+    client: AppClient, spec: PolicySpec, accepted: str, encoding: str | None
+) -> None:
+    answer = infer(client, asked(spec, 1), **{"Accept-Encoding": accepted})
+    assert answer.headers.get("content-encoding") == encoding
+    assert answer.headers["vary"] == "accept-encoding"
+    assert outputs(answer)["value"].tolist() == [1]
+
+
+def test_names_of_encodings_are_of_any_case_and_two_are_none(
+    client: AppClient, spec: PolicySpec
+) -> None:
+    content = gzip.compress(json.dumps(asked(spec, 1)).encode())
+    assert post(client, content, **{"Content-Encoding": "GZIP"}).status_code == 200
+    refused = post(client, content, **{"Content-Encoding": "gzip, gzip"})
+    error_of(refused, 415, "unsupported_content_type")
+
+
+def test_what_may_be_said_and_makes_no_difference(client: AppClient, spec: PolicySpec) -> None:
+    floats = {"name": "observation", "shape": [1, spec.observation_dim], "datatype": "FP64"}
+    data = [2] + [0] * (spec.observation_dim - 1)
+    body = {"inputs": [{**floats, "data": data}], "id": "", "parameters": {"priority": 3}}
+    answer = infer(client, body)
+    assert outputs(answer)["value"].tolist() == [2]
+    assert "id" not in answer.json()
+
+
+def test_two_names_of_a_session_are_refused(client: AppClient, spec: PolicySpec) -> None:
+    headers = [("X-Session-Id", "a"), ("X-Session-Id", "b")]
+    body = json.dumps(asked(spec, 1)).encode()
+    refused = client.request("POST", INFER, content=body, headers=headers)
+    assert "given twice" in error_of(refused, 400, "malformed")
+
+
 def test_the_bodys_limit_is_that_of_its_json_and_that_of_its_tensors(
     make_client: MakeClient, spec: PolicySpec
 ) -> None:
@@ -330,8 +394,10 @@ def test_the_bodys_limit_is_that_of_its_json_and_that_of_its_tensors(
     sentence = error_of(post(client, text.ljust(2001).encode()), 413, "too_large")
     assert "the JSON is larger than 2000 bytes" in sentence
     many = {"observation": np.zeros((100, spec.observation_dim), np.float32)}
-    content, header = in_binary(many)
+    content, header = in_binary(many, id="x" * 200)
     assert len(content) > 2000
+    padded = content[: int(header[JSON_BYTES])].ljust(2001) + content[int(header[JSON_BYTES]) :]
+    error_of(post(client, padded, **{JSON_BYTES: "2001"}), 413, "too_large")
     assert post(client, content, **header).status_code == 200
     error_of(post(client, content + bytes(10_000_000), **header), 413, "too_large")
 
@@ -397,7 +463,22 @@ REFUSED: dict[str, tuple[Any, int, str]] = {
     "no data": (changed(data=None), 400, "`observation` has neither `data`, a list, nor a `binary"),
     "data of text": (changed(data="abc"), 400, "`observation` has neither `data`, a list, nor"),
     "negative size": (changed(shape=[-1, 3]), 400, "`inputs[0].shape[0]`: Input should be"),
-    "huge": (changed(shape=[0, 2**63], data=[]), 400, "`observation` has a shape that no array"),
+    "huge": (changed(shape=[0, 2**62], data=[]), 400, "`observation` has a shape that no array"),
+    "beyond all": (changed(shape=[2**63]), 400, "`inputs[0].shape[0]`: Input should be less than"),
+    "of a thousand ranks": (changed(shape=[9] * 1000), 422, "`inputs[0].shape` has 1000 values"),
+    "output twice": (
+        lambda body: body | {"outputs": [{"name": "value"}, {"name": "value"}]},
+        400,
+        "`value` is asked for twice",
+    ),
+    "unknown field of an input": (changed(type="FP32"), 400, "`inputs[0].type` is not a field"),
+    "nested and flat": (
+        more("seed", np.zeros(1, np.uint64), data=[[1]]),
+        400,
+        "`seed.data` has at 0 what is no UINT64",
+    ),
+    "step beyond 64 bits": (saying(step=2**64), 400, "`parameters.step`: Input should be less"),
+    "long id": (lambda body: body | {"id": "x" * 257}, 400, "`id`: String should have at most 256"),
     "both": (
         changed(parameters={"binary_data_size": 4}),
         400,
@@ -497,6 +578,7 @@ def test_what_is_wrong_is_refused_in_a_sentence_and_moves_nothing(
         ("x", "is not a number"),
         ("-1", "is not a number"),
         ("9" * 30, "is not a number"),
+        ("\u00b2", "is not a number"),
         ("1000000", "is 1000000, and the body has"),
         ("3", "the body is not JSON"),
     ],
@@ -505,7 +587,8 @@ def test_a_wrong_length_of_the_json_is_refused(
     client: AppClient, spec: PolicySpec, length: str, sentence: str
 ) -> None:
     content, _ = in_binary({"observation": observed(spec, 1)})
-    refused = post(client, content, **{JSON_BYTES: length})
+    header = {JSON_BYTES: length.encode("latin-1")}
+    refused = client.request("POST", INFER, content=content, headers=header)
     assert sentence in error_of(refused, 400, "malformed")
 
 
