@@ -17,7 +17,7 @@ from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 
 SAFETENSORS = "application/vnd.safetensors"
-TIMEOUT_S = 60.0
+TIMEOUT_S = 240.0
 
 
 class Learner(NamedTuple):

@@ -2,13 +2,13 @@
 
 import asyncio
 from collections.abc import Mapping
-from http import HTTPStatus
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
 from prometheus_client.parser import text_string_to_metric_families
 
 TIMEOUT_S = 30.0
+NOT_FOUND = 404
 
 
 async def batch_sizes(url: str) -> dict[str, float]:
@@ -35,7 +35,7 @@ def _metrics(url: str) -> str:
         with urlopen(f"{url}/metrics", timeout=TIMEOUT_S) as response:
             text: str = response.read().decode()
     except HTTPError as error:
-        if error.code != HTTPStatus.NOT_FOUND:
+        if error.code != NOT_FOUND:
             raise
         return ""
     return text
