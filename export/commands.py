@@ -1,7 +1,6 @@
 """The commands that take torch: `python -m export`, `verify` and `push`."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from export.stopping import Stopped, stoppable
 from export.verify import verify_artifact
 from model.checkpoint import CheckpointError
 from tamiyo_client import PolicyError
+from tamiyo_client.session import checked_url
 
 PATIENCE_S = 10.0
 """With a service that does not answer."""
@@ -103,7 +103,7 @@ def _exported(
 
 def _say_exported(options: argparse.Namespace, manifest: Manifest) -> None:
     if options.json:
-        sys.stdout.write(manifest.model_dump_json() + "\n")
+        say(manifest.model_dump_json())
     else:
         summarize(manifest, manifest.parity.formats, Report.read(options.output, manifest))
         say(f"{manifest.name} ({manifest.policy_version[:19]}) is in {options.output}")
@@ -127,8 +127,13 @@ def _verify(options: argparse.Namespace) -> int:
 def _push(options: argparse.Namespace) -> int:
     """To every URL, whatever the others answer: replicas that differ are the fewer the better."""
     api_key = None if options.api_key_file is None else _first_word(options.api_key_file)
+    try:
+        for url in options.to:
+            checked_url(url)
+    except ValueError as error:
+        fail(str(error))
     policy, normalizer, _ = load_source(options)
-    refused = []
+    refused: list[tuple[str, Exception]] = []
     for url in options.to:
         try:
             answer = push_policy(
@@ -140,16 +145,16 @@ def _push(options: argparse.Namespace) -> int:
                 restart_sessions=options.restart_sessions,
                 timeout_s=PATIENCE_S,
             )
-        except ValueError as error:
-            fail(str(error))
-        except PolicyError as error:
-            refused.append(f"{url}: {error}")
+        except (ValueError, PolicyError) as error:
+            refused.append((url, error))
             continue
         say(f"{url} serves {answer.policy_version}")
         say(f"  before it {answer.previous_version or 'none that is kept'}")
         say(f"  {answer.probe_error:.1e} from the probe at most")
     if refused:
-        fail("; ".join(refused), code=1)
+        is_input = all(isinstance(error, ValueError) for _, error in refused)
+        code = 2 if is_input and len(refused) == len(options.to) else 1
+        fail("; ".join(f"{url}: {error}" for url, error in refused), code)
     return 0
 
 

@@ -1,7 +1,8 @@
 """What a command says: lines and a table on stdout, and one last line on stderr. Torch-free."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NoReturn
 
 from rich.console import Console
@@ -15,8 +16,18 @@ SHOWN = (1, 32, 256)
 """The batch sizes whose speed the table shows."""
 
 
+@contextmanager
+def printing() -> Iterator[None]:
+    """What cannot be printed is no fault of what was read or written."""
+    try:
+        yield
+    except OSError as error:
+        fail(f"stdout: cannot be written ({error.strerror})")
+
+
 def say(line: str) -> None:
-    sys.stdout.write(line + "\n")
+    with printing():
+        sys.stdout.write(line + "\n")
 
 
 def name_unlisted(artifact: Artifact) -> None:
@@ -49,6 +60,7 @@ def summarize(
             f"{parity[name].action_agreement:.2%}",
             *(f"{speedup[size]:.1f}x" for size in sizes),
         )
-    Console(soft_wrap=True, highlight=False).print(table)
+    with printing():
+        Console(soft_wrap=True, highlight=False).print(table)
     legend = "error: largest of any output; equal: share of free actions that are eager's"
     say(legend + ("; B: times as fast as eager at that batch size" if sizes else ""))

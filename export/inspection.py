@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from export.artifact import open_artifact
-from export.console import name_unlisted, say, summarize
+from export.console import name_unlisted, printing, say, summarize
 from export.manifest import Source
 from export.report import REPORT_FILE, Report
 
@@ -15,7 +15,8 @@ def show_artifact(directory: Path, *, as_json: bool) -> None:
     manifest = artifact.manifest
     name_unlisted(artifact)
     if as_json:
-        sys.stdout.write(artifact.content.decode())
+        with printing():
+            sys.stdout.write(artifact.content.decode())
         return
     spec = manifest.spec
     heads = ", ".join(f"{head.name} {head.size}" for head in spec.heads)

@@ -256,21 +256,25 @@ def _floors(text: str) -> Mapping[str, float]:
 
 
 def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**63:
+    if not _is_number(text) or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 2**63 - 1")
     return int(text)
 
 
 def _batch_size(text: str) -> int:
-    if not text.isdecimal() or not 2 <= int(text) <= LARGEST_BATCH_SIZE:
+    if not _is_number(text) or not 2 <= int(text) <= LARGEST_BATCH_SIZE:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 2 to {LARGEST_BATCH_SIZE}")
     return int(text)
 
 
 def _max_sequences(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= MOST_SEQUENCES:
+    if not _is_number(text) or not 1 <= int(text) <= MOST_SEQUENCES:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MOST_SEQUENCES}")
     return int(text)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
 
 
 def _device(text: str) -> str:

@@ -77,8 +77,7 @@ def push_policy(
     def answered(method: str, path: str, body: bytes, **more: str) -> dict[str, Any]:
         call = patiently(method, base + path, {**headers, **more}, body, patience)
         reply: Reply = transport.run(call)
-        described: dict[str, Any] = json.loads(reply.body)
-        return described
+        return _described(reply)
 
     try:
         served = answered("GET", "/policy", b"")
@@ -91,6 +90,18 @@ def push_policy(
     finally:
         transport.close()
     return PushAnswer(**answer)
+
+
+def _described(reply: Reply) -> dict[str, Any]:
+    try:
+        described = json.loads(reply.body)
+    except (ValueError, RecursionError):
+        described = None
+    if not isinstance(described, dict):
+        raise ServerError(
+            f"the answer is {reply.status}, and not of a policy server", status=reply.status
+        )
+    return described
 
 
 def push_body(own: RebuiltPolicy, spec: PolicySpec, precision: Precision) -> bytes:

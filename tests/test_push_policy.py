@@ -2,7 +2,10 @@
 
 import copy
 import socket
+import threading
 from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +15,7 @@ import torch
 from torch import nn
 
 from export import push_policy
+from export.__main__ import main
 from export.push import copied, push_body
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
@@ -205,6 +209,20 @@ def test_a_server_that_is_not_there_is_unreachable() -> None:
         push_policy(*v1_learner(1), "ftp://127.0.0.1")
 
 
+@pytest.mark.parametrize("content", ["<html>welcome</html>", "5"])
+def test_what_answers_and_is_no_policy_server_is_told_so(tmp_path: Path, content: str) -> None:
+    (tmp_path / "policy").write_text(content)
+    pages = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), pages) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}"
+            with pytest.raises(errors.ServerError, match="200, and not of a policy server"):
+                push_policy(*v1_learner(1), url)
+        finally:
+            server.shutdown()
+
+
 def test_sessions_are_given_up_where_that_is_asked_for(v1: Served) -> None:
     observation = [0.1] * V1.observation_dim
     first = {"session_id": "a", "observation": observation, "step": 0, "episode_start": True}
@@ -213,6 +231,46 @@ def test_sessions_are_given_up_where_that_is_asked_for(v1: Served) -> None:
         httpx.post(f"{v1.url}/act", json=first).raise_for_status()
         push_policy(*v1_learner(30 + restarts), v1.url, restart_sessions=restarts)
         assert httpx.post(f"{v1.url}/act", json=following).status_code == status
+
+
+def pushed_by_command(
+    learner: Learner, directory: Path, capsys: pytest.CaptureFixture[str], *urls: str
+) -> tuple[int | str | None, str]:
+    """The exit code of `python -m export push`, which has to refuse, and its one line."""
+    torch.save(learner.policy.state_dict(), directory / "newer.pt")
+    arguments = ["push", "--checkpoint", str(directory / "newer.pt"), "--normaliser", "identity"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main([*arguments, *(word for url in urls for word in ("--to", url))])
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    return exit_.value.code, printed
+
+
+def test_every_url_is_tried_and_each_refusal_named(
+    v1: Served, v2: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_v1 = f"{v1.url}: the policy is not of the spec that is served: "
+    before, elsewhere = (v1.listed(), v2.listed()), f"{v1.url}/nowhere"
+    code, line = pushed_by_command(v2_learner(50), tmp_path, capsys, v1.url, elsewhere, v2.url)
+    assert code == 1
+    assert line.startswith(f"export: {of_v1}")
+    assert f"; {elsewhere}: " in line
+    assert v2.listed()[1:] == before[1]
+    assert pushed_by_command(v2_learner(51), tmp_path, capsys, v1.url, v2.url)[0] == 1
+    code, line = pushed_by_command(v2_learner(52), tmp_path, capsys, v1.url, f"{v1.url}/")
+    assert (code, line.count("is not of the spec")) == (2, 2)
+    assert v1.listed() == before[0]
+
+
+@pytest.mark.parametrize("url", ["ftp://127.0.0.1", "http://127.0.0.1:99999", "http://[::1"])
+def test_what_can_be_no_url_is_found_before_any_other_is_asked(
+    v2: Served, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = v2.listed()
+    code, line = pushed_by_command(v2_learner(53), tmp_path, capsys, v2.url, url)
+    assert (code, f"'{url}' is no server's URL" in line) == (2, True)
+    assert v2.listed() == before
 
 
 FAULTS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import blake2b
 from urllib.parse import quote, urlsplit
@@ -148,10 +149,12 @@ def bearer(api_key: str) -> str:
 
 def checked_url(url: str) -> str:
     """Raises ValueError for what is no server's."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or not url.isascii():
-        raise ValueError(f"{url!r} is no server's URL, as http://127.0.0.1:8000 is")
-    return url
+    with suppress(ValueError):  # of what can be no host, or no port
+        parts = urlsplit(url)
+        is_http = parts.scheme in ("http", "https")
+        if is_http and parts.hostname and parts.port != 0 and url.isascii():
+            return url
+    raise ValueError(f"{url!r} is no server's URL, as http://127.0.0.1:8000 is")
 
 
 def by_preference(urls: Sequence[str], session_name: str) -> list[str]:

@@ -10,7 +10,7 @@ from export.manifest import ArtifactError, Device
 from export.triton.comparison import check_sequence_graph, load_graph
 from export.triton.config import sequence_config, stateless_config
 from export.triton.graph import START, sequence_graph
-from export.triton.repository import NAME, Model, publish
+from export.triton.repository import NAME, Model, RepositoryError, publish
 
 SEQUENCE_SUFFIX = "_seq"
 
@@ -36,7 +36,8 @@ def export_to_triton(
     does, and what `publish` raises; then nothing is written.
     """
     manifest, directory = artifact.manifest, artifact.directory
-    name, device = name or manifest.name, device or manifest.device
+    name = manifest.name if name is None else name
+    device = device or manifest.device
     if not NAME.fullmatch(name):
         raise ArtifactError(f"{name!r} cannot be a model's name; --name gives another")
     if "onnx" not in manifest.formats:
@@ -44,6 +45,8 @@ def export_to_triton(
             f"{directory}: has no onnx, which is what Triton is given; it holds "
             f"{', '.join(manifest.formats)}"
         )
+    if repository.resolve().is_relative_to(directory.resolve()):
+        raise RepositoryError(f"{repository} is in the artifact; a repository is beside it")
     on_stage("checking the hashes")
     contents = {file.file: artifact.read(file) for file in manifest.files}
     content = contents[manifest.formats["onnx"].file]

@@ -5,6 +5,7 @@ nothing of what a configuration says, but that each version's policy stands at i
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -52,6 +53,8 @@ def publish(models: Sequence[Model], repository: Path, *, policy_version: str, s
     """
     of_this = {"policy_version": policy_version, "source": source}
     facts = {name: json.dumps(fact, ensure_ascii=False) for name, fact in of_this.items()}
+    for path in (repository, *(repository / model.name for model in models)):
+        _check_link(path)
     repository = repository.resolve()  # what a link leads to is what gets a directory beside it
     finish_abandoned(repository)
     older = {model.name: _facts(model, repository / model.name) for model in models}
@@ -70,16 +73,21 @@ def publish(models: Sequence[Model], repository: Path, *, policy_version: str, s
     return version
 
 
+def _check_link(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise RepositoryError(f"{path} is a link to {os.readlink(path)}, which does not exist")
+
+
 def _facts(model: Model, directory: Path) -> Facts:
     """What is known of the versions there are, of which there may be none."""
     if not directory.exists():
         return {}
     try:
-        lines = (directory / CONFIG_FILE).read_text("utf-8", errors="replace").splitlines()
+        lines = _lines((directory / CONFIG_FILE).read_text("utf-8", errors="replace"))
     except FileNotFoundError:
         raise RepositoryError(f"{directory} exists, and has no {CONFIG_FILE}") from None
     kept = [line for line in lines if not FACT.fullmatch(line)]
-    for theirs, ours in zip_longest(kept, model.config.splitlines()):
+    for theirs, ours in zip_longest(kept, _lines(model.config)):
         if theirs != ours:
             raise RepositoryError(
                 f"{directory / CONFIG_FILE} is not what would be written for this artifact: it "
@@ -88,6 +96,11 @@ def _facts(model: Model, directory: Path) -> Facts:
     versions = _versions(directory)
     found = [match for match in map(FACT.fullmatch, lines) if match]
     return {match[1]: match[3] for match in found if match[2] is None or int(match[2]) in versions}
+
+
+def _lines(text: str) -> list[str]:
+    """As Triton reads them: `splitlines` ends some at letters that a source's name may have."""
+    return text.removesuffix("\n").split("\n")
 
 
 def _quoted(line: str | None) -> str:

@@ -69,6 +69,7 @@ class World:
         refusal(503, "not_ready"),
         refusal(503, "draining"),
         refusal(504, "deadline_exceeded"),
+        Reply(500, {}, b"Internal Server Error"),  # of Ray's proxy, not of the service
         Reply(502, {}, b"<html>Bad Gateway</html>"),
     ],
 )

@@ -179,7 +179,10 @@ def test_a_forked_process_has_to_make_its_own(server: RunningServer, spec: Polic
         assert client.act(shown).step == 1
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://127.0.0.1", "http://", ""])
+@pytest.mark.parametrize(
+    "url",
+    [*("127.0.0.1:8000", "ftp://127.0.0.1", "http://", ""), "http://a:99999", "http://[::1"],
+)
 def test_what_is_no_url_is_refused_at_once(url: str) -> None:
     with pytest.raises(ValueError, match="is no server's URL"):
         VectorPolicyClient(url, 2)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -97,6 +98,34 @@ def test_a_repository_is_made_with_both_models_and_nothing_else(
         assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644)
 
 
+@pytest.mark.parametrize("mask", [0o077, 0o000])
+def test_another_user_may_read_it_whatever_the_umask(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        published(tmp_path, "new")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "models", *(tmp_path / "models").rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
+
+
+def test_a_directory_whose_name_only_looks_like_a_number_is_no_version(tmp_path: Path) -> None:
+    published(tmp_path, "first")
+    (tmp_path / "models" / "a" / "²").mkdir()
+    published(tmp_path, "second")
+    names = sorted(path.name for path in (tmp_path / "models" / "a").iterdir())
+    assert names == ["1", "2", "config.pbtxt", "²"]
+
+
+def test_what_lies_beside_the_artifact_s_files_is_named(
+    artifacts: list[Path], repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    artifact = Path(shutil.copytree(artifacts[0], tmp_path / "artifact"))
+    (artifact / "notes.txt").write_text("another's")
+    assert to_triton(artifact, repository) == 0
+    assert capsys.readouterr().err == "export: not part of the artifact: notes.txt\n"
+
+
 def test_it_runs_where_there_is_no_torch(artifacts: list[Path], repository: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = None; from export.__main__ import main; "
@@ -137,9 +166,10 @@ def test_without_onnx_it_says_which_extra_brings_it(
 def test_another_policy_is_the_next_version_and_the_older_ones_stay(
     artifacts: list[Path], repository: Path, tmp_path: Path
 ) -> None:
-    source = Source(kind="checkpoint", name='"best" é', sha256="0" * 64)
+    source = Source(kind="checkpoint", name='"best" é\x85\u2028', sha256="0" * 64)
     third = changed(artifacts[0], tmp_path / "third", source=source)
-    for artifact in (*artifacts, third):
+    fourth = changed(artifacts[1], tmp_path / "fourth", source=source)
+    for artifact in (*artifacts, third, fourth):
         before = tree(repository)
         assert to_triton(artifact, repository) == 0
         after = tree(repository)
@@ -149,19 +179,20 @@ def test_another_policy_is_the_next_version_and_the_older_ones_stay(
         }
     for name in ("tiny", "tiny_seq"):
         versions = sorted(path.name for path in (repository / name).iterdir())
-        assert versions == ["1", "2", "3", "config.pbtxt"]
-        first, second, again = (
-            (repository / name / number / "model.onnx").read_bytes() for number in "123"
+        assert versions == ["1", "2", "3", "4", "config.pbtxt"]
+        first, second, *again = (
+            (repository / name / number / "model.onnx").read_bytes() for number in "1234"
         )
-        assert first == again != second
+        assert again == [first, second]
+        assert first != second
         config = (repository / name / "config.pbtxt").read_text("utf-8")
-        of_versions = [version_of(artifacts[at]) for at in (0, 1, 0)]
+        of_versions = [version_of(artifacts[at]) for at in (0, 1, 0, 1)]
         facts = {"policy_version": of_versions[-1]}
         facts |= {f"policy_version.{at + 1}": of for at, of in enumerate(of_versions)}
         for key, value in facts.items():
             assert config.count(f'key: "{key}" value {{ string_value: "{value}" }}') == 1
         assert config.count('"module tiny"') == 2
-        assert config.count(r'"checkpoint \"best\" é (000') == 2
+        assert config.count('"checkpoint \\"best\\" é\x85\u2028 (000') == 3
     assert list(repository.parent.iterdir()) == [repository]
 
 
@@ -343,9 +374,11 @@ def test_only_a_trusted_key_s_artifact_is_taken_where_one_is_given(
     ("arguments", "says"),
     [
         (["--name", "a/b"], "'a/b' cannot be a model's name; --name gives another"),
+        (["--name", ""], "'' cannot be a model's name; --name gives another"),
         (["--name", ".hidden"], "'.hidden' cannot be a model's name"),
         (["--device", "tpu"], "unknown device 'tpu'"),
         (["--max-sequences", "0"], "'0' is not a number from 1 to 2147483647"),
+        (["--max-sequences", "٣"], "'٣' is not a number from 1"),
         (["--max-sequences", "many"], "'many' is not a number from 1"),
     ],
 )
@@ -371,6 +404,33 @@ def test_a_file_in_the_repository_s_place_is_one_sentence(
     assert line == f"export: {repository}: cannot be written (Not a directory)\n"
     assert file.read_text() == "a file"
     assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("inside", ["", "models", "a/b"])
+def test_a_repository_is_not_made_in_the_artifact(
+    artifacts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], inside: str
+) -> None:
+    artifact = Path(shutil.copytree(artifacts[0], tmp_path / "artifact"))
+    before = tree(artifact)
+    (tmp_path / "link").symlink_to(artifact)
+    for directory in (artifact, tmp_path / "link"):
+        line = refusal(capsys, artifact, directory / inside)
+        assert (
+            line == f"export: {directory / inside} is in the artifact; a repository is beside it\n"
+        )
+    assert tree(artifact) == before
+
+
+@pytest.mark.parametrize("where", ["models", "models/tiny", "models/tiny_seq"])
+def test_a_link_to_nothing_is_one_sentence(
+    artifacts: list[Path], repository: Path, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    link = repository.parent / where
+    link.parent.mkdir(parents=True)
+    link.symlink_to("nowhere")
+    line = refusal(capsys, artifacts[0], repository)
+    assert line == f"export: {link} is a link to nowhere, which does not exist\n"
+    assert list(link.parent.iterdir()) == [link]
 
 
 FULL_FROM_THE_START = """
@@ -404,6 +464,26 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     assert tree(repository) == before
     assert repository.parent.exists() != is_new
     assert is_new or list(repository.parent.iterdir()) == [repository]
+
+
+def test_a_full_stdout_is_not_said_to_be_the_repository(
+    artifacts: list[Path], repository: Path
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [
+                *(sys.executable, "-u", "-m", "export"),
+                *("triton", str(artifacts[0]), "--repository", str(repository)),
+            ],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+    assert done.stderr == "export: stdout: cannot be written (No space left on device)\n"
+    assert done.returncode == 2
+    assert sorted(tree(repository)) == FILES
 
 
 def test_a_graph_that_differs_is_exit_code_1_and_nothing_is_written(

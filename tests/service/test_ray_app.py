@@ -1,13 +1,17 @@
 """A replica's parts that need no Ray to run; tests/test_ray_serve.py has the rest."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
+from export.manifest import ArtifactError
+from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from service.engine.block import Block
-from service.errors import ServiceError
+from service.errors import Invalid, ServiceError
 from service.settings import Settings
+from tests.pushes import Learner
 from tests.service.conftest import MakeClient
 from tests.service.fakes import SummingRuntime, single
 
@@ -42,6 +46,30 @@ def test_one_that_takes_no_step_for_its_load_is(
         await ray_app.check_step(client.engine, block)
 
     client.run(busy())
+
+
+def test_a_replica_s_queue_is_the_service_s_own(artifact: Path) -> None:
+    application = ray_app.app(Settings(artifact=artifact, max_waiting=77))
+    assert application._bound_deployment.max_ongoing_requests == 77
+
+
+def test_nothing_but_the_artifact_is_read_of_user_config(artifact: Path) -> None:
+    replica = ray_app.Replica(Settings(artifact=artifact))
+    config = {"artifact": str(artifact), "runtime": "eager"}
+    sentence = "`runtime`: Extra inputs are not permitted; `artifact` alone is read of it"
+    with pytest.raises(Invalid, match=sentence):
+        asyncio.run(replica.reconfigure(config, None))
+
+
+def test_newer_weights_run_on_what_the_older_ones_ran_on(
+    artifact: Path, policy: FactoredRecurrentActorCritic, tmp_path: Path
+) -> None:
+    """And on nothing else where an artifact lacks it, which `auto` alone would choose."""
+    Learner(policy).export(tmp_path / "tiny", "onnx")
+    replica = ray_app.Replica(Settings(artifact=artifact))
+    assert replica._successor(artifact).load().name == "torchscript"
+    with pytest.raises(ArtifactError, match="torchscript"):
+        replica._successor(tmp_path / "tiny").load()
 
 
 def test_replicas_share_no_snapshot(artifact: Path, tmp_path: Path) -> None:
