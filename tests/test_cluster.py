@@ -134,6 +134,8 @@ def test_a_name_of_any_letters_is_hashed_alike_in_a_header_and_in_a_path(
     balancer: Balancer, spec: PolicySpec
 ) -> None:
     names = ["a/b", "a b", "ä%2f", "日本", "?x=1", "#", "+", *map(str, range(20))]
+    names += [f"{number},{number}" for number in range(10)]
+    names += [f"run/sessions/{number}/" for number in range(10)]
     with httpx.Client(base_url=balancer.address, timeout=TIMEOUT_S) as client:
         for name in names:
             body = request_of(name, 0, spec)
@@ -142,6 +144,73 @@ def test_a_name_of_any_letters_is_hashed_alike_in_a_header_and_in_a_path(
         for name in names:
             path = "/sessions/" + "".join(f"%{byte:02X}" for byte in name.encode())
             assert client.delete(path).status_code == 204, name
+
+
+@pytest.mark.parametrize("path", ["/%73essions/{}", "/below/this/sessions/{}", "/sessions/{}/%zz"])
+def test_a_session_is_known_by_any_path_that_a_replica_knows_it_by(
+    artifact: Path, spec: PolicySpec, path: str
+) -> None:
+    names = [f"env/{number}" for number in range(10)]
+    prefixed = ("--root-path", "/below/this")
+    with (
+        running_server(artifact, *prefixed) as one,
+        running_server(artifact, *prefixed) as two,
+        balanced(one.host_and_port, two.host_and_port) as balancer,
+        httpx.Client(base_url=balancer.address, timeout=TIMEOUT_S) as client,
+    ):
+        for name in names:
+            name += path.partition("{}")[2]
+            body = request_of(name, 0, spec)
+            answer = client.post("/act", json=body, headers={"X-Session-Id": name})
+            assert answer.status_code == 200, answer.text
+        for name in names:
+            with socket.create_connection(balancer.host_and_port, TIMEOUT_S) as raw:
+                target = path.format(name)
+                raw.sendall(f"DELETE {target} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+                assert raw.recv(1024).startswith(b"HTTP/1.1 204 "), name
+
+
+CLOSED = [
+    ("PUT", "/policy/weights", 403),
+    ("PUT", "/policy%2fweights", 403),
+    ("PUT", "/below/this/policy/weights", 403),
+    ("PUT", "/policy/weights%0a", 403),  # which a route's `$` takes for its end
+    ("POST", "/policy/rollback", 403),
+    ("POST", "/%70olicy/rollback?x=1", 403),
+    ("POST", "/below/this/%70olicy/rollback", 403),
+    ("GET", "/metrics", 404),
+    ("GET", "/%6detrics", 404),
+    ("HEAD", "/metrics%0a", 404),
+    ("GET", "/below/this/metrics?x=1", 404),
+]
+
+
+def test_what_is_of_one_replica_is_closed_however_its_path_is_written() -> None:
+    with HangsUp() as server, balanced(server.socket.getsockname()) as balancer:
+        for method, path, status in CLOSED:
+            with socket.create_connection(balancer.host_and_port, TIMEOUT_S) as raw:
+                head = f"{method} {path} HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n"
+                raw.sendall(head.encode())
+                assert raw.recv(1024).startswith(b"HTTP/1.1 %d " % status), path
+        assert server.asked == []
+        for method, path in (("POST", "/v2/models/policy/infer"), ("GET", "/policy/versions")):
+            httpx.request(method, balancer.address + path, timeout=TIMEOUT_S)
+        assert len(server.asked) == 2
+
+
+def test_the_balancer_closes_everything_that_changes_the_policy(
+    servers: tuple[RunningServer, RunningServer],
+) -> None:
+    paths = httpx.get(f"{servers[0].address}/openapi.json", timeout=TIMEOUT_S).json()["paths"]
+    changing = {
+        (method.upper(), path)
+        for path, methods in paths.items()
+        if path.startswith("/policy")
+        for method in methods.keys() - {"get"}
+    }
+    assert changing == {(method, path) for method, path, _ in CLOSED if path in paths} - {
+        ("GET", "/metrics")
+    }
 
 
 def test_the_bench_finds_every_answer_through_the_balancer_the_artifact_s_own(
@@ -568,18 +637,21 @@ def test_a_push_reaches_every_replica_that_is_named(
 
 
 @contextmanager
-def cluster(artifact: Path, state: Path, *flags: str) -> Iterator[tuple[RunningServer, int]]:
+def cluster(
+    artifact: Path, state: Path | None, **settings: str
+) -> Iterator[tuple[RunningServer, int]]:
     """`deploy/cluster.sh` with two replicas, and the port of its balancer."""
     port = free_ports(4)
-    settings = {
+    settings |= {
         "REPLICAS": "2",
         "PORT": str(port),
         "METRICS_BIND": f"127.0.0.1:{port + 3}",
-        "STATE": str(state),
+        "STATE": str(state or ""),
         "PYTHON": sys.executable,
     }
-    command = ["env", *(f"{name}={value}" for name, value in settings.items())]
-    command += [str(ROOT / "deploy" / "cluster.sh"), "--artifact", str(artifact), *flags]
+    # A shell cannot trap what its parent ignores, as what runs in the background ignores Ctrl-C.
+    command = ["env", "--default-signal=INT", *(f"{k}={v}" for k, v in settings.items())]
+    command += [str(ROOT / "deploy" / "cluster.sh"), "--artifact", str(artifact)]
     with running(command) as script:
         yield script, port
 
@@ -596,6 +668,12 @@ def free_ports(number: int) -> int:
 
 def processes_of(output: str) -> list[int]:
     return [int(pid) for pid in re.findall(r"^replica \d is process (\d+)", output, re.M)]
+
+
+def assert_nobody_listens(first: int, number: int) -> None:
+    for port in range(first, first + number):
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), TIMEOUT_S)
 
 
 def test_one_command_runs_a_cluster_restarts_its_replicas_and_ends_all_of_it(
@@ -632,30 +710,100 @@ def test_one_command_runs_a_cluster_restarts_its_replicas_and_ends_all_of_it(
             step(1)
         script.process.send_signal(signal.SIGINT)
         assert script.wait() == 130
-        for at in range(4):
-            with pytest.raises(ConnectionRefusedError):
-                socket.create_connection(("127.0.0.1", port + at), TIMEOUT_S)
+        assert_nobody_listens(port, 4)
     assert {"1.sessions", "2.sessions"} <= {path.name for path in (tmp_path / "state").iterdir()}
 
 
-def test_the_command_says_what_it_lacks(artifact: Path, tmp_path: Path) -> None:
-    (tmp_path / "nothing_is_installed").write_text("command() { false; }\n")
-    cases = {
-        "haproxy is not installed": {"BASH_ENV": str(tmp_path / "nothing_is_installed")},
-        "REPLICAS is a number from 1, not 'two'": {"REPLICAS": "two"},
-        "is not an artifact": {"REPLICAS": "1", "PORT": str(free_ports(2))},
+def test_a_terminal_that_closes_ends_the_cluster_whatever_else_it_sends(
+    artifact: Path, tmp_path: Path
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    with cluster(artifact, None, TMPDIR=str(temporary)) as (script, port):
+        (state,) = temporary.iterdir()
+        while script.process.poll() is None:
+            script.process.send_signal(signal.SIGHUP)
+        assert script.wait() == 129
+        assert_nobody_listens(port, 4)
+    assert not state.exists()
+
+
+def test_a_replica_that_has_only_just_begun_is_ended_with_the_cluster(
+    artifact: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "ended_there").write_text(
+        "set -o functrace\n"
+        "trap '[[ $BASH_COMMAND != replica_of\\[* ]] || { trap - DEBUG; kill $$; }' DEBUG\n"
+    )
+    done = run_script(artifact, STATE=str(tmp_path / "state"), BASH_ENV=tmp_path / "ended_there")
+    assert done.returncode == 143, done.stderr
+    begun = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not any(str(artifact).encode() in line for line in begun)
+
+
+def test_the_cluster_ends_as_failed_where_haproxy_ends(artifact: Path, tmp_path: Path) -> None:
+    with cluster(artifact, tmp_path / "state") as (script, port):
+        (process,) = re.findall(r"^HAProxy is process (\d+)$", script.log(), re.M)
+        os.kill(int(process), signal.SIGKILL)
+        assert script.wait() == 1
+        assert_nobody_listens(port, 4)
+    assert script.log().endswith("cluster: HAProxy has ended\n")
+
+
+def run_script(
+    artifact: Path, *flags: str, **settings: str | Path
+) -> "subprocess.CompletedProcess[str]":
+    port = free_ports(3)
+    given: dict[str, str | Path] = {
+        "REPLICAS": "1",
+        "PORT": str(port),
+        "METRICS_BIND": f"127.0.0.1:{port + 2}",
+        "PYTHON": sys.executable,
     }
-    for sentence, settings in cases.items():
-        done = subprocess.run(
-            [ROOT / "deploy" / "cluster.sh", "--artifact", tmp_path],
-            env=clean_environment() | {"PYTHON": sys.executable} | settings,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=STOP_TIMEOUT_S,
-        )
-        assert done.returncode == 2
-        assert done.stdout == ""
-        (line,) = done.stderr.splitlines()
-        assert line.startswith("cluster: ")
-        assert sentence in line
+    return subprocess.run(
+        [ROOT / "deploy" / "cluster.sh", "--artifact", artifact, *flags],
+        env=clean_environment() | given | settings,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=STOP_TIMEOUT_S,
+    )
+
+
+def test_the_command_says_what_it_takes(artifact: Path) -> None:
+    done = run_script(artifact, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    said = re.findall(r"^  ([A-Z_]+)(?:, ([A-Z_]+))? ", done.stdout, re.M)
+    script = (ROOT / "deploy" / "cluster.sh").read_text()
+    taken = set(re.findall(r"\$\{([A-Z_]+):-", script))
+    assert {name for names in said for name in names if name} == taken
+    assert done.stdout.splitlines()[-1] == "cannot start, 1 where HAProxy has ended."
+
+
+def test_the_command_says_what_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / "nothing_is_installed").write_text("command() { false; }\n")
+    (tmp_path / "file").touch()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = "{}:{}".format(*taken.getsockname())
+        port = place.rpartition(":")[2]
+        already = f"at {place} somebody listens already; give another"
+        not_a_port = "PORT is a number from 1 to 65534, not"
+        cases: dict[str, dict[str, str | Path]] = {
+            "haproxy is not installed": {"BASH_ENV": tmp_path / "nothing_is_installed"},
+            "REPLICAS is a number from 1, not 'two'": {"REPLICAS": "two"},
+            "is not an artifact": {},
+            f"{not_a_port} '08000'": {"PORT": "08000"},
+            f"{not_a_port} 'http'": {"PORT": "http"},
+            f"{not_a_port} '65535'": {"PORT": "65535"},
+            "PYTHON is Python's command, not '/no/python'": {"PYTHON": "/no/python"},
+            "STATE is a folder that can be written to": {"STATE": tmp_path / "file"},
+            f"{already} PORT": {"PORT": port},
+            f"{already} METRICS_BIND": {"METRICS_BIND": place},
+        }
+        for sentence, settings in cases.items():
+            done = run_script(tmp_path, **settings)
+            assert done.returncode == 2, sentence
+            assert done.stdout == ""
+            (line,) = done.stderr.splitlines()
+            assert line.startswith("cluster: ")
+            assert sentence in line
