@@ -738,7 +738,7 @@ def test_a_replica_that_has_only_just_begun_is_ended_with_the_cluster(
     done = run_script(artifact, STATE=str(tmp_path / "state"), BASH_ENV=tmp_path / "ended_there")
     assert done.returncode == 143, done.stderr
     begun = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    assert not any(str(artifact).encode() in line for line in begun)
+    assert not any(str(tmp_path / "state").encode() in line for line in begun)
 
 
 def test_the_cluster_ends_as_failed_where_haproxy_ends(artifact: Path, tmp_path: Path) -> None:
