@@ -113,8 +113,16 @@ echo "HAProxy is process $balancer"
 sed -n "s#^\(ready: .*http://\)[^/]*/act#\1$host:$port/act -H 'X-Session-Id: env-0'#p" "$state/1.log"
 
 while true; do
-  code=0
-  wait -n -p ended || code=$?
+  code=0 ended=
+  # What ends while another command runs, `wait -n` may never tell.
+  for process in "$balancer" "${!replica_of[@]}"; do
+    kill -0 "$process" 2>/dev/null || ended=$process
+  done
+  if [ -n "$ended" ]; then
+    wait "$ended" 2>/dev/null || code=$?
+  else
+    wait -n -p ended || code=$?
+  fi
   if [ "$ended" = "$balancer" ]; then
     balancer=
     printf 'cluster: HAProxy has ended\n' >&2
