@@ -159,6 +159,8 @@ class _Bounded(httpcore.NetworkBackend):
         except OSError as error:
             raise httpcore.ConnectError(str(error)) from error
         share_s = self._left_s() / max(1, len(addresses))  # each of them may take that long
+        if share_s <= 0:
+            raise httpcore.ConnectTimeout(f"no time is left to connect to {host}")
         stream = self._backend.connect_tcp(host, port, share_s, local_address, socket_options)
         return _BoundedStream(stream, self._left_s)
 
