@@ -5,6 +5,7 @@ what both validate and show. `python -m service` has a shorter way: `service.htt
 """
 
 import asyncio
+from collections.abc import Awaitable
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
@@ -27,37 +28,42 @@ class ActEndpoint:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
-        exchange = AsgiExchange(self._metrics, receive, response)
-        try:
-            self._act.open(exchange, scope["headers"])
-            body = await read_body(receive, exchange.reads.max_body_bytes)
-        except ServiceError as error:
-            exchange.refuse(error)
-        except Exception:
-            exchange.fail()
-        else:
-            self._act.run(body, exchange)
-        status, headers, content = await response
+        exchange = AsgiExchange(self._metrics, receive)
+        read = self._read(exchange, scope["headers"], receive)
+        status, headers, content = await exchange.answered(self._act, read)
         if status == Disconnected.status_code:
             return  # nobody reads it
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": content})
 
+    async def _read(self, exchange: Exchange, headers: Headers, receive: Receive) -> bytearray:
+        self._act.open(exchange, headers)
+        return await read_body(receive, exchange.reads.max_body_bytes)
+
 
 class AsgiExchange(Exchange):
-    """Its response is the result of a future."""
+    """One whose response a coroutine waits for."""
 
     __slots__ = ("_cycle", "_response")
 
-    def __init__(
-        self, metrics: Metrics, receive: Receive, response: "asyncio.Future[Response]"
-    ) -> None:
+    def __init__(self, metrics: Metrics, receive: Receive) -> None:
         super().__init__(metrics)
-        self._response = response
+        self._response: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
         # ASGI has no question for whether the client still waits: `receive` would have to be
         # awaited in a task beside each request. Uvicorn knows; under another server it always does.
         self._cycle: Any = getattr(receive, "__self__", None)
+
+    async def answered(self, act: Act, read: Awaitable[bytes | bytearray]) -> Response:
+        """To the body that `read` gives, once that has let the request in; or to what it raises."""
+        try:
+            body = await read
+        except ServiceError as error:
+            self.refuse(error)
+        except Exception:
+            self.fail()
+        else:
+            act.run(body, self)
+        return await self._response
 
     def is_wanted(self) -> bool:
         return not (self._response.done() or getattr(self._cycle, "disconnected", False))

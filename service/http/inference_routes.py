@@ -11,7 +11,7 @@ from starlette.types import Receive
 
 from export.manifest import Manifest
 from service.engine.engine import Engine
-from service.errors import Malformed, ServiceError
+from service.errors import Malformed
 from service.http.act import OF_TWO_SESSIONS, Act, Headers
 from service.http.body import LONGEST_LENGTH, check_announced, check_encoding, read_body
 from service.http.codec import JSON
@@ -30,7 +30,6 @@ from service.http.documentation import (
     json_content,
 )
 from service.http.endpoint import AsgiExchange
-from service.http.endpoint import Response as Responded
 from service.http.inference_codec import BINARY, InferenceCall, InferenceCodec
 from service.http.inference_schemas import (
     InferRequest,
@@ -105,10 +104,9 @@ class InferExchange(AsgiExchange):
         self,
         metrics: Metrics,
         receive: Receive,
-        response: "asyncio.Future[Responded]",
         call: InferenceCall,
     ) -> None:
-        super().__init__(metrics, receive, response)
+        super().__init__(metrics, receive)
         self.reads = self.writes = self._call = call
 
     def respond(
@@ -132,30 +130,25 @@ class InferEndpoint:
         self._keys = keys
 
     async def __call__(self, request: Request) -> Response:
-        response: asyncio.Future[Responded] = asyncio.get_running_loop().create_future()
         call = InferenceCall(self._codec)
-        exchange = InferExchange(self._metrics, request.receive, response, call)
-        try:
-            await self._keys.may_act(request)
-            self._codec.check_model(**request.path_params)
-            exchange.session_header = _session_header(request)
-            call.json_bytes = _json_bytes(request)
-            body = await self._read(request, call.max_body_bytes)
-        except ServiceError as error:
-            exchange.refuse(error)
-        except Exception:
-            exchange.fail()
-        else:
-            self._act.run(body, exchange)
-        status, headers, content = await response
+        exchange = InferExchange(self._metrics, request.receive, call)
+        read = self._read(request, exchange, call)
+        status, headers, content = await exchange.answered(self._act, read)
         if status == 200:
             content = await _encoded(content, headers, request)
         answered = Response(content, status)
         answered.raw_headers = headers
         return answered
 
-    async def _read(self, request: Request, limit: int) -> bytes | bytearray:
-        """The body, out of its encoding."""
+    async def _read(
+        self, request: Request, exchange: InferExchange, call: InferenceCall
+    ) -> bytes | bytearray:
+        """The body, out of its encoding. Raises why the request is not let in."""
+        await self._keys.may_act(request)
+        self._codec.check_model(**request.path_params)
+        exchange.session_header = _session_header(request)
+        call.json_bytes = _json_bytes(request)
+        limit = call.max_body_bytes
         for length in request.headers.getlist("content-length"):
             check_announced(length.encode("latin-1"), limit)
         for transfer in request.headers.getlist("transfer-encoding"):
