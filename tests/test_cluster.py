@@ -750,6 +750,20 @@ def test_the_cluster_ends_as_failed_where_haproxy_ends(artifact: Path, tmp_path:
     assert script.log().endswith("cluster: HAProxy has ended\n")
 
 
+def test_an_end_that_comes_while_another_command_runs_is_not_missed(
+    artifact: Path, tmp_path: Path
+) -> None:
+    """HAProxy's, just before the script says what to curl, by which time it is known to be gone."""
+    (tmp_path / "ended_there").write_text(
+        "set -o functrace\n"
+        "trap '[[ $BASH_COMMAND != sed\\ -n* ]] || "
+        "{ trap - DEBUG; kill -KILL $balancer; sleep 0.5; }' DEBUG\n"
+    )
+    done = run_script(artifact, STATE=str(tmp_path / "state"), BASH_ENV=tmp_path / "ended_there")
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.endswith("cluster: HAProxy has ended\n")
+
+
 def run_script(
     artifact: Path, *flags: str, **settings: str | Path
 ) -> "subprocess.CompletedProcess[str]":

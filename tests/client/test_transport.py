@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from socket import create_server, socket
 from typing import Any
 
+import httpcore
 import numpy as np
 import pytest
 
 from model.spec import PolicySpec
 from tamiyo_client import AsyncVectorPolicyClient, Unreachable, VectorPolicyClient
+from tamiyo_client.transport import _Bounded
 from tests.random_inputs import random_observations
 from tests.running_server import RunningServer
 
@@ -72,6 +74,13 @@ def test_a_call_ends_in_time_however_slowly_the_answer_comes(head: bytes, is_asy
         act_async = AsyncVectorPolicyClient(url, NUM_ROWS, timeout_s=TIMEOUT_S).act
         with pytest.raises(Unreachable):
             asyncio.run(act_async(shown)) if is_async else act(shown)
+
+
+def test_a_connection_for_which_no_time_is_left_is_not_tried() -> None:
+    with create_server(("127.0.0.1", 0)) as server:
+        backend = _Bounded(httpcore.SyncBackend(), left_s=lambda: -0.001)
+        with pytest.raises(httpcore.ConnectTimeout, match="no time is left to connect to 127"):
+            backend.connect_tcp(*server.getsockname())
 
 
 def test_so_does_one_that_fails_over() -> None:
