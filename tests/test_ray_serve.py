@@ -42,10 +42,11 @@ from tests.test_faults import FAULTS, MODEL, Script, alone, disturbed, scripts, 
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is in the extra `ray`"),
-    pytest.mark.timeout(180),
+    pytest.mark.timeout(600),
 ]
 
-TIMEOUT_S = 90.0
+TIMEOUT_S = 240.0
+"""Ray takes a minute to start where others have the cores."""
 NUM_ANSWERS = 15
 """Of a session, before something happens to it and again afterwards."""
 NUM_STATELESS = 40
