@@ -15,12 +15,14 @@ import numpy as np
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ray import serve
+from ray.exceptions import RayError
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.engine.block import Answer, Block
 from service.engine.engine import Engine
 from service.engine.policy_versions import Successor
 from service.errors import Forbidden, Invalid, ServiceError
-from service.http.app import App, create_app
+from service.http.app import create_app
 from service.http.inputs import InputReader
 from service.http.keys import Keys
 from service.metrics import Metrics
@@ -50,6 +52,26 @@ class ReplicaKeys(Keys):
         )
 
 
+class BehindProxy:
+    """An ASGI app that Ray's proxies send requests to.
+
+    A client that goes while its request is being handed over is one that has gone: Ray raises an
+    error of its own where ASGI has a message for it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def received() -> Message:
+            try:
+                return await receive()
+            except RayError:
+                return {"type": "http.disconnect"}
+
+        await self._app(scope, received, send)
+
+
 class Replica:
     """One replica, on Ray's loop for what is not Ray's own."""
 
@@ -70,8 +92,8 @@ class Replica:
         nothing = np.zeros((1, manifest.spec.observation_dim), np.float32)
         self._health = InputReader(manifest.spec).read(nothing, None, is_vector=False)
 
-    def __serve_build_asgi_app__(self) -> App:
-        return self._app
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return BehindProxy(self._app)
 
     def record_replica_metadata(self) -> dict[str, object]:
         """For `service.ray_router`, from Ray's own: which place this replica was given."""
