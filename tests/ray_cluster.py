@@ -13,10 +13,13 @@ from pathlib import Path
 import ray
 import yaml
 from ray import serve
+from ray.serve._private import api
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
 NUM_CPUS = 1
+START_TIMEOUT_S = 180
+"""Ray's own, a minute, is short where others have the cores."""
 OBJECT_STORE_BYTES = 80_000_000
 
 
@@ -29,6 +32,7 @@ def main(directory: str, port: str) -> None:
         _temp_dir=directory,
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    api.HTTP_PROXY_TIMEOUT = START_TIMEOUT_S  # type: ignore[attr-defined]
     serve.start(http_options={"host": "127.0.0.1", "port": int(port)}, proxy_location="HeadOnly")
     client = _get_global_client()
     assert client is not None

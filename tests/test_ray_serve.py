@@ -187,6 +187,10 @@ def cluster(versions: list[Version]) -> Iterator[Cluster]:
     # Ray's sockets lie there, whose paths may have a hundred characters.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as name:
         settings = ["RAY_USAGE_STATS_ENABLED=0", "RAY_SERVE_LOG_TO_STDERR=0", f"HOME={name}"]
+        # Ray ends a proxy that is not ready in five seconds, or healthy in ten.
+        settings += [
+            f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S={TIMEOUT_S}" for check in ("READY", "HEALTH")
+        ]
         program = service_command()[:1]
         command = ["env", *settings, *program, "-m", "tests.ray_cluster", name, str(free_port())]
         with running(command) as process:
