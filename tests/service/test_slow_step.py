@@ -263,6 +263,8 @@ def test_sigterm_during_a_step_answers_it_and_those_that_came_meanwhile(
     server.step_begins()
     second.act()
     third.act()
+    while server.server.counted("tamiyo_waiting") < 2:  # or their connections are idle ones
+        pass
     server.server.terminate()
     server.let_all_go()
     assert [client.answer()[0] for client in (first, second, third)] == [200] * 3
