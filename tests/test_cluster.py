@@ -60,9 +60,9 @@ from tests.test_snapshots import (
 
 NUM_SESSIONS = 40
 NUM_STEPS = 50
+"""One episode: a session that is lost cannot be saved by the next one's start."""
 NUM_SIGNALS = 20
 """A terminal sends two. Bash runs a trap for each that comes before it heeds no more: no flood."""
-"""One episode: a session that is lost cannot be saved by the next one's start."""
 RESTS_AT = 10
 GONE_AFTER_S = 2
 TIMEOUT_S = 30.0
