@@ -115,7 +115,7 @@ sed -n "s#^\(ready: .*http://\)[^/]*/act#\1$host:$port/act -H 'X-Session-Id: env
 while true; do
   code=0 ended=
   # What ends while another command runs, `wait -n` may never tell.
-  for process in "$balancer" "${!replica_of[@]}"; do
+  for process in "${!replica_of[@]}" "$balancer"; do
     kill -0 "$process" 2>/dev/null || ended=$process
   done
   if [ -n "$ended" ]; then

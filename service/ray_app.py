@@ -15,14 +15,14 @@ import numpy as np
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ray import serve
-from ray.exceptions import RayError
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from ray.exceptions import ActorDiedError, TaskCancelledError
+from starlette.types import Message, Receive, Scope, Send
 
 from service.engine.block import Answer, Block
 from service.engine.engine import Engine
 from service.engine.policy_versions import Successor
 from service.errors import Forbidden, Invalid, ServiceError
-from service.http.app import create_app
+from service.http.app import App, create_app
 from service.http.inputs import InputReader
 from service.http.keys import Keys
 from service.metrics import Metrics
@@ -32,6 +32,8 @@ from service.settings import Settings
 logger = logging.getLogger("service")
 
 ROUTER = "service.ray_router.SessionRouter"
+DEPARTURES = (TaskCancelledError, ActorDiedError)
+"""Whatever else Ray raises while a request is read is a failure, told and logged as any."""
 
 
 class UserConfig(BaseModel):
@@ -52,24 +54,21 @@ class ReplicaKeys(Keys):
         )
 
 
-class BehindProxy:
-    """An ASGI app that Ray's proxies send requests to.
+class ReplicaApp(App):
+    """One whose requests come from Ray's proxies.
 
-    A client that goes while its request is being handed over is one that has gone: Ray raises an
-    error of its own where ASGI has a message for it.
+    Of a client that goes while its request is handed over, or with its proxy, Ray raises an error
+    of its own where ASGI has a message.
     """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def received() -> Message:
             try:
                 return await receive()
-            except RayError:
+            except DEPARTURES:
                 return {"type": "http.disconnect"}
 
-        await self._app(scope, received, send)
+        await super().__call__(scope, received, send)
 
 
 class Replica:
@@ -88,12 +87,12 @@ class Replica:
             manifest, runtime, settings, metrics.observe_batch, metrics.observe_change
         )
         keys = ReplicaKeys(settings.act_keys, settings.admin_keys)
-        self._app = create_app(self._engine, manifest, settings, metrics, keys)
+        self._app = create_app(self._engine, manifest, settings, metrics, keys, kind=ReplicaApp)
         nothing = np.zeros((1, manifest.spec.observation_dim), np.float32)
         self._health = InputReader(manifest.spec).read(nothing, None, is_vector=False)
 
-    def __serve_build_asgi_app__(self) -> ASGIApp:
-        return BehindProxy(self._app)
+    def __serve_build_asgi_app__(self) -> App:
+        return self._app
 
     def record_replica_metadata(self) -> dict[str, object]:
         """For `service.ray_router`, from Ray's own: which place this replica was given."""

@@ -754,6 +754,17 @@ def test_the_cluster_ends_as_failed_where_haproxy_ends(artifact: Path, tmp_path:
     assert script.log().endswith("cluster: HAProxy has ended\n")
 
 
+def test_replicas_that_end_at_once_all_begin_again(artifact: Path, tmp_path: Path) -> None:
+    """The second while the script sees to the first."""
+    with cluster(artifact, tmp_path / "state") as (script, _):
+        for process in processes_of(script.log()):
+            os.kill(process, signal.SIGKILL)
+        log = "".join(script.output.wait_for("has ended (137) and begins again") for _ in "12")
+        assert sorted(re.findall(r"replica (\d) has", log)) == ["1", "2"]
+        script.process.send_signal(signal.SIGTERM)
+        assert script.wait() == 143
+
+
 def test_an_end_that_comes_while_another_command_runs_is_not_missed(
     artifact: Path, tmp_path: Path
 ) -> None:

@@ -228,26 +228,6 @@ def test_every_trajectory_is_bit_for_bit_the_undisturbed_one(
     assert min(homes.values()) > len(made) / 5
 
 
-@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")
-def test_a_client_that_goes_while_its_request_is_handed_over_is_no_failure() -> None:
-    from ray.exceptions import TaskCancelledError
-
-    from service.ray_app import BehindProxy
-
-    told: list[Any] = []
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        told.append(await receive())
-
-    async def receive() -> Any:
-        raise TaskCancelledError
-
-    async def send(message: Any) -> None: ...
-
-    asyncio.run(BehindProxy(app)({"type": "http"}, receive, send))
-    assert told == [{"type": "http.disconnect"}]
-
-
 def test_requests_of_no_session_go_to_all_replicas(cluster: Cluster) -> None:
     names = cluster.one_name_each(2)
 

@@ -112,9 +112,18 @@ class App(FastAPI):
 
 
 def create_app(
-    engine: Engine, manifest: Manifest, settings: Settings, metrics: Metrics, keys: Keys
+    engine: Engine,
+    manifest: Manifest,
+    settings: Settings,
+    metrics: Metrics,
+    keys: Keys,
+    *,
+    kind: type[App] = App,
 ) -> App:
-    """The HTTP face of `engine`; warm-up runs while the socket already answers `/healthz`."""
+    """The HTTP face of `engine`; warm-up runs while the socket already answers `/healthz`.
+
+    `kind` is an app that knows its ASGI server.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -122,7 +131,7 @@ def create_app(
         yield
         await engine.stop()
 
-    app = App(
+    app = kind(
         title="tamiyo-serve",
         description=DESCRIPTION,
         lifespan=lifespan,

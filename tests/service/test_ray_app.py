@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,12 +11,14 @@ from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from service.engine.block import Block
 from service.errors import Invalid, ServiceError
+from service.http.app import create_app
 from service.settings import Settings
 from tests.pushes import Learner
 from tests.service.conftest import MakeClient
-from tests.service.fakes import SummingRuntime, single
+from tests.service.fakes import AppClient, SummingRuntime, single
 
 ray_app = pytest.importorskip("service.ray_app", reason="ray is in the extra `ray`")
+exceptions = pytest.importorskip("ray.exceptions")
 
 
 @pytest.fixture
@@ -46,6 +49,49 @@ def test_one_that_takes_no_step_for_its_load_is(
         await ray_app.check_step(client.engine, block)
 
     client.run(busy())
+
+
+def sent_to(client: AppClient, error: Exception) -> list[Any]:
+    """The answer to a request that Ray raises this of, as its `receive` does."""
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        raise error
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/act", "headers": headers}
+    client.run(create_app(*client.served, kind=ray_app.ReplicaApp)(scope, receive, send))
+    return sent
+
+
+@pytest.mark.parametrize("kind", ["TaskCancelledError", "ActorDiedError"])
+def test_a_client_that_goes_while_its_request_is_handed_over_is_no_failure(
+    make_client: MakeClient, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = make_client()
+    assert sent_to(client, getattr(exceptions, kind)()) == []
+    assert 'tamiyo_act_requests_total{result="disconnected"} 1.0' in client.get("/metrics").text
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_anything_else_that_ray_raises_is_a_failure_and_told(
+    make_client: MakeClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    sent = sent_to(make_client(), exceptions.RayError("secret"))
+    assert sent[0]["status"] == 500
+    assert b"secret" not in sent[1]["body"]
+    assert "a request for a step failed" in caplog.text
+
+
+def test_a_replica_s_app_is_one_behind_ray_and_shows_its_routes(artifact: Path) -> None:
+    """By which Ray finds its documentation, and tells its routes apart."""
+    app = ray_app.Replica(Settings(artifact=artifact)).__serve_build_asgi_app__()
+    assert isinstance(app, ray_app.ReplicaApp)
+    assert app.docs_url == "/docs"
+    assert "/policy" in {getattr(route, "path", None) for route in app.routes}
 
 
 def test_a_replica_s_queue_is_the_service_s_own(artifact: Path) -> None:

@@ -115,7 +115,27 @@ def test_a_length_that_is_none_is_refused_before_the_body_is_read(
     assert sent[0]["status"] == (413 if length.isdigit() else 400)
 
 
-def test_an_exception_nobody_foresaw_is_500_with_a_fixed_text(client: AppClient) -> None:
+def test_a_body_of_no_announced_length_is_read_to_its_limit(make_client: MakeClient) -> None:
+    client = make_client(max_body_bytes=20_000)
+    read = 0
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        nonlocal read
+        read += 1
+        assert read <= 3
+        return {"type": "http.request", "body": b" " * 10_000, "more_body": True}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    client.run(client.app.act_endpoint({"headers": HEADERS}, receive, send))
+    assert sent[0]["status"] == 413
+
+
+def test_an_exception_nobody_foresaw_is_500_with_a_fixed_text(
+    client: AppClient, caplog: pytest.LogCaptureFixture
+) -> None:
     sent: list[Any] = []
 
     async def receive() -> dict[str, Any]:
@@ -127,6 +147,7 @@ def test_an_exception_nobody_foresaw_is_500_with_a_fixed_text(client: AppClient)
     client.run(client.app.act_endpoint({"headers": HEADERS}, receive, send))
     assert sent[0]["status"] == 500
     assert json.loads(sent[1]["body"]) == {"error": "internal error", "error_type": "internal"}
+    assert "ZeroDivisionError: secret" in caplog.text
 
 
 def test_a_server_s_own_prefix_is_no_part_of_the_path(client: AppClient) -> None:

@@ -422,6 +422,8 @@ def test_keys_are_asked_for_but_by_health(
     for path in ("/v2/health/live", "/v2/health/ready"):
         assert client.get(path).status_code == 200
     error_of(infer(client, asked(spec, 1)), 401, "unauthorized")
+    unknown = client.request("POST", "/v2/models/other/infer", json=asked(spec, 1))
+    error_of(unknown, 401, "unauthorized")
     assert infer(client, asked(spec, 1), Authorization=f"Bearer {'k' * 20}").status_code == 200
 
 
