@@ -20,7 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from export.timing import this_machine
 from model.heads import HeadTable
-from model.spec import HeadSpec, PolicySpec
+from model.spec import PolicySpec
+from model.step_spec import HeadSpec
 
 BATCH_SIZES = (1, 32, 256)
 CALLS_PER_SAMPLE = 50

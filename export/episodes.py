@@ -18,7 +18,8 @@ from export.manifest import bucket_sizes
 from export.weights import RebuiltPolicy
 from model.heads import HeadTable
 from model.recurrence import LSTM, ResidualLSTM, State
-from model.spec import SLOT_BY_OP, PolicySpec
+from model.spec import PolicySpec
+from model.step_spec import SLOT_BY_OP
 
 ROWS = 256
 """Environments beside one another, whatever the largest batch: so the gate sees as much of a small

@@ -13,7 +13,8 @@ from export.weights import RebuiltPolicy, rebuild
 from model.heads import HeadTable
 from model.policy import FactoredRecurrentActorCritic, Scores
 from model.recurrence import State
-from model.spec import SLOT_BY_OP, PolicySpec
+from model.spec import PolicySpec
+from model.step_spec import SLOT_BY_OP
 
 
 class Judge:

@@ -7,11 +7,21 @@ loader ever touches content whose SHA-256 is not the manifest's.
 import builtins
 import hashlib
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
+from model.sb3.spec import SB3Spec
 from model.spec import PolicySpec
+from model.step_spec import StateSpec, StepSpec
 
 SCHEMA_VERSION: Literal[2] = 2
 """What is written. The first, which is read as well, names no parameters."""
@@ -24,6 +34,21 @@ SIGNATURE_FILE = "manifest.sig"
 Precision = Literal["fp32", "bf16"]
 Device = Literal["cpu", "cuda"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _family(spec: Any) -> Any:
+    """The spec's own word for it; Tamiyos, which were first, have none."""
+    named = spec.get("family") if isinstance(spec, dict) else getattr(spec, "family", None)
+    return "tamiyo" if named is None else named
+
+
+FAMILY_TAGS = {(1, "tamiyo"), (1, "mlps")}
+"""What pydantic puts into the place of a fault, after `spec`."""
+Spec = Annotated[
+    Annotated[PolicySpec, Tag("tamiyo")] | Annotated[SB3Spec, Tag("mlps")],
+    Discriminator(_family),
+]
+"""Of any family whose policies are exported; `StepSpec` is what they have in common."""
 
 
 class ArtifactError(ValueError):
@@ -82,6 +107,10 @@ class Array(Record):
     name: str
     dtype: Literal["float32", "int64", "bool"]
     shape: tuple[int | str, ...]
+
+    @classmethod
+    def of_state(cls, name: str, state: StateSpec) -> Self:
+        return cls(name=name, dtype="float32", shape=("batch", *state.shape))
 
 
 class Parameter(Record):
@@ -167,7 +196,7 @@ class Manifest(Record):
 
     schema_version: Literal[1, 2]
     name: str
-    spec: PolicySpec
+    spec: Spec
     precision: Precision
     device: Device
     has_normalizer: bool
@@ -246,7 +275,8 @@ def read_manifest(directory: Path) -> builtins.bytes:
 def first_fault(error: ValidationError) -> str:
     """Which field of a file is wrong, and how."""
     first = error.errors()[0]
-    where = ".".join(map(str, first["loc"])) or "the file"
+    place = [part for at, part in enumerate(first["loc"]) if (at, part) not in FAMILY_TAGS]
+    where = ".".join(map(str, place)) or "the file"
     return f"{where}: {first['msg'].removeprefix('Value error, ')}"
 
 
@@ -265,15 +295,13 @@ def timed_sizes(max_batch_size: int) -> tuple[int, ...]:
     return (*powers, max_batch_size)
 
 
-def step_inputs(spec: PolicySpec) -> tuple[Array, ...]:
+def step_inputs(spec: StepSpec) -> tuple[Array, ...]:
     """The step's inputs, in the order every format takes them."""
-    state = ("batch", spec.num_layers, spec.hidden_dim)
     arrays = [
         Array(name="observation", dtype="float32", shape=("batch", spec.observation_dim)),
         Array(name="action_mask", dtype="bool", shape=("batch", spec.num_choices)),
         Array(name="noise", dtype="float32", shape=("batch", spec.num_choices)),
-        Array(name="state_h_in", dtype="float32", shape=state),
-        Array(name="state_c_in", dtype="float32", shape=state),
+        *(Array.of_state(state.input, state) for state in spec.states),
     ]
     if spec.blueprint_embedding_dim is not None:
         shape: tuple[int | str, ...] = ("batch", spec.num_slots)
@@ -284,9 +312,8 @@ def step_inputs(spec: PolicySpec) -> tuple[Array, ...]:
     return tuple(arrays)
 
 
-def step_outputs(spec: PolicySpec) -> tuple[Array, ...]:
+def step_outputs(spec: StepSpec) -> tuple[Array, ...]:
     """The step's outputs, in the order every format gives them."""
-    state = ("batch", spec.num_layers, spec.hidden_dim)
     extra: dict[str, tuple[int | str, ...]] = {"q_value": ("batch",)}
     if "contribution" in spec.extra_outputs:
         extra["contribution"] = ("batch", spec.num_slots)
@@ -294,7 +321,6 @@ def step_outputs(spec: PolicySpec) -> tuple[Array, ...]:
         Array(name="action", dtype="int64", shape=("batch", len(spec.heads))),
         Array(name="log_prob", dtype="float32", shape=("batch", len(spec.heads))),
         Array(name="value", dtype="float32", shape=("batch",)),
-        Array(name="state_h_out", dtype="float32", shape=state),
-        Array(name="state_c_out", dtype="float32", shape=state),
+        *(Array.of_state(state.output, state) for state in spec.states),
         *(Array(name=name, dtype="float32", shape=extra[name]) for name in spec.extra_outputs),
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from export.manifest import Precision
 from export.weights import rebuild
-from model.heads import MASKED_LOGIT, Decision, HeadTable
+from model.heads import Decision, HeadTable
 from model.normalizer import CLIP, VARIANCE_EPSILON, ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 from model.recurrence import LSTM, ResidualLSTM, State, cell_update
@@ -72,7 +72,9 @@ class PolicyStep(nn.Module):
         columns = torch.eye(self.spec.num_choices, device=valid.device)
         placement = self.heads.spread(columns).flatten(1) * valid  # [num_choices, heads * width]
         self.register_buffer("placement", placement.t().contiguous(), persistent=False)
-        self.register_buffer("padding", torch.where(valid, 0.0, MASKED_LOGIT), persistent=False)
+        self.register_buffer(
+            "padding", torch.where(valid, 0.0, self.heads.masked_logit), persistent=False
+        )
         self.register_buffer("value_scale", self.padding.new_tensor([self.spec.value_scale]))
 
     def packed(self) -> dict[str, NDArray[Any]]:
@@ -127,7 +129,7 @@ class PolicyStep(nn.Module):
     ) -> Decision:
         """The policy's own rules; the shorter way where no rule needs the mask as a table."""
         if slot_by_op_mask is None and not (self.heads.has_floors or self.heads.has_first_allowed):
-            masked = torch.where(action_mask, logits, MASKED_LOGIT)
+            masked = torch.where(action_mask, logits, self.heads.masked_logit)
             log_probs = torch.log_softmax(self._table(masked, self.padding), dim=-1)
             return self.heads.choose(log_probs, self._table(noise))
         allowed = self.heads.spread(action_mask)

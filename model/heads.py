@@ -11,10 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.spec import PolicySpec
-
-MASKED_LOGIT = -1e4
-"""What a disallowed choice's logit becomes: finite, so that no NaN can come of it (esper-lite)."""
+from model.step_spec import StepSpec
 
 LARGEST_FLOORED_SHARE = 0.99
 SMALLEST_PROBABILITY = 1e-8
@@ -40,12 +37,13 @@ class HeadTable(nn.Module):
     countdown: Tensor
     is_slot: Tensor
 
-    def __init__(self, spec: PolicySpec) -> None:
+    def __init__(self, spec: StepSpec) -> None:
         super().__init__()
         self.names = spec.head_names
         self.sizes = list(spec.head_sizes)
         self.width = max(spec.head_sizes)
         self.op_index = spec.op_index
+        self.masked_logit = spec.masked_logit
 
         column = torch.zeros(len(spec.heads), self.width, dtype=torch.int64)
         valid = torch.zeros(len(spec.heads), self.width, dtype=torch.bool)
@@ -93,7 +91,7 @@ class HeadTable(nn.Module):
         `logits` and `allowed` are `[..., heads, width]`. Half-precision log-probs break the heads'
         gradients (esper-lite B11-PT-01), hence the cast before the softmax.
         """
-        return _log_probs(logits, allowed & self.valid, self.floor if self.has_floors else None)
+        return self._log_probs(logits, allowed & self.valid, self.floor)
 
     def choices(self, logits: Tensor, allowed: Tensor, slot_by_op: Tensor | None) -> "Choices":
         """What can be chosen, by logits and mask `[..., heads, width]`.
@@ -107,9 +105,16 @@ class HeadTable(nn.Module):
         missing = self.width - slot_by_op.shape[-1]
         slot_allowed = nn.functional.pad(slot_by_op, (0, missing))
         slot_logits = logits[..., self.slot_index, :].unsqueeze(-2)
-        floor = self.floor[self.slot_index] if self.has_floors else None
-        slot_log_probs = _log_probs(slot_logits, slot_allowed, floor)
+        floor = self.floor[self.slot_index]
+        slot_log_probs = self._log_probs(slot_logits, slot_allowed, floor)
         return Choices(self, logits, log_probs, allowed, slot_log_probs, slot_allowed)
+
+    def _log_probs(self, logits: Tensor, allowed: Tensor, floor: Tensor) -> Tensor:
+        masked = torch.where(allowed, logits.float(), self.masked_logit)
+        log_probs = torch.log_softmax(masked, dim=-1)
+        if not self.has_floors:
+            return log_probs
+        return raised(log_probs, allowed, floor, self.masked_logit)
 
     def slot_of(self, by_op: Tensor, op: Tensor) -> Tensor:
         """The row of `op` `[...]` in `[..., ops, width]`, as `[..., 1, width]`."""
@@ -210,7 +215,7 @@ def effective_floor(floor: Tensor, allowed: Tensor) -> Tensor:
     return torch.minimum(floor, LARGEST_FLOORED_SHARE / num_allowed)
 
 
-def raised(log_probs: Tensor, allowed: Tensor, floor: Tensor) -> Tensor:
+def raised(log_probs: Tensor, allowed: Tensor, floor: Tensor, masked_logit: float) -> Tensor:
     """Log-probs with the choices below `floor`, which broadcasts to `[..., 1]`, raised to it.
 
     The others give way in proportion, and may end below it. Where floors for all would take more
@@ -223,14 +228,8 @@ def raised(log_probs: Tensor, allowed: Tensor, floor: Tensor) -> Tensor:
     left = 1.0 - is_low.sum(-1, keepdim=True) * floor
     high = torch.where(is_high, prob, 0.0).sum(-1, keepdim=True).clamp(min=SMALLEST_PROBABILITY)
     prob = torch.where(is_low, floor, prob * (left / high))
-    logits = torch.where(allowed, prob.clamp(min=SMALLEST_PROBABILITY).log(), MASKED_LOGIT)
+    logits = torch.where(allowed, prob.clamp(min=SMALLEST_PROBABILITY).log(), masked_logit)
     return torch.where(floor > 0, torch.log_softmax(logits, dim=-1), log_probs)
-
-
-def _log_probs(logits: Tensor, allowed: Tensor, floor: Tensor | None) -> Tensor:
-    masked = torch.where(allowed, logits.float(), MASKED_LOGIT)
-    log_probs = torch.log_softmax(masked, dim=-1)
-    return log_probs if floor is None else raised(log_probs, allowed, floor)
 
 
 def _taken(log_probs: Tensor, action: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from model.blueprint_embedding import NO_BLUEPRINT
 from model.heads import HeadTable
 from model.recurrence import State
-from model.spec import SLOT_BY_OP, PolicySpec
+from model.step_spec import SLOT_BY_OP, StepSpec
 
 Masks = Mapping[str, Tensor]
 """`{head: bool [..., n]}`, True = allowed. A head that is absent has nothing disallowed.
@@ -22,7 +22,7 @@ Where the spec has it, `"slot_by_op"` `[..., ops, slots]` stands in for the slot
 
 
 def allowed_choices(
-    spec: PolicySpec, heads: HeadTable, masks: Masks | None, lead: torch.Size
+    spec: StepSpec, heads: HeadTable, masks: Masks | None, lead: torch.Size
 ) -> tuple[Tensor, Tensor | None]:
     """Masks as the table has them: bool `[..., heads, width]`, and `[..., ops, slots]` if given.
 
@@ -55,7 +55,7 @@ def _check_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
     check_shape(f"mask {name!r}", mask, shape)
 
 
-def check_blueprints(spec: PolicySpec, blueprint_index: Tensor, shape: tuple[int, ...]) -> None:
+def check_blueprints(spec: StepSpec, blueprint_index: Tensor, shape: tuple[int, ...]) -> None:
     """Of `shape` `[..., slots]` and int64; where values can be read, each a blueprint's or -1."""
     if blueprint_index.dtype != torch.int64:
         raise ValueError(f"blueprint_index is {blueprint_index.dtype}, not torch.int64")
@@ -92,7 +92,7 @@ def _check_names(heads: HeadTable, what: str, by_head: Mapping[str, Tensor]) -> 
 
 
 def check_allowed(
-    spec: PolicySpec, heads: HeadTable, allowed: Tensor, slot_by_op: Tensor | None
+    spec: StepSpec, heads: HeadTable, allowed: Tensor, slot_by_op: Tensor | None
 ) -> None:
     """Something is allowed in every head, and a slot for every allowed op that needs one.
 

@@ -1,4 +1,4 @@
-"""What a policy is, as data: sizes, heads, and which head matters for which op.
+"""What a Tamiyo is, as data: sizes, heads, and which head matters for which op.
 
 Torch-free, so that a manifest can be read where torch is not installed.
 """
@@ -6,46 +6,14 @@ Torch-free, so that a manifest can be read where torch is not installed.
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Size = Annotated[int, Field(ge=1)]
+from model.step_spec import HeadSpec, Size, StateSpec, StepSpec
 
 SMALLEST_DEEP_CRITIC = 8
-SLOT_BY_OP = "slot_by_op"
-"""Beside the heads' masks, the slot's by op."""
 
 
-class HeadSpec(BaseModel):
-    """One factor of the action: `size` choices, of which exactly one is taken each step.
-
-    `relevant_ops` are the op indices for which this head matters; None means all of them. For
-    every other op the head is forced to `forced_index` (or to the first choice its mask allows),
-    with log-prob 0 and entropy 0. Allowed choices less likely than `probability_floor` are raised
-    to it, and the others give way; 0 leaves them alone. `hidden_layers` is the depth of the head's
-    network.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-    size: Size
-    relevant_ops: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    forced_index: Annotated[int, Field(ge=0)] | Literal["first_allowed"] | None = None
-    probability_floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    hidden_layers: Annotated[int, Field(ge=1, le=2)] = 1
-
-    @model_validator(mode="after")
-    def _forced_where_irrelevant(self) -> Self:
-        if (self.relevant_ops is None) != (self.forced_index is None):
-            raise ValueError(
-                f"head {self.name!r} needs both relevant_ops and forced_index, or none"
-            )
-        if isinstance(self.forced_index, int) and self.forced_index >= self.size:
-            raise ValueError(f"head {self.name!r} is forced to {self.forced_index} of {self.size}")
-        return self
-
-
-class PolicySpec(BaseModel):
+class PolicySpec(StepSpec):
     """The dimensions of a factored, recurrent actor-critic and the rules between its heads.
 
     Frozen; `model_dump_json` and `model_validate_json` are a round trip. `heads` fixes the order
@@ -58,8 +26,6 @@ class PolicySpec(BaseModel):
     `value_scale`: what one unit of the network's value is worth in returns.
     `extra_outputs`: what a step also gives of its critic; computed only if it is named here.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     observation_dim: Size
@@ -114,52 +80,14 @@ class PolicySpec(BaseModel):
         return self
 
     @property
-    def head_names(self) -> tuple[str, ...]:
-        return tuple(head.name for head in self.heads)
-
-    @property
-    def head_sizes(self) -> tuple[int, ...]:
-        return tuple(head.size for head in self.heads)
+    def states(self) -> tuple[StateSpec, ...]:
+        shape = (self.num_layers, self.hidden_dim)
+        return StateSpec("h", shape), StateSpec("c", shape)
 
     @property
     def op_index(self) -> int:
         """Position of the op head in `heads`."""
         return self.head_names.index(self.op_head)
-
-    @property
-    def num_choices(self) -> int:
-        """Columns of the packed mask and noise: the sum of all head sizes."""
-        return sum(self.head_sizes)
-
-    @property
-    def num_ops(self) -> int:
-        return self.heads[self.op_index].size
-
-    @property
-    def num_slots(self) -> int:
-        return self._size_of("slot")
-
-    @property
-    def num_blueprints(self) -> int:
-        return self._size_of("blueprint")
-
-    def _size_of(self, head: str) -> int:
-        return self.heads[self.head_names.index(head)].size
-
-    def with_probability_floors(self, floors: Mapping[str, float]) -> Self:
-        """The same policy with these floors, `{head: probability}`, and none for other heads.
-
-        Raises ValueError for a head that there is not, and for a floor outside [0, 1).
-        """
-        unknown = floors.keys() - set(self.head_names)
-        if unknown:
-            raise ValueError(
-                f"there is no head {min(unknown)!r}; the heads are {', '.join(self.head_names)}"
-            )
-        dumped = self.model_dump()
-        for head in dumped["heads"]:
-            head["probability_floor"] = floors.get(head["name"], 0.0)
-        return self.model_validate(dumped)
 
     @classmethod
     def tamiyo_v1(

@@ -54,7 +54,8 @@ from model.observations import (
     observe_v1,
     observe_v3,
 )
-from model.spec import SLOT_BY_OP, PolicySpec
+from model.spec import PolicySpec
+from model.step_spec import SLOT_BY_OP
 
 LOSS_AT_NOTHING = 3.0
 

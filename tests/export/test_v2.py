@@ -22,7 +22,8 @@ from export.step import PolicyStep, StepInput, StepOutput
 from export.verify import verify_artifact
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
-from model.spec import PROBABILITY_FLOORS_V2, SLOT_BY_OP, PolicySpec
+from model.spec import PROBABILITY_FLOORS_V2, PolicySpec
+from model.step_spec import SLOT_BY_OP
 from tests.export.test_step import exported_program, impurities, program_operators
 from tests.gate import gate_of, judged
 from tests.golden import GOLDEN, golden_json, golden_tensors, needs_golden

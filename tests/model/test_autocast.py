@@ -13,7 +13,8 @@ from torch import Tensor
 
 from model.policy import Act, Evaluation, FactoredRecurrentActorCritic
 from model.recurrence import State
-from model.spec import PROBABILITY_FLOORS_V2, SLOT_BY_OP, PolicySpec
+from model.spec import PROBABILITY_FLOORS_V2, PolicySpec
+from model.step_spec import SLOT_BY_OP
 from tests.random_inputs import (
     gumbel_noise,
     random_blueprints,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from model.policy import Act, FactoredRecurrentActorCritic
-from model.spec import PROBABILITY_FLOORS_V2, SLOT_BY_OP, PolicySpec
+from model.spec import PROBABILITY_FLOORS_V2, PolicySpec
+from model.step_spec import SLOT_BY_OP
 from tests.naive import FLOAT_ATOL
 from tests.random_inputs import (
     gumbel_noise,

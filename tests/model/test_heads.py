@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.heads import HeadTable
-from model.spec import HeadSpec, PolicySpec
+from model.spec import PolicySpec
+from model.step_spec import HeadSpec
 from tests.naive import FLOAT_ATOL, masked_log_softmax, normalized_entropy
 from tests.random_inputs import gumbel_noise, packed, random_masks
 

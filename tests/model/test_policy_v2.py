@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from model.policy import FactoredRecurrentActorCritic
-from model.spec import PROBABILITY_FLOORS_V2, SLOT_BY_OP, PolicySpec
+from model.spec import PROBABILITY_FLOORS_V2, PolicySpec
+from model.step_spec import SLOT_BY_OP
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL
 from tests.naive_v2 import NaivePolicyV2
 from tests.random_inputs import (

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from model.spec import HeadSpec, PolicySpec
+from model.spec import PolicySpec
+from model.step_spec import HeadSpec
 
 V1_HEADS = {
     "slot": 3,

@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import save
 
 from export.manifest import Manifest
-from model.spec import HeadSpec, PolicySpec
+from model.spec import PolicySpec
+from model.step_spec import HeadSpec
 from service.errors import Disconnected, Forbidden, ServiceError, VersionMismatch
 from service.http.codec import JSON, SAFETENSORS
 from service.http.inference_codec import BINARY
