@@ -1,4 +1,4 @@
-"""What a policy's step is to whoever runs it: sizes, heads, states, what else goes in and comes out.
+"""What a policy's step is to whoever runs it: sizes, heads, states, other inputs and outputs.
 
 Torch-free, and free of how the network is built: that is a family's own spec, one of these.
 """
