@@ -64,12 +64,16 @@ class Recurrence(BaseModel):
 
 
 class Normalization(BaseModel):
-    """VecNormalize's: `clip((x - mean) / sqrt(var + epsilon), -clip, clip)`."""
+    """VecNormalize's: `clip((x - mean) / sqrt(var + epsilon), -clip, clip)`.
+
+    `keys` are those of a Dict that it is done to, the rest left as it is; None is all.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     clip: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    keys: tuple[str, ...] | None = None
 
 
 class SB3Spec(StepSpec):
