@@ -23,8 +23,7 @@ from export.loaders.protocol import LoadedStep
 from export.manifest import Manifest
 from export.parameters import sha256
 from export.push import copied, push_body
-from export.step import pack
-from export.weights import pack_weights
+from export.weights import pack, pack_weights
 from model.policy import FactoredRecurrentActorCritic
 from service.bench.load import LoadGenerator, Session, new_sessions
 from service.bench.pool import Pool

@@ -21,9 +21,10 @@ from export.formats import FORMATS, StepSource
 from export.loaders.load import RUNTIME_OF, load_step
 from export.loaders.protocol import LoadedStep
 from export.manifest import FormatFile, Precision, step_inputs, step_outputs
+from export.packed_step import StepInput, StepOutput
 from export.parity import TOLERANCES
 from export.report import Latency
-from export.step import PolicyStep, StepInput, StepOutput
+from export.step import PolicyStep
 from export.timing import Call, latencies, this_machine
 from model.policy import FactoredRecurrentActorCritic
 from model.recurrence import ResidualLSTM

@@ -12,7 +12,7 @@ from export.episodes import Moment
 from export.loaders.load import first_line
 from export.loaders.protocol import LoadedStep
 from export.manifest import Array, step_inputs, step_outputs
-from model.spec import PolicySpec
+from model.step_spec import StepSpec
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -28,8 +28,9 @@ class CarriedStep:
     inputs reaches no other.
     """
 
-    def __init__(self, step: LoadedStep, spec: PolicySpec, *, num_rows: int, largest: int) -> None:
+    def __init__(self, step: LoadedStep, spec: StepSpec, *, num_rows: int, largest: int) -> None:
         self._step = step
+        self._spec = spec
         self._inputs = allocated(step_inputs(spec), largest)
         self._outputs = allocated(step_outputs(spec), largest)
         self._results = allocated(step_outputs(spec), num_rows)
@@ -40,9 +41,9 @@ class CarriedStep:
 
         Raises StepFault where the step raises, or writes to its inputs.
         """
-        states = (self._results["state_h_out"], self._results["state_c_out"])
-        h, c = moment.restarted((torch.from_numpy(states[0]), torch.from_numpy(states[1])))
-        given = {name: array.numpy() for name, array in moment.inputs((h, c)).items()}
+        states = (torch.from_numpy(self._results[of.output]) for of in self._spec.states)
+        state = moment.restarted(tuple(states))
+        given = {name: array.numpy() for name, array in moment.inputs(self._spec, state).items()}
         for rows in moment.batches:
             self._run(given, rows.numpy())
         return {name: torch.from_numpy(array) for name, array in self._results.items()}

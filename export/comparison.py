@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from export.episodes import Moment
-from export.judge import Answer, Judge
+from export.judge import Answer, Judge, states_out
 from export.manifest import FormatParity
 
 
@@ -58,17 +58,17 @@ class ParityRun:
         """One moment's rows, value and Q in the network's units. Raises ParityError, at the first
         array beyond the tolerance, naming array, row, expected and got."""
         heads, tolerance, scores = self.judge.heads, self.tolerance, answer.scores
-        # A gate is right to some 1e-7, however closed, and is multiplied by what the cell held.
-        slack = GATE_ERROR * answer.memory.abs()
-        self._compare("state_h_out", outputs["state_h_out"], scores.state[0], moment, slack)
-        self._compare("state_c_out", outputs["state_c_out"], scores.state[1], moment, slack)
+        for at, (name, expected) in enumerate(states_out(self.judge.spec, scores.state).items()):
+            # A gate is right to some 1e-7, however closed, and is multiplied by what the cell held.
+            slack = GATE_ERROR * answer.before[at | 1].abs()
+            self._compare(name, outputs[name], expected, moment, slack)
         self._compare("value", outputs["value"], scores.value, moment)
         action = outputs["action"]
         outside = (action < 0) | (action >= torch.tensor(heads.sizes, device=action.device))
         if outside.any():
             self._fault(f"action is outside its head{_where(moment, first(outside)[0])}")
         op = action[..., heads.op_index]
-        for name, expected in self.judge.extra(scores, op).items():
+        for name, expected in self.judge.extras(scores, op).items():
             self._compare(name, outputs[name], expected, moment)
         noise = heads.spread(moment.noise)
         best = scores.choices.choose(noise).action

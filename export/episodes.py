@@ -9,7 +9,7 @@ that the row's observation drives already.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from export.manifest import bucket_sizes
 from export.weights import RebuiltPolicy
 from model.heads import HeadTable
-from model.recurrence import LSTM, ResidualLSTM, State
-from model.spec import PolicySpec
-from model.step_spec import SLOT_BY_OP
+from model.recurrence import LayerParameters, State
+from model.step_spec import SLOT_BY_OP, StepSpec
 
 ROWS = 256
 """Environments beside one another, whatever the largest batch: so the gate sees as much of a small
@@ -68,14 +67,13 @@ class Moment:
         """All of it on `device`."""
         return self._changed(lambda array: array.to(device))
 
-    def inputs(self, state: State) -> dict[str, Tensor]:
+    def inputs(self, spec: StepSpec, state: State) -> dict[str, Tensor]:
         """What goes in from `state`, by the manifest's names."""
-        named = {
+        states = {of.input: array for of, array in zip(spec.states, state, strict=True)}
+        named = states | {
             "observation": self.observation,
             "action_mask": self.action_mask,
             "noise": self.noise,
-            "state_h_in": state[0],
-            "state_c_in": state[1],
             "blueprint_index": self.blueprint_index,
             "slot_by_op_mask": self.slot_by_op_mask,
         }
@@ -91,7 +89,7 @@ class Moment:
             if isinstance(array, Tensor):
                 arrays[name] = change(array)
             elif isinstance(array, tuple):  # a state
-                arrays[name] = (change(array[0]), change(array[1]))
+                arrays[name] = tuple(map(change, array))
         return Moment(**arrays)
 
     def masks(self, heads: HeadTable) -> dict[str, Tensor]:
@@ -105,10 +103,8 @@ class Moment:
     def restarted(self, state: State) -> State:
         """`state`, but for the rows that begin an episode, which take `begin_state`'s."""
         begins = self.begins[:, None, None]
-        return (
-            torch.where(begins, self.begin_state[0], state[0]),
-            torch.where(begins, self.begin_state[1], state[1]),
-        )
+        pairs = zip(self.begin_state, state, strict=True)
+        return tuple(torch.where(begins, begin, goes_on) for begin, goes_on in pairs)
 
 
 class Episode(NamedTuple):
@@ -135,11 +131,13 @@ class EpisodeMaker:
     """Makes the moments of episodes for one policy, the same for the same seed."""
 
     def __init__(self, rebuilt: RebuiltPolicy, max_batch_size: int, *, seed: int = 0) -> None:
-        self.spec: PolicySpec = rebuilt.policy.spec
+        self.spec: StepSpec = rebuilt.policy.spec
         self.heads = HeadTable(self.spec)
         self.policy = rebuilt.policy
         self.normalizer = rebuilt.normalizer
-        self.hidden_weights = [weight.cpu() for weight in _hidden_weights(rebuilt.policy.lstm)]
+        self.recurrences = [
+            [_on_host(layer) for layer in layers] for layers in rebuilt.policy.recurrences()
+        ]
         self.generator = torch.Generator().manual_seed(seed)
         self.episodes = episodes(max_batch_size, self.generator)
 
@@ -284,10 +282,19 @@ class EpisodeMaker:
     def _begin_state(
         self, num_rows: int, observation: Tensor, blueprint_index: Tensor | None
     ) -> State:
+        """Of each LSTM its own."""
+        state: State = ()
+        inputs = self._recurrence_inputs(observation, blueprint_index)
+        for layers, x in zip(self.recurrences, inputs, strict=True):
+            state = (*state, *self._begin_lstm(layers, x))
+        return state
+
+    def _begin_lstm(self, layers: list[LayerParameters], x: Tensor) -> State:
         """Zeros; anything; saturated; or each layer's state along a row of its gates' weights."""
-        shape = (num_rows, self.spec.num_layers, self.spec.hidden_dim)
-        toward = torch.stack([self._driving(w, num_rows) for w in self.hidden_weights], dim=1)
-        further = self._driving_further(self._first_gates(observation, blueprint_index))
+        num_rows = len(x)
+        shape = (num_rows, len(layers), layers[0][1].shape[1])
+        toward = torch.stack([self._driving(w_hh, num_rows) for _, w_hh, _, _ in layers], dim=1)
+        further = self._driving_further(layers[0], x)
         toward[:, 0] = torch.where(self._rand((num_rows, 1)) < 0.5, further, toward[:, 0])
         anything = self._rand(shape) * 2 - 1
         signs = self._signs(shape)
@@ -310,27 +317,27 @@ class EpisodeMaker:
         gates = torch.randint(len(weight), (num_rows,), generator=self.generator)
         return weight[gates].sign() * self._signs((num_rows, 1))
 
-    def _driving_further(self, inputs: Tensor) -> Tensor:
+    def _driving_further(self, first_layer: LayerParameters, x: Tensor) -> Tensor:
         """The same in the first layer, for a gate that what it gets of the input drives already."""
-        weight = self.hidden_weights[0]
-        kind = self._one_hot((len(inputs),), 4).repeat_interleave(self.spec.hidden_dim, dim=-1)
+        w_ih, weight, b_ih, b_hh = first_layer
+        inputs = nn.functional.linear(x, w_ih, b_ih + b_hh)
+        kind = self._one_hot((len(inputs),), 4).repeat_interleave(weight.shape[1], dim=-1)
         some = kind & (self._rand(inputs.shape) < 0.5)
         reach = inputs.abs() + weight.abs().sum(-1)
         gates = torch.where(some, reach, -1.0).argmax(-1, keepdim=True)
         return weight[gates[:, 0]].sign() * inputs.gather(-1, gates).sign()
 
-    def _first_gates(self, observation: Tensor, blueprint_index: Tensor | None) -> Tensor:
-        """What the first layer's gates get of the input, `[rows, 4 * hidden]`."""
+    def _recurrence_inputs(
+        self, observation: Tensor, blueprint_index: Tensor | None
+    ) -> list[Tensor]:
+        """What the first layer of each LSTM reads, `[rows, input]`."""
         device = self.policy.heads.valid.device
         x = observation.to(device)
         if self.normalizer is not None:
             x = self.normalizer(x)
-        x = self.policy.features(x, None if blueprint_index is None else blueprint_index.to(device))
-        lstm = self.policy.lstm
-        if isinstance(lstm, ResidualLSTM):
-            x, lstm = lstm.input_proj(x), cast(LSTM, lstm.layers[0])
-        w_ih, _, b_ih, b_hh = lstm.layer_parameters()[0]
-        return nn.functional.linear(x, w_ih, b_ih + b_hh).detach().cpu()
+        blueprint_index = None if blueprint_index is None else blueprint_index.to(device)
+        inputs = self.policy.recurrence_inputs(x, blueprint_index)
+        return [each.detach().cpu() for each in inputs]
 
     def _rand(self, shape: Sequence[int]) -> Tensor:
         return torch.rand(*shape, generator=self.generator)
@@ -359,7 +366,6 @@ def _chosen(kind: Tensor, options: Mapping[float, Tensor]) -> Tensor:
     return chosen
 
 
-def _hidden_weights(lstm: LSTM | ResidualLSTM) -> list[Tensor]:
-    """Each layer's recurrent weights, `[4 * hidden, hidden]`."""
-    lstms = [lstm] if isinstance(lstm, LSTM) else [cast(LSTM, layer) for layer in lstm.layers]
-    return [w_hh.detach() for each in lstms for _, w_hh, _, _ in each.layer_parameters()]
+def _on_host(layer: LayerParameters) -> LayerParameters:
+    w_ih, w_hh, b_ih, b_hh = (array.detach().cpu() for array in layer)
+    return w_ih, w_hh, b_ih, b_hh

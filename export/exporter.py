@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from export.comparison import ParityError
 from export.directory import staged
+from export.families import Normalizer, family_of
 from export.format_kinds import PORTABLE_FORMATS
 from export.formats import FORMATS, FormatError, StepSource, check_formats
 from export.loaders.load import RUNTIME_OF, load_step
@@ -38,18 +39,15 @@ from export.process import plain_process
 from export.report import REPORT_FILE, REPORT_PAGE, FormatReport, Latency, Report
 from export.report_page import render
 from export.signature import sign
-from export.step import PolicyStep, pack
 from export.stopping import deferred
 from export.timing import this_machine
-from export.weights import WEIGHTS_FILE, pack_weights, rebuild
-from model.normalizer import ObservationNormalizer
-from model.policy import FactoredRecurrentActorCritic
-from model.spec import PolicySpec
+from export.weights import WEIGHTS_FILE, pack, pack_weights, rebuild
+from model.actor_critic import ActorCritic
 
 
 def export_policy(
-    policy: FactoredRecurrentActorCritic,
-    normalizer: ObservationNormalizer | None,
+    policy: ActorCritic,
+    normalizer: Normalizer | None,
     output: Path | str,
     *,
     name: str,
@@ -81,7 +79,7 @@ def export_policy(
         formats = [name for name in PORTABLE_FORMATS if precision in FORMATS[name].precisions]
     check_formats(formats, precision, torch.device(device))
     _check_batch_size(max_batch_size)
-    spec: PolicySpec = policy.spec
+    spec = policy.spec
     output = Path(output)
     with (
         deferred() as heeded,
@@ -92,7 +90,8 @@ def export_policy(
         on_stage("writing the weights")
         weights = pack_weights(policy, normalizer)
         (directory / WEIGHTS_FILE).write_bytes(weights)
-        step = PolicyStep(*rebuild(weights, spec, torch.device(device)), precision)
+        rebuilt = rebuild(weights, spec, torch.device(device))
+        step = family_of(spec).step(*rebuilt, precision)
         packed = pack(weights, spec, precision)
         source_step = StepSource(step, max_batch_size)
         exports = {}

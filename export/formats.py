@@ -21,7 +21,7 @@ from export.loaders.load import first_line
 from export.loaders.torch_formats import program_arrays
 from export.loaders.torch_warnings import torch_speaks_of_itself
 from export.manifest import Precision, step_inputs, step_outputs
-from export.step import PolicyStep
+from export.packed_step import PackedStep
 
 
 class FormatError(ValueError):
@@ -35,7 +35,7 @@ class StepSource:
     as it evaluates, never as it trains.
     """
 
-    def __init__(self, step: PolicyStep, max_batch_size: int) -> None:
+    def __init__(self, step: PackedStep, max_batch_size: int) -> None:
         self.step = step.eval()
         self.example = step.example(batch_size=2)
         self._max_batch_size = max_batch_size
@@ -44,7 +44,7 @@ class StepSource:
     def program(self) -> ExportedProgram:
         return self.capture(self.step)
 
-    def capture(self, step: PolicyStep) -> ExportedProgram:
+    def capture(self, step: PackedStep) -> ExportedProgram:
         """The graph of `step`, which is this one or has other parameters."""
         batch = Dim("batch", min=1, max=self._max_batch_size)
         with torch_speaks_of_itself(), torch.no_grad():
@@ -143,7 +143,7 @@ def write_onnx(source: StepSource) -> bytes:
     return content
 
 
-def _with_unlike_parameters(step: PolicyStep) -> PolicyStep:
+def _with_unlike_parameters(step: PackedStep) -> PackedStep:
     """A copy, of whose parameters no two numbers are alike, nor 0 or 1."""
     other = copy.deepcopy(step)
     generator = torch.Generator().manual_seed(0)

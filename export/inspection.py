@@ -7,6 +7,7 @@ from export.artifact import open_artifact
 from export.console import name_unlisted, printing, say, summarize
 from export.manifest import Source
 from export.report import REPORT_FILE, Report
+from model.step_spec import StepSpec
 
 
 def show_artifact(directory: Path, *, as_json: bool) -> None:
@@ -22,7 +23,7 @@ def show_artifact(directory: Path, *, as_json: bool) -> None:
     heads = ", ".join(f"{head.name} {head.size}" for head in spec.heads)
     say(f"{manifest.name}: {manifest.policy_version}")
     say(f"  from {origin(manifest.source)}")
-    say(f"  {spec.name}: {spec.observation_dim} features, {spec.num_layers} x {spec.hidden_dim}")
+    say(f"  {spec.name}: {spec.observation_dim} features, {_memory(spec)}")
     say(f"  heads: {heads}")
     floors = (f"{h.name} {h.probability_floor:g}" for h in spec.heads if h.probability_floor > 0)
     say(f"  probability floors: {', '.join(floors) or 'none'}")
@@ -41,6 +42,12 @@ def show_artifact(directory: Path, *, as_json: bool) -> None:
     summarize(manifest, manifest.parity.formats, report)
     if missing:
         say(f"missing: {', '.join(missing)}")
+
+
+def _memory(spec: StepSpec) -> str:
+    """The sizes of what a row carries, each once."""
+    shapes = dict.fromkeys(" x ".join(map(str, state.shape)) for state in spec.states)
+    return ", ".join(shapes) or "no state"
 
 
 def origin(source: Source) -> str:

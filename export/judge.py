@@ -10,11 +10,10 @@ from export.episodes import Moment
 from export.floor_bounds import LogProbBounds, floor_bounds
 from export.rounded_policy import RoundedLinear, round_products
 from export.weights import RebuiltPolicy, rebuild
+from model.actor_critic import ActorCritic, Scores
 from model.heads import HeadTable
-from model.policy import FactoredRecurrentActorCritic, Scores
 from model.recurrence import State
-from model.spec import PolicySpec
-from model.step_spec import SLOT_BY_OP
+from model.step_spec import SLOT_BY_OP, StepSpec
 
 
 class Judge:
@@ -23,13 +22,13 @@ class Judge:
     def __init__(
         self,
         weights: bytes,
-        spec: PolicySpec,
+        spec: StepSpec,
         device: torch.device,
         *,
         linear: type[RoundedLinear] | None = None,
     ) -> None:
         self.rebuilt: RebuiltPolicy = rebuild(weights, spec, device)
-        self.policy: FactoredRecurrentActorCritic = self.rebuilt.policy
+        self.policy: ActorCritic = self.rebuilt.policy
         self.normalizer = self.rebuilt.normalizer
         if linear is not None:
             round_products(self.policy, linear)
@@ -61,18 +60,14 @@ class Judge:
             "action": decision.action,
             "log_prob": decision.log_prob,
             "value": scores.value,
-            "state_h_out": scores.state[0],
-            "state_c_out": scores.state[1],
-            **self.extra(scores, op),
+            **states_out(self.spec, scores.state),
+            **self.extras(scores, op),
         }
 
-    def extra(self, scores: Scores, op: Tensor) -> dict[str, Tensor]:
+    def extras(self, scores: Scores, op: Tensor) -> dict[str, Tensor]:
         """What the critic says beyond the value, of the op that was taken."""
-        critics = {
-            "q_value": lambda: self.policy.q_value(scores.output, op),
-            "contribution": lambda: self.policy.contribution(scores.output),
-        }
-        return {name: critics[name]() for name in self.spec.extra_outputs}
+        names = self.spec.extra_outputs
+        return {name: self.policy.extra_output(name, scores.output, op) for name in names}
 
     def log_prob_bounds(
         self, moment: Moment, scores: Scores, op: Tensor, *, atol: float, rtol: float
@@ -88,7 +83,7 @@ class Judge:
         return floor_bounds(log_probs, allowed, self.heads.floor, atol + rtol * log_probs.abs())
 
 
-def scaled(outputs: Mapping[str, Tensor], spec: PolicySpec) -> dict[str, Tensor]:
+def scaled(outputs: Mapping[str, Tensor], spec: StepSpec) -> dict[str, Tensor]:
     """Outputs with value and Q in the network's own units: rounding grows with their scale."""
     in_returns = {"value", "q_value"}
     return {
@@ -97,11 +92,16 @@ def scaled(outputs: Mapping[str, Tensor], spec: PolicySpec) -> dict[str, Tensor]
     }
 
 
+def states_out(spec: StepSpec, state: State) -> dict[str, Tensor]:
+    """By the names of the step's outputs."""
+    return {of.output: array for of, array in zip(spec.states, state, strict=True)}
+
+
 class Answer(NamedTuple):
-    """What a judge makes of some rows, and the cells `[rows, layers, hidden]` it began with."""
+    """What a judge makes of some rows, and the state they began with."""
 
     scores: Scores
-    memory: Tensor
+    before: State
 
 
 class CarriedJudge:
@@ -114,9 +114,8 @@ class CarriedJudge:
     def answer(self, part: Moment) -> Answer:
         """What the policy makes of these rows, whose states move on."""
         rows = part.row
-        h, c = (array[rows] for array in self._state)
-        state = part.restarted((h, c))
+        state = part.restarted(tuple(array[rows] for array in self._state))
         scores = self._judge.scores(part, state)
         for array, new in zip(self._state, scores.state, strict=True):
             array[rows] = new
-        return Answer(scores, state[1])
+        return Answer(scores, state)

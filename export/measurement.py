@@ -92,7 +92,7 @@ def _eager_call(judge: Judge, moment: Moment, state: State) -> Call:
 def _bound(step: LoadedStep, judge: Judge, moment: Moment, state: State) -> Call:
     num_rows = len(moment.row)
     inputs = allocated(step_inputs(judge.spec), num_rows)
-    for name, array in moment.inputs(state).items():
+    for name, array in moment.inputs(judge.spec, state).items():
         inputs[name][...] = array.cpu().numpy()
     return step.bind(inputs, allocated(step_outputs(judge.spec), num_rows))
 

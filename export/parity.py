@@ -23,7 +23,7 @@ from export.loaders.protocol import LoadedStep
 from export.manifest import Parity, Precision
 from export.rounded_policy import RoundedLinear
 from export.rounding import Rounding
-from model.spec import PolicySpec
+from model.step_spec import StepSpec
 
 TOLERANCES: dict[Precision, Tolerance] = {
     "fp32": Tolerance(atol=2e-5, rtol=1e-5, min_greedy_agreement=0.0),
@@ -49,7 +49,7 @@ class Gate:
     def __init__(
         self,
         weights: bytes,
-        spec: PolicySpec,
+        spec: StepSpec,
         *,
         precision: Precision,
         max_batch_size: int,

@@ -9,19 +9,20 @@ import json
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from export.episodes import LIFT, EpisodeMaker, Moment
-from export.manifest import Precision
+from export.families import Normalizer
+from export.judge import states_out
+from export.manifest import Precision, Spec
 from export.parity import TOLERANCES
 from export.process import plain_process
-from export.step import pack
-from export.weights import RebuiltPolicy, pack_weights
-from model.normalizer import ObservationNormalizer
-from model.policy import FactoredRecurrentActorCritic, Scores
+from export.weights import RebuiltPolicy, pack, pack_weights
+from model.actor_critic import ActorCritic, Scores
 from model.recurrence import State
-from model.spec import PolicySpec
+from model.step_spec import StepSpec
 from tamiyo_client.errors import ServerError
 from tamiyo_client.exchange import Patience, Reply, patiently
 from tamiyo_client.session import bearer, checked_url
@@ -46,7 +47,7 @@ class PushAnswer(NamedTuple):
 
 def push_policy(
     policy: nn.Module,
-    normalizer: ObservationNormalizer | None,
+    normalizer: Normalizer | None,
     url: str,
     api_key: str | None = None,
     *,
@@ -83,7 +84,7 @@ def push_policy(
         served = answered("GET", "/policy", b"")
         if "precision" not in served:
             raise ServerError(f"{url} runs a release that takes no weights", error_type="")
-        spec = _served_spec(own.policy.spec, PolicySpec.model_validate(served["spec"]))
+        spec = _served_spec(own.policy.spec, TypeAdapter(Spec).validate_python(served["spec"]))
         body = push_body(own, spec, served["precision"])
         path = "/policy/weights" + ("?sessions=restart" if restart_sessions else "")
         answer = answered("PUT", path, body, **{"Content-Type": SAFETENSORS}, **conditions)
@@ -104,7 +105,7 @@ def _described(reply: Reply) -> dict[str, Any]:
     return described
 
 
-def push_body(own: RebuiltPolicy, spec: PolicySpec, precision: Precision) -> bytes:
+def push_body(own: RebuiltPolicy, spec: StepSpec, precision: Precision) -> bytes:
     """A push as it is sent: the packed parameters of a policy as `copied` gives it, and a probe."""
     with plain_process():
         tensors: dict[str, Tensor] = {}
@@ -122,8 +123,12 @@ def _header_value(if_match: str) -> str:
     return if_match
 
 
-def _served_spec(own: PolicySpec, served: PolicySpec) -> PolicySpec:
+def _served_spec(own: StepSpec, served: StepSpec) -> StepSpec:
     """The served spec, with the scale of this policy's value. Raises ValueError for another's."""
+    if type(own) is not type(served):
+        raise ValueError(
+            f"the policy is of another family than the one that is served, {served.name}"
+        )
     fields, expected = (spec.model_dump(exclude=OF_THE_EXPORT) for spec in (own, served))
     difference = _first_difference(fields, expected)
     if difference is not None:
@@ -149,14 +154,14 @@ def _first_difference(own: Any, served: Any, where: str = "") -> tuple[str, Any,
     return None
 
 
-def copied(policy: nn.Module, normalizer: ObservationNormalizer | None) -> RebuiltPolicy:
+def copied(policy: nn.Module, normalizer: Normalizer | None) -> RebuiltPolicy:
     """The learner's own modules as they are now, in float32 on this CPU, to run as written.
 
     Raises ValueError for a module that is no policy, but has one in it perhaps.
     """
     eager = getattr(policy, "_orig_mod", policy)
     normalizer = getattr(normalizer, "_orig_mod", normalizer)
-    if not isinstance(eager, FactoredRecurrentActorCritic):
+    if not isinstance(eager, ActorCritic):
         raise ValueError(
             f"a {type(eager).__name__} is no policy; where it is wrapped around one, push that"
         )
@@ -169,18 +174,22 @@ def copied(policy: nn.Module, normalizer: ObservationNormalizer | None) -> Rebui
     return RebuiltPolicy(eager, None if normalizer is None else normalizer.cpu().float())
 
 
-def _probe(own: RebuiltPolicy, spec: PolicySpec, precision: Precision) -> dict[str, Tensor]:
+def _probe(own: RebuiltPolicy, spec: StepSpec, precision: Precision) -> dict[str, Tensor]:
     """What goes in and comes out, `[steps, rows, ...]`, by the manifest's names."""
     maker = EpisodeMaker(own, ROWS)
     generator = torch.Generator().manual_seed(0)
-    shape = (ROWS, spec.num_layers, spec.hidden_dim)
-    h = torch.rand(shape, generator=generator) * 2 - 1
-    state: State = (h, torch.randn(shape, generator=generator))
+    state: State = tuple(
+        torch.randn(ROWS, *of.shape, generator=generator)
+        if at % 2  # a cell, of an LSTM's (h, c)
+        else torch.rand(ROWS, *of.shape, generator=generator) * 2 - 1
+        for at, of in enumerate(spec.states)
+    )
     steps: list[dict[str, Tensor]] = []
-    first = {"state_h_in": state[0], "state_c_in": state[1]}
+    first = {of.input: array for of, array in zip(spec.states, state, strict=True)}
     for number in range(STEPS):
         moment = maker.moment(ROWS, number)
-        given = {name: value for name, value in moment.inputs(state).items() if name not in first}
+        inputs = moment.inputs(spec, state)
+        given = {name: value for name, value in inputs.items() if name not in first}
         observation = moment.observation
         if own.normalizer is not None:
             observation = own.normalizer(observation)
@@ -209,19 +218,18 @@ def _decisive(moment: Moment, scores: Scores, maker: EpisodeMaker, margin: float
 
 
 def _outputs(
-    policy: FactoredRecurrentActorCritic, spec: PolicySpec, scores: Scores, noise: Tensor
+    policy: ActorCritic, spec: StepSpec, scores: Scores, noise: Tensor
 ) -> dict[str, Tensor]:
     decision = scores.choices.choose(policy.heads.spread(noise))
     op = decision.action[..., policy.heads.op_index]
-    critics = {
-        "q_value": lambda: policy.q_value(scores.output, op) * spec.value_scale,
-        "contribution": lambda: policy.contribution(scores.output),
-    }
     return {
         "action": decision.action,
         "log_prob": decision.log_prob,
         "value": scores.value * spec.value_scale,
-        "state_h_out": scores.state[0],
-        "state_c_out": scores.state[1],
-        **{name: critics[name]() for name in spec.extra_outputs},
+        **states_out(spec, scores.state),
+        **{
+            name: policy.extra_output(name, scores.output, op)
+            * (spec.value_scale if name == "q_value" else 1.0)
+            for name in spec.extra_outputs
+        },
     }

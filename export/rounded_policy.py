@@ -5,13 +5,16 @@ weights, bias and result are rounded to bf16, what is summed in it is not, and e
 float32. The packed step says the same in fewer and wider products; nothing of it is used here.
 """
 
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from model.actor_critic import ActorCritic
 from model.policy import FactoredRecurrentActorCritic
-from model.recurrence import LSTM, ResidualLSTM, State, cell_update
+from model.recurrence import LSTM, State, cell_update
+
+Policy = TypeVar("Policy", bound=ActorCritic)
 
 
 class RoundedLinear(nn.Module):
@@ -37,25 +40,19 @@ class BackwardLinear(RoundedLinear):
         return _rounded(nn.functional.linear(_rounded(x).flip(-1), self.weight.flip(-1), self.bias))
 
 
-def round_products(
-    policy: FactoredRecurrentActorCritic, linear: type[RoundedLinear] = RoundedLinear
-) -> FactoredRecurrentActorCritic:
+def round_products(policy: Policy, linear: type[RoundedLinear] = RoundedLinear) -> Policy:
     """Turns every product of `policy` into one in bf16, in place; it can act, and not learn."""
-    first = cast(nn.Linear, policy.feature_net[0])
-    policy.feature_net[0] = _RoundedFeatures(
-        first, linear, policy.spec.observation_dim, _slots(policy)
-    )
+    if isinstance(policy, FactoredRecurrentActorCritic):
+        first = cast(nn.Linear, policy.feature_net[0])
+        policy.feature_net[0] = _RoundedFeatures(
+            first, linear, policy.spec.observation_dim, _slots(policy)
+        )
     for module in list(policy.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, linear(child.weight, child.bias))
-    lstm = policy.lstm
-    if isinstance(lstm, ResidualLSTM):
-        lstm.layers = nn.ModuleList(
-            _RoundedLSTM(cast(LSTM, layer), linear) for layer in lstm.layers
-        )
-    else:
-        policy.lstm = cast(LSTM, _RoundedLSTM(lstm, linear))
+            elif isinstance(child, LSTM):
+                setattr(module, name, _RoundedLSTM(child, linear))
     return policy
 
 

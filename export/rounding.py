@@ -11,7 +11,7 @@ from export.episodes import Moment
 from export.judge import Answer, CarriedJudge, Judge
 from export.manifest import PrecisionLoss
 from export.rounded_policy import BackwardLinear
-from model.spec import PolicySpec
+from model.step_spec import StepSpec
 
 PRECISION_LOSS = Tolerance(atol=0.1, rtol=0.02, min_greedy_agreement=0.98)
 LARGEST_MEAN_LOSS = 0.02
@@ -58,7 +58,7 @@ class Rounding:
     """Two more judges beside the one in bf16, run through the same episodes."""
 
     def __init__(
-        self, weights: bytes, spec: PolicySpec, judge: Judge, exact: Judge, tolerance: Tolerance
+        self, weights: bytes, spec: StepSpec, judge: Judge, exact: Judge, tolerance: Tolerance
     ) -> None:
         self._judge = judge
         self._exact = exact

@@ -11,7 +11,7 @@ from export.manifest import ArtifactError, Device, FormatParity, Manifest
 from export.parameters import sha256
 from export.parity import Gate
 from export.process import plain_process
-from export.step import pack
+from export.weights import pack
 
 
 def verify_artifact(

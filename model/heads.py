@@ -85,6 +85,10 @@ class HeadTable(nn.Module):
         cells = packed.index_select(-1, self.column)
         return cells.view(*packed.shape[:-1], len(self.sizes), self.width)
 
+    def by_name(self, packed: Tensor) -> dict[str, Tensor]:
+        """`[..., heads]` as `{head: [...]}`."""
+        return dict(zip(self.names, packed.unbind(-1), strict=True))
+
     def log_probs(self, logits: Tensor, allowed: Tensor) -> Tensor:
         """Log-probabilities of every choice, float32 whatever the logits' dtype.
 

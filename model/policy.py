@@ -12,9 +12,10 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from model.actor_critic import ActorCritic, Scores
 from model.blueprint_embedding import NO_BLUEPRINT, BlueprintEmbedding
 from model.critic import critic_networks, reset_last_layers
-from model.heads import Choices, HeadTable
+from model.heads import HeadTable
 from model.linear import Linear
 from model.policy_inputs import (
     Masks,
@@ -25,10 +26,9 @@ from model.policy_inputs import (
     check_shape,
     check_state,
     packed_actions,
-    refuse_gradient,
     refuse_inference,
 )
-from model.recurrence import LSTM, RECURRENCES, ResidualLSTM, State
+from model.recurrence import LSTM, RECURRENCES, LayerParameters, ResidualLSTM, State
 from model.spec import PolicySpec
 
 
@@ -42,24 +42,6 @@ class Forward(NamedTuple):
     value: Tensor
     state: State
     output: Tensor
-
-
-class Scores(NamedTuple):
-    """What one step's choice is made from, V(s) float32 `[B]`, the state, and what heads read."""
-
-    choices: Choices
-    value: Tensor
-    state: State
-    output: Tensor
-
-
-class Act(NamedTuple):
-    """One step's result: `{head: int64 [B]}`, `{head: float32 [B]}`, float32 `[B]`, `(h, c)`."""
-
-    action: dict[str, Tensor]
-    log_prob: dict[str, Tensor]
-    value: Tensor
-    state: State
 
 
 class Evaluation(NamedTuple):
@@ -77,7 +59,7 @@ class Evaluation(NamedTuple):
     contribution: Tensor | None = None
 
 
-class FactoredRecurrentActorCritic(nn.Module):
+class FactoredRecurrentActorCritic(ActorCritic):
     """observation -> Linear, LayerNorm, ReLU -> recurrence -> one MLP per head, and the critic.
 
     `get_action` takes one step without gradient; `evaluate_actions` takes sequences with it. What
@@ -87,6 +69,7 @@ class FactoredRecurrentActorCritic(nn.Module):
     is in the parameters', the state that either returns included.
     """
 
+    spec: PolicySpec
     lstm: LSTM | ResidualLSTM
     lstm_ln: nn.LayerNorm | nn.Identity
 
@@ -95,7 +78,6 @@ class FactoredRecurrentActorCritic(nn.Module):
         self.spec = spec
         self.heads = HeadTable(spec)
         self.observation_dim = spec.observation_dim
-        self.state_shape = (spec.num_layers, spec.hidden_dim)
         self.blueprint_embedding: BlueprintEmbedding | None = None
         input_dim = spec.observation_dim
         if spec.blueprint_embedding_dim is not None:
@@ -140,12 +122,6 @@ class FactoredRecurrentActorCritic(nn.Module):
         if self.blueprint_embedding is not None:
             self.blueprint_embedding.reset_parameters()
 
-    def initial_state(self, batch_size: int) -> State:
-        """Zeros in the module's own dtype and device: `(h, c)`, each `[B, layers, hidden]`."""
-        like = self.value_network[-1].get_parameter("bias")
-        shape = (batch_size, *self.state_shape)
-        return like.new_zeros(shape), like.new_zeros(shape)
-
     def forward(
         self,
         observations: Tensor,
@@ -158,7 +134,8 @@ class FactoredRecurrentActorCritic(nn.Module):
         `blueprint_index` is int64 `[B, T, slots]`, as `get_action` has it.
         """
         logits, value, state, y = self._sequence(observations, state, blueprint_index)
-        return Forward(self._by_head(logits, self.heads.sizes), value, state, y)
+        parts = torch.split(logits, self.heads.sizes, -1)
+        return Forward(dict(zip(self.heads.names, parts, strict=True)), value, state, y)
 
     def q_value(self, output: Tensor, op: Tensor) -> Tensor:
         """Q(s, op) float32 `[...]`, of `output` `[..., hidden]` and `op` int64 `[...]`.
@@ -187,18 +164,12 @@ class FactoredRecurrentActorCritic(nn.Module):
         *,
         blueprint_index: Tensor | None = None,
     ) -> Scores:
-        """What one step's action is chosen from.
-
-        `observation` is `[B, D]`. Raises ValueError for a wrong shape or dtype, and for a mask
-        that allows nothing, naming head and row. The last is one read from the device; a compiled
-        or exported step leaves it out, since no graph can hold it.
-        """
         check_shape("observation", observation, (None, self.observation_dim))
         batch_size = observation.shape[0]
         if state is None:
             state = self.initial_state(batch_size)
         else:
-            check_state(state, (batch_size, *self.state_shape))
+            check_state(self.spec, state, batch_size)
         lead = observation.shape[:-1]
         allowed, slot_by_op = allowed_choices(self.spec, self.heads, masks, lead)
         features = self.features(observation, blueprint_index)
@@ -208,42 +179,6 @@ class FactoredRecurrentActorCritic(nn.Module):
         logits, value, y = self._decode(y)
         choices = self.heads.choices(self.heads.spread(logits), allowed, slot_by_op)
         return Scores(choices, value, state, y)
-
-    def get_action(
-        self,
-        observation: Tensor,
-        state: State | None = None,
-        masks: Masks | None = None,
-        noise: Tensor | None = None,
-        *,
-        blueprint_index: Tensor | None = None,
-    ) -> Act:
-        """Takes one step for each row; the results are inference tensors, for acting only.
-
-        `observation` `[B, D]`; `state` `(h, c)` each `[B, layers, hidden]`, None is zeros; `masks`
-        `{head: bool [B, n]}`; `noise` float32 `[B, num_choices]`, the heads' columns in spec order:
-        standard Gumbel noise samples, None gives the most likely action; `blueprint_index` int64
-        `[B, slots]`, where the spec has an embedding, -1 or None for no blueprint. Raises
-        ValueError as `step_scores` does, and for an input that requires a gradient: none would be
-        recorded (ticket B9-PT-02). Compiled, the results are ordinary tensors without gradient.
-        """
-        refuse_gradient(observation, state, noise)
-        # Inductor fails on a graph that takes views of inference tensors (torch 2.13).
-        is_compiling = torch.compiler.is_compiling()
-        with torch.no_grad() if is_compiling else torch.inference_mode():
-            choices, value, state, _ = self.step_scores(
-                observation, state, masks, blueprint_index=blueprint_index
-            )
-            if noise is None:
-                padded = torch.zeros_like(choices.log_probs)
-            else:
-                batch_size = observation.shape[0]
-                check_shape("noise", noise, (batch_size, sum(self.heads.sizes)))
-                padded = self.heads.spread(noise)
-            decision = choices.choose(padded)
-            return Act(
-                self._by_head(decision.action), self._by_head(decision.log_prob), value, state
-            )
 
     def evaluate_actions(
         self,
@@ -281,13 +216,27 @@ class FactoredRecurrentActorCritic(nn.Module):
         op = action[..., self.heads.op_index]
         has_more = self.spec.critic == "value_q_contribution"
         return Evaluation(
-            self._by_head(choices.log_prob_of(action)),
+            self.heads.by_name(choices.log_prob_of(action)),
             value,
-            self._by_head(choices.entropy(op)),
+            self.heads.by_name(choices.entropy(op)),
             state,
             self.q_value(y, op) if has_more else None,
             self.contribution(y) if has_more else None,
         )
+
+    def extra_output(self, name: str, output: Tensor, op: Tensor) -> Tensor:
+        return self.q_value(output, op) if name == "q_value" else self.contribution(output)
+
+    def recurrences(self) -> list[list[LayerParameters]]:
+        if isinstance(self.lstm, LSTM):
+            return [self.lstm.layer_parameters()]
+        return [[cast(LSTM, layer).layer_parameters()[0] for layer in self.lstm.layers]]
+
+    def recurrence_inputs(
+        self, observation: Tensor, blueprint_index: Tensor | None
+    ) -> list[Tensor]:
+        x = self.features(observation, blueprint_index)
+        return [x if isinstance(self.lstm, LSTM) else self.lstm.input_proj(x)]
 
     def _sequence(
         self, observations: Tensor, state: State | None, blueprint_index: Tensor | None
@@ -297,7 +246,7 @@ class FactoredRecurrentActorCritic(nn.Module):
         if state is None:
             state = self.initial_state(batch_size)
         else:
-            check_state(state, (batch_size, *self.state_shape))
+            check_state(self.spec, state, batch_size)
         y, state = self.lstm(self.features(observations, blueprint_index), state)
         logits, value, y = self._decode(y)
         return logits, value, state, y
@@ -321,10 +270,6 @@ class FactoredRecurrentActorCritic(nn.Module):
         y = self.lstm_ln(y)
         logits = torch.cat([mlp(y) for mlp in self.head_mlps()], dim=-1)
         return logits, self.value_network(y).squeeze(-1).float(), y
-
-    def _by_head(self, packed: Tensor, sizes: list[int] | None = None) -> dict[str, Tensor]:
-        parts = packed.unbind(-1) if sizes is None else torch.split(packed, sizes, -1)
-        return dict(zip(self.heads.names, parts, strict=True))
 
 
 def _mlp(hidden_dim: int, size: int, hidden_layers: int) -> nn.Sequential:

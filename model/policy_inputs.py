@@ -126,10 +126,10 @@ def check_in_range(heads: HeadTable, action: Tensor) -> None:
         )
 
 
-def check_state(state: State, shape: tuple[int, ...]) -> None:
-    """Both halves are `[B, layers, hidden]`."""
-    for name, part in zip(("h", "c"), state, strict=True):
-        check_shape(f"state {name}", part, shape)
+def check_state(spec: StepSpec, state: State, batch_size: int) -> None:
+    """Each of its arrays is `[B, ...]` as the spec has it."""
+    for of_spec, part in zip(spec.states, state, strict=True):
+        check_shape(f"state {of_spec.name}", part, (batch_size, *of_spec.shape))
 
 
 def check_shape(what: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
@@ -142,11 +142,14 @@ def check_shape(what: str, tensor: Tensor, shape: tuple[int | None, ...]) -> Non
         raise ValueError(f"{what} has shape {tuple(tensor.shape)}, expected ({wanted})")
 
 
-def refuse_gradient(observation: Tensor, state: State | None, noise: Tensor | None) -> None:
+def refuse_gradient(
+    spec: StepSpec, observation: Tensor, state: State | None, noise: Tensor | None
+) -> None:
     """No input of a step that records no gradient requires one (ticket B9-PT-02)."""
     named = {"observation": observation, "noise": noise}
     if state is not None:
-        named |= {"state h": state[0], "state c": state[1]}
+        names = (f"state {of_spec.name}" for of_spec in spec.states)
+        named |= dict(zip(names, state, strict=False))
     for name, tensor in named.items():
         if tensor is not None and tensor.requires_grad:
             raise ValueError(

@@ -18,14 +18,18 @@ from torch import Tensor, nn
 
 from model.linear import Linear, linear
 
-State = tuple[Tensor, Tensor]
-"""`(h, c)`, each `[B, layers, hidden]`: batch-first, unlike `nn.LSTM`'s own state.
+LayerParameters = tuple[Tensor, Tensor, Tensor, Tensor]
+"""weight_ih, weight_hh, bias_ih, bias_hh; the gates in rows i, f, g, o."""
+
+State = tuple[Tensor, ...]
+"""An LSTM's `(h, c)`, each `[B, layers, hidden]`: batch-first, unlike `nn.LSTM`'s own state. A
+policy's: that of each of its LSTMs, one after the other.
 
 What a recurrence returns has its parameters' dtype, under autocast too.
 """
 
 
-def cell_update(gates: Tensor, c: Tensor) -> State:
+def cell_update(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """The LSTM's pointwise half: gates `[B, 4 * hidden]` and `c` to the new `(h, c)`."""
     i, f, g, o = gates.chunk(4, dim=-1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
@@ -64,8 +68,8 @@ class LSTM(nn.Module):
                 nn.init.zeros_(parameter)
                 nn.init.constant_(parameter.detach()[quarter : 2 * quarter], forget_bias)
 
-    def layer_parameters(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Per layer: weight_ih, weight_hh, bias_ih, bias_hh; the gates in rows i, f, g, o."""
+    def layer_parameters(self) -> list[LayerParameters]:
+        """Of each layer."""
         flat = [self.get_parameter(name) for name in self.parameter_names]
         return list(zip(flat[0::4], flat[1::4], flat[2::4], flat[3::4], strict=True))
 
@@ -143,13 +147,13 @@ class ResidualLSTM(nn.Module):
         x = self.input_proj(x)
         states: list[State] = []
         for layer, (lstm, norm) in enumerate(zip(lstms, self.layer_norms, strict=True)):
-            own = (state[0][:, layer : layer + 1], state[1][:, layer : layer + 1])
+            own: State = (state[0][:, layer : layer + 1], state[1][:, layer : layer + 1])
             y, own = lstm(x, own)
             x = norm(y) + x
             states.append(own)
         return x, (
-            torch.cat([h for h, _ in states], dim=1),
-            torch.cat([c for _, c in states], dim=1),
+            torch.cat([own[0] for own in states], dim=1),
+            torch.cat([own[1] for own in states], dim=1),
         )
 
     def _lstms(self) -> list[LSTM]:

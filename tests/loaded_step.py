@@ -13,13 +13,13 @@ from torch import Tensor
 from export.loaders.load import RUNTIME_OF, load_step
 from export.loaders.protocol import RenewableStep
 from export.manifest import Array, FormatFile, Manifest, step_inputs, step_outputs
-from model.spec import PolicySpec
+from model.step_spec import StepSpec
 
 TensorStep = Callable[..., tuple[Tensor, ...]]
 
 
 def load(
-    content: bytes, name: str, spec: PolicySpec, *, requires: str | None = None
+    content: bytes, name: str, spec: StepSpec, *, requires: str | None = None
 ) -> RenewableStep:
     """The runtime `name` on the content of some file."""
     file = FormatFile(
@@ -57,7 +57,7 @@ def allocated(arrays: Sequence[Array], num_rows: int) -> dict[str, NDArray[Any]]
     }
 
 
-def run_step(step: RenewableStep, spec: PolicySpec, *inputs: Tensor) -> tuple[Tensor, ...]:
+def run_step(step: RenewableStep, spec: StepSpec, *inputs: Tensor) -> tuple[Tensor, ...]:
     """One step, tensors in and out, in the manifest's order."""
     given = {
         array.name: tensor.contiguous().numpy()

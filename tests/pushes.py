@@ -11,8 +11,7 @@ from export.exporter import export_policy
 from export.manifest import Manifest, Precision
 from export.parameters import sha256
 from export.push import copied, push_body
-from export.step import pack
-from export.weights import pack_weights
+from export.weights import pack, pack_weights
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 

@@ -17,7 +17,8 @@ from export.format_kinds import FORMAT_KINDS
 from export.formats import FORMATS, StepSource
 from export.loaders.load import RUNTIME_OF
 from export.manifest import ArtifactError, File, Manifest
-from export.step import PolicyStep, StepOutput
+from export.packed_step import StepOutput
+from export.step import PolicyStep
 from export.verify import verify_artifact
 from model.policy import FactoredRecurrentActorCritic
 from service.runtime.load import load_runtime

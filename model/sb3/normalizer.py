@@ -46,9 +46,7 @@ class VecNormalizer(nn.Module):
         self.register_buffer("mean_rest", (wide - mean.double()).float())
         self.register_buffer("var", var.float())
         keys = normalization.keys
-        parts = [
-            torch.full((part.size,), keys is None or part.key in keys) for part in observation
-        ]
+        parts = [torch.full((part.size,), keys is None or part.key in keys) for part in observation]
         is_normalized = torch.cat(parts) if parts else torch.ones(len(mean), dtype=torch.bool)
         self.register_buffer("is_normalized", is_normalized, persistent=False)
 

@@ -98,7 +98,7 @@ class SB3Spec(StepSpec):
     normalization: Normalization | None = None
     observation: tuple[ObservationPart, ...] = ()
     value_scale: float = Field(default=1.0, ge=1.0, le=1.0)
-    extra_outputs: tuple[()] = ()  # type: ignore[assignment]
+    extra_outputs: tuple[()] = ()
     blueprint_embedding_dim: None = None
     has_slot_by_op: Literal[False] = False
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from export.manifest import Array, step_inputs, step_outputs
-from export.step import PolicyStep, StepOutput
+from export.packed_step import StepOutput
+from export.step import PolicyStep
 from tests.export.gate_cases import Case
 from tests.loaded_step import TensorStep
 

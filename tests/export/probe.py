@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from export.manifest import Precision, step_outputs
-from export.step import StepInput, StepOutput
+from export.packed_step import StepInput, StepOutput
 from tests.export.gate_cases import Case
 from tests.loaded_step import TensorStep
 

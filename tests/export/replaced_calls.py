@@ -13,7 +13,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from export.manifest import Precision
-from export.step import PolicyStep, StepInput, StepOutput
+from export.packed_step import StepInput, StepOutput
+from export.step import PolicyStep
 
 Call = Callable[..., Any]
 Instead = Callable[..., Any]

@@ -114,7 +114,7 @@ def test_step_sees_each_row_of_every_input_in_its_batch(maker: EpisodeMaker) -> 
     moment = moments(maker, 1)[0]
     carried(HandWritten(recording)).run(moment)
     start = moment.restarted((torch.zeros(ROWS, 1, 32), torch.zeros(ROWS, 1, 32)))
-    given = moment.inputs(start)
+    given = moment.inputs(SPEC, start)
     assert [array.name for array in step_inputs(SPEC)] == list(given)
     for batch, rows in zip(seen, moment.batches, strict=True):
         assert batch.keys() == given.keys()
@@ -223,8 +223,8 @@ def test_step_that_spoils_its_inputs_leaves_the_moment_and_the_next_step_alone(
             carried(HandWritten(spoiling)).run(moment)
         after = carried(right(policy)).run(moment)
     again = moments(maker_of(policy), 1)[0]
-    for name, array in moment.inputs(moment.begin_state).items():
-        assert torch.equal(array, again.inputs(again.begin_state)[name]), name
+    for name, array in moment.inputs(SPEC, moment.begin_state).items():
+        assert torch.equal(array, again.inputs(SPEC, again.begin_state)[name]), name
     assert all(torch.equal(after[name], array) for name, array in alone.items())
 
 

@@ -60,6 +60,7 @@ def loaded(output: Path) -> tuple[TensorStep, PolicySpec]:
     """The step of an artifact as a server would load it."""
     manifest = Manifest.read(output)
     content = manifest.formats["torchscript"].read(output)
+    assert isinstance(manifest.spec, PolicySpec)
     return load_torchscript(content, "cpu").call, manifest.spec
 
 

@@ -410,5 +410,5 @@ def longest_run(is_carried: NDArray[np.bool_]) -> int:
 def test_rows_without_blueprints_have_no_such_inputs(spec: PolicySpec) -> None:
     policy = FactoredRecurrentActorCritic(spec)
     state = policy.initial_state(3)
-    inputs = maker_of(policy).moment(3).inputs(state)
+    inputs = maker_of(policy).moment(3).inputs(spec, state)
     assert set(inputs) == {"observation", "action_mask", "noise", "state_h_in", "state_c_in"}

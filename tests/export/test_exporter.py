@@ -31,10 +31,11 @@ from export.manifest import (
     step_outputs,
     timed_sizes,
 )
+from export.packed_step import StepOutput
 from export.parity import TOLERANCES
 from export.report import REPORT_FILE, REPORT_PAGE, Report
 from export.report_page import render
-from export.step import PolicyStep, StepOutput
+from export.step import PolicyStep
 from export.weights import WEIGHTS_FILE
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic

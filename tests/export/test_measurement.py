@@ -11,7 +11,8 @@ from export.loaders.protocol import LoadedStep
 from export.loaders.torch_step import TorchStep
 from export.manifest import step_inputs, step_outputs, timed_sizes
 from export.measurement import measure_latency, row_difference
-from export.step import PolicyStep, StepOutput
+from export.packed_step import StepOutput
+from export.step import PolicyStep
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 from tests.gate import gate_of
@@ -99,7 +100,7 @@ def test_the_policy_itself_is_timed_from_raw_observations_as_every_step_is(
 
     hooks = [
         judge.normalizer.register_forward_pre_hook(counted("normaliser")),
-        judge.policy.lstm_ln.register_forward_pre_hook(counted("policy")),
+        judge.policy.get_submodule("lstm_ln").register_forward_pre_hook(counted("policy")),
     ]
     measure_latency(judge, {"packed": loaded(step, judge)}, MAX_BATCH_SIZE)
     for hook in hooks:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from export.manifest import Parameter, Precision
 from export.parameters import Difference, described, first_difference, sha256, value_unit
-from export.step import PolicyStep, pack
-from export.weights import pack_weights
+from export.step import PolicyStep
+from export.weights import pack, pack_weights
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 from tests.export.gate_cases import fresh, small_v1, small_v2, statistics

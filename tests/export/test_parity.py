@@ -13,8 +13,9 @@ from torch import Tensor
 
 from export.comparison import ParityError
 from export.episodes import ROWS, STEPS
+from export.packed_step import StepOutput
 from export.parity import TOLERANCES, Gate
-from export.step import PolicyStep, StepOutput
+from export.step import PolicyStep
 from model.heads import HeadTable
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic

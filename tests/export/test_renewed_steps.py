@@ -17,8 +17,8 @@ from export.loaders.machine import machine_capability
 from export.loaders.protocol import RenewableStep
 from export.loaders.torch_warnings import torch_speaks_of_itself
 from export.manifest import ArtifactError, Precision, step_inputs, step_outputs
-from export.step import PolicyStep, pack
-from export.weights import pack_weights
+from export.step import PolicyStep
+from export.weights import pack, pack_weights
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec

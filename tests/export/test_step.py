@@ -13,7 +13,8 @@ from torch import Tensor
 from export.formats import FORMATS, StepSource
 from export.loaders.torch_formats import load_torchscript
 from export.manifest import step_inputs, step_outputs
-from export.step import PolicyStep, StepInput, StepOutput
+from export.packed_step import StepInput, StepOutput
+from export.step import PolicyStep
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec

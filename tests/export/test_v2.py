@@ -17,8 +17,9 @@ from export.exporter import export_policy
 from export.formats import FORMATS, StepSource
 from export.loaders.load import RUNTIME_OF
 from export.manifest import Manifest, Precision
+from export.packed_step import StepInput, StepOutput
 from export.parity import Gate
-from export.step import PolicyStep, StepInput, StepOutput
+from export.step import PolicyStep
 from export.verify import verify_artifact
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic

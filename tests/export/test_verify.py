@@ -22,9 +22,8 @@ from export.exporter import export_policy
 from export.manifest import MANIFEST_FILE, ArtifactError, File, Manifest, Source
 from export.parameters import sha256
 from export.signature import load_private_key, load_public_key
-from export.step import pack
 from export.verify import verify_artifact
-from export.weights import WEIGHTS_FILE
+from export.weights import WEIGHTS_FILE, pack
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 

@@ -10,6 +10,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from export.exporter import export_policy
+from export.families import family_of
 from export.manifest import ArtifactError
 from export.step import PolicyStep
 from export.weights import NORMALIZER_PREFIX, WEIGHTS_FILE, pack_weights, rebuild
@@ -177,7 +178,8 @@ def test_floors_of_a_policy_that_was_cast_are_those_of_its_spec(
     assert not torch.equal(cast.heads.floor, of_spec)
     rebuilt = rebuild(pack_weights(cast, None), FLOORED, CPU)
     assert torch.equal(rebuilt.policy.heads.floor, of_spec)
-    assert torch.equal(PolicyStep(*rebuilt).heads.floor, of_spec)
+    step = family_of(FLOORED).step(*rebuilt, "fp32")
+    assert torch.equal(step.heads.floor, of_spec)
 
 
 def test_step_of_a_policy_that_was_cast_has_its_specs_floors_whoever_packs_it(

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from export.step import PolicyStep, StepOutput
+from export.packed_step import StepOutput
+from export.step import PolicyStep
 from model.policy import FactoredRecurrentActorCritic
 from tests.export.gate_cases import Case
 from tests.export.named_step import Change, Make

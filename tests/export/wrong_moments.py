@@ -7,7 +7,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from export.step import StepOutput
+from export.packed_step import StepOutput
 from tests.export.gate_cases import Case
 from tests.export.named_step import (
     Inputs,

@@ -63,6 +63,7 @@ def test_sixty_four_clients_get_byte_for_byte_what_the_service_outside_answers(
     contents: Contents,
 ) -> None:
     spec = Manifest.read(contents.artifact).spec
+    assert isinstance(spec, PolicySpec)
     episodes = Episodes.random(spec, 1, NUM_CLIENTS)
     with running_container() as container, running_server(contents.artifact) as outside:
         assert policy_of(container) == policy_of(outside) == "tamiyo-v1"

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.policy import Act, Evaluation, FactoredRecurrentActorCritic
+from model.actor_critic import Act
+from model.policy import Evaluation, FactoredRecurrentActorCritic
 from model.recurrence import State
 from model.spec import PROBABILITY_FLOORS_V2, PolicySpec
 from model.step_spec import SLOT_BY_OP
@@ -80,7 +81,8 @@ def act(
         masks[SLOT_BY_OP] = torch.from_numpy(by_op)
         blueprint_index = torch.from_numpy(random_blueprints(spec, rng, ROWS, num_steps))
     h, c = (torch.from_numpy(part) for part in random_state(spec, rng, ROWS))
-    state, acts = (h, c), []
+    state: State = (h, c)
+    acts: list[Act] = []
     for t in range(num_steps):
         with autocast(dtype):
             acts.append(

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.policy import Act, FactoredRecurrentActorCritic
+from model.actor_critic import Act
+from model.policy import FactoredRecurrentActorCritic
 from model.spec import PROBABILITY_FLOORS_V2, PolicySpec
 from model.step_spec import SLOT_BY_OP
 from tests.naive import FLOAT_ATOL

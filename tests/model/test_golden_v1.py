@@ -8,6 +8,7 @@ from torch import Tensor
 from model.checkpoint import load_checkpoint
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
+from model.recurrence import State
 from model.spec import PolicySpec
 from tests.golden import GOLDEN, golden_json, golden_tensors, needs_golden
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL, NaivePolicy
@@ -70,7 +71,7 @@ def assert_heads_close(actual: dict[str, Tensor], expected: dict[str, Tensor], a
         np.testing.assert_allclose(actual[head], tensor, rtol=0.0, atol=atol, err_msg=head)
 
 
-def assert_state_close(actual: tuple[Tensor, Tensor], h: Tensor, c: Tensor) -> None:
+def assert_state_close(actual: State, h: Tensor, c: Tensor) -> None:
     """`h` and `c` are recorded layer-first."""
     torch.testing.assert_close(actual[0], h.transpose(0, 1), atol=FLOAT_ATOL, rtol=0.0)
     torch.testing.assert_close(actual[1], c.transpose(0, 1), atol=FLOAT_ATOL, rtol=0.0)

@@ -13,7 +13,9 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.policy import Act, Evaluation, FactoredRecurrentActorCritic
+from model.actor_critic import Act
+from model.policy import Evaluation, FactoredRecurrentActorCritic
+from model.recurrence import State
 from model.spec import PolicySpec
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL, NaivePolicy
 from tests.random_inputs import (
@@ -88,7 +90,7 @@ def some_of(masks: dict[str, Bools]) -> dict[str, Bools]:
     return {head: mask for index, (head, mask) in enumerate(masks.items()) if index % 2}
 
 
-def as_state(state: tuple[NDArray[np.float32], NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
+def as_state(state: tuple[NDArray[np.float32], NDArray[np.float32]]) -> State:
     return torch.from_numpy(state[0]), torch.from_numpy(state[1])
 
 

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from model.policy import FactoredRecurrentActorCritic
+from model.recurrence import State
 from model.spec import PROBABILITY_FLOORS_V2, PolicySpec
 from model.step_spec import SLOT_BY_OP
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL
@@ -82,7 +83,7 @@ def test_chained_steps_are_the_naive_policys(
 ) -> None:
     policy, naive = both(shape, floors)
     h, c = random_state(shape, rng, 6)
-    state = torch.from_numpy(h), torch.from_numpy(c)
+    state: State = (torch.from_numpy(h), torch.from_numpy(c))
     expected_h, expected_c = h.astype(np.float64), c.astype(np.float64)
     for _ in range(5):
         observation = random_observations(shape, rng, 6)

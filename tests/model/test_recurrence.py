@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.recurrence import LSTM
+from model.recurrence import LSTM, State
 
 INPUT_DIM, HIDDEN_DIM, BATCH, LENGTH = 7, 5, 3, 6
 FLOAT64_ATOL = 1e-12
@@ -30,7 +30,7 @@ def random_sequence(num_layers: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     return x, (h, c)
 
 
-def run_by_steps(lstm: LSTM, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+def run_by_steps(lstm: LSTM, x: Tensor, state: State) -> tuple[Tensor, ...]:
     outputs = []
     for t in range(x.shape[1]):
         y, state = lstm.step(x[:, t], state)

@@ -15,8 +15,7 @@ from safetensors.numpy import save
 from export.exporter import export_policy
 from export.loaders.protocol import LoadedStep, RenewableStep
 from export.manifest import Manifest, step_inputs, step_outputs
-from export.step import pack
-from export.weights import pack_weights
+from export.weights import pack, pack_weights
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from service.bench.batch_sizes import ranges
