@@ -70,10 +70,11 @@ class Moment:
     def inputs(self, spec: StepSpec, state: State) -> dict[str, Tensor]:
         """What goes in from `state`, by the manifest's names."""
         states = {of.input: array for of, array in zip(spec.states, state, strict=True)}
-        named = states | {
+        named = {
             "observation": self.observation,
             "action_mask": self.action_mask,
             "noise": self.noise,
+            **states,
             "blueprint_index": self.blueprint_index,
             "slot_by_op_mask": self.slot_by_op_mask,
         }
