@@ -107,6 +107,11 @@ class Moment:
         pairs = zip(self.begin_state, state, strict=True)
         return tuple(torch.where(begins, begin, goes_on) for begin, goes_on in pairs)
 
+    def exact_where_begun(self, error: State) -> State:
+        """`error`, but for the rows that begin an episode, which are off by nothing."""
+        begins = self.begins[:, None, None]
+        return tuple(torch.where(begins, 0.0, of_state) for of_state in error)
+
 
 class Episode(NamedTuple):
     """`num_rows` environments, and the sizes of the batches they are stepped in."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from export.float_error import FloatError, MlpsError, of_gates
 from export.manifest import Precision
 from export.packed_step import PackedStep
 from export.sb3_step import SB3Step
@@ -26,12 +27,13 @@ Normalizer = ObservationNormalizer | VecNormalizer
 
 class Family(NamedTuple):
     """`policy` of a spec; `normalizer` of a spec and the statistics' state_dict, None of none;
-    `step` of both. ValueError where the statistics are not the spec's.
+    `step` and `float_error` of both. ValueError where the statistics are not the spec's.
     """
 
     policy: Callable[[Any], ActorCritic]
     normalizer: Callable[[Any, Mapping[str, Tensor]], Normalizer | None]
     step: Callable[[Any, Any, Precision], PackedStep]
+    float_error: Callable[[Any, Any], FloatError]
 
 
 def family_of(spec: StepSpec) -> Family:
@@ -55,6 +57,8 @@ def _sb3_normalizer(spec: SB3Spec, statistics: Mapping[str, Tensor]) -> VecNorma
 
 
 FAMILIES: dict[type[StepSpec], Family] = {
-    PolicySpec: Family(FactoredRecurrentActorCritic, _tamiyo_normalizer, PolicyStep),
-    SB3Spec: Family(SB3Policy, _sb3_normalizer, SB3Step),
+    PolicySpec: Family(
+        FactoredRecurrentActorCritic, _tamiyo_normalizer, PolicyStep, lambda *_: of_gates
+    ),
+    SB3Spec: Family(SB3Policy, _sb3_normalizer, SB3Step, MlpsError),
 }

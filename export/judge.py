@@ -1,5 +1,6 @@
 """The eager policy as the judge of an artifact: rebuilt from its weights, sharing nothing else."""
 
+import copy
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -7,7 +8,9 @@ import torch
 from torch import Tensor
 
 from export.episodes import Moment
-from export.floor_bounds import LogProbBounds, floor_bounds
+from export.families import family_of
+from export.float_error import Slack
+from export.log_prob_bounds import LogProbBounds, floor_bounds, logit_bounds
 from export.rounded_policy import RoundedLinear, round_products
 from export.weights import RebuiltPolicy, rebuild
 from model.actor_critic import ActorCritic, Scores
@@ -30,6 +33,7 @@ class Judge:
         self.rebuilt: RebuiltPolicy = rebuild(weights, spec, device)
         self.policy: ActorCritic = self.rebuilt.policy
         self.normalizer = self.rebuilt.normalizer
+        self.float_error = family_of(spec).float_error(*copy.deepcopy(self.rebuilt))
         if linear is not None:
             round_products(self.policy, linear)
         self.spec = spec
@@ -70,13 +74,16 @@ class Judge:
         return {name: self.policy.extra_output(name, scores.output, op) for name in names}
 
     def log_prob_bounds(
-        self, moment: Moment, scores: Scores, op: Tensor, *, atol: float, rtol: float
+        self, moment: Moment, answer: "Answer", op: Tensor, *, atol: float, rtol: float
     ) -> LogProbBounds:
-        """What each choice's log-prob may be, given `op`: one number, but for floors' jumps."""
-        choices = scores.choices
+        """What each choice's log-prob may be, given `op`: one number, but for floors' jumps, and
+        what the logits may be off."""
+        choices = answer.scores.choices
         if not self.heads.has_floors:
-            log_probs, _ = choices.given(op)
-            return LogProbBounds(log_probs, log_probs)
+            log_probs, allowed = choices.given(op)
+            if answer.slack.logits is None:
+                return LogProbBounds(log_probs, log_probs)
+            return logit_bounds(log_probs, allowed, self.heads.spread(answer.slack.logits))
         slot_by_op = moment.masks(self.heads).get(SLOT_BY_OP)
         plain = self._without_floors.choices(choices.logits, choices.allowed, slot_by_op)
         log_probs, allowed = plain.given(op)
@@ -98,10 +105,10 @@ def states_out(spec: StepSpec, state: State) -> dict[str, Tensor]:
 
 
 class Answer(NamedTuple):
-    """What a judge makes of some rows, and the state they began with."""
+    """What a judge makes of some rows, and what float32 may have moved of it."""
 
     scores: Scores
-    before: State
+    slack: Slack
 
 
 class CarriedJudge:
@@ -110,12 +117,16 @@ class CarriedJudge:
     def __init__(self, judge: Judge, num_rows: int) -> None:
         self._judge = judge
         self._state = judge.initial_state(num_rows)
+        self._error = judge.initial_state(num_rows)
 
     def answer(self, part: Moment) -> Answer:
         """What the policy makes of these rows, whose states move on."""
         rows = part.row
         state = part.restarted(tuple(array[rows] for array in self._state))
+        error = part.exact_where_begun(tuple(array[rows] for array in self._error))
         scores = self._judge.scores(part, state)
-        for array, new in zip(self._state, scores.state, strict=True):
-            array[rows] = new
-        return Answer(scores, state)
+        slack = self._judge.float_error(part.observation, state, error)
+        for carried, new in ((self._state, scores.state), (self._error, slack.states)):
+            for array, of_rows in zip(carried, new, strict=True):
+                array[rows] = of_rows
+        return Answer(scores, slack)

@@ -1,9 +1,11 @@
-"""Where probability floors jump: between what an artifact's log-probs may be.
+"""Between what an artifact's log-probs may be, where that is more than one number.
 
-A choice just below its floor is raised to it; one just above it keeps its share of what the raised
-ones leave. On which side of its floor a choice falls that is as likely as that, but for the
-tolerance, is rounding's to say, and it moves every choice that is not raised. The more choices are
-raised, the less the others keep, so the two extremes bound them all.
+Where probability floors jump: a choice just below its floor is raised to it; one just above it
+keeps its share of what the raised ones leave. On which side of its floor a choice falls that is as
+likely as that, but for the tolerance, is rounding's to say, and it moves every choice that is not
+raised. The more choices are raised, the less the others keep, so the two extremes bound them all.
+
+And where logits are as far off as `export.float_error` says.
 """
 
 from typing import NamedTuple
@@ -48,3 +50,13 @@ def _kept(log_probs: Tensor, allowed: Tensor, limit: Tensor, is_low: Tensor) -> 
     left = 1.0 - is_low.sum(-1, keepdim=True) * limit
     high = torch.where(allowed & ~is_low, log_probs.exp(), 0.0).sum(-1, keepdim=True)
     return left.log() - high.clamp(min=SMALLEST_PROBABILITY).log()
+
+
+def logit_bounds(log_probs: Tensor, allowed: Tensor, margin: Tensor) -> LogProbBounds:
+    """Bounds of the log-probs `[..., heads, width]` of logits that may be off by `margin` each.
+
+    A log-prob is off by its logit's own, and by what the sum of all is: their mean, by likelihood.
+    """
+    likely = torch.where(allowed, log_probs.exp(), 0.0)
+    of_sum = (likely * margin).sum(-1, keepdim=True)
+    return LogProbBounds(log_probs - margin - of_sum, log_probs + margin + of_sum)

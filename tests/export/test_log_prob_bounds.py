@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from export.floor_bounds import LogProbBounds, floor_bounds
+from export.log_prob_bounds import LogProbBounds, floor_bounds
 from tests.naive import masked_log_softmax
 from tests.naive_v2 import floored
 
