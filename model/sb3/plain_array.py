@@ -22,9 +22,10 @@ def plain_array(
     """
     if not isinstance(dtype, str) or not PLAIN_DTYPE.fullmatch(dtype):
         raise ValueError("an array of something else than floats or integers")
-    is_shape = all(type(length) is int and length > 0 for length in shape)
-    if not is_shape or len(shape) > MOST_AXES:
-        raise ValueError("an array whose shape is none, or is empty")
+    if not all(type(length) is int and length >= 0 for length in shape) or len(shape) > MOST_AXES:
+        raise ValueError("an array of no shape")
+    if 0 in shape:
+        raise ValueError("an array without numbers")
     stored = np.dtype(dtype)
     if math.prod(shape) * stored.itemsize != len(content):
         raise ValueError("an array whose shape does not fit its bytes")

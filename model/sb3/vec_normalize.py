@@ -108,15 +108,17 @@ def _normalizer(statistics: _Statistics, observation: tuple[ObservationPart, ...
         fitting[key] = (mean.ravel(), var.ravel())
     identity = [(np.zeros(part.size), np.ones(part.size)) for part in observation]
     pairs = [fitting.get(part.key, same) for part, same in zip(observation, identity, strict=True)]
-    mean, var = (torch.from_numpy(np.concatenate(vectors)) for vectors in zip(*pairs, strict=True))
+    means, variances = (np.concatenate(vectors) for vectors in zip(*pairs, strict=True))
     keys = tuple(key for key in parts if key is not None and key in fitting)
     normalization = Normalization(
-        epsilon=_positive("epsilon", statistics.epsilon),
+        epsilon=min(_positive("epsilon", statistics.epsilon), LARGEST_CLIP),
         clip=min(_positive("clip_obs", statistics.clip), LARGEST_CLIP),
         keys=None if len(fitting) == len(parts) else keys,
     )
     try:
-        return VecNormalizer(mean, var, normalization, observation)
+        return VecNormalizer(
+            torch.from_numpy(means), torch.from_numpy(variances), normalization, observation
+        )
     except ValueError as error:
         raise CheckpointError(f"has unusable observation statistics: {error}") from error
 
@@ -133,7 +135,10 @@ def _check_fit(
         what = f"a Dict of {known}" if known else "no Dict"
         raise CheckpointError(f"has statistics{_of(key)}, and the policy reads {what}")
     if parts[key].kind != "box":
-        raise CheckpointError(f"has statistics{_of(key) or ' of a space'} that is no Box")
+        which = short(key) if key else "an observation"
+        raise CheckpointError(
+            f"has statistics of {which} that is no Box, which VecNormalize never has"
+        )
     if mean.shape != var.shape or mean.size != parts[key].size:
         raise CheckpointError(
             f"has a mean of shape {mean.shape} and a variance of {var.shape}{_of(key)}, and the "
@@ -144,8 +149,8 @@ def _check_fit(
 def _positive(name: str, value: object) -> float:
     try:
         number = _vector(value).item()
-    except ValueError:
-        number = float("nan")
+    except ValueError as error:
+        raise CheckpointError(f"has {name} that is no number") from error
     if not number > 0:
         raise CheckpointError(f"has {name} {number}, and it is a number above 0")
     return number
