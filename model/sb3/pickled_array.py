@@ -55,4 +55,4 @@ def _bytes(value: object) -> bytes:
         match value.arguments:
             case str(text), "latin1":
                 return text.encode("latin1")
-    raise ValueError("an array of something else than bytes")
+    raise ValueError("an array of something else than floats or integers")

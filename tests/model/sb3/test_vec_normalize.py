@@ -107,7 +107,7 @@ def test_a_file_cut_short_anywhere_is_a_sentence(tmp_path: Path) -> None:
 def test_a_damaged_file_is_read_or_a_sentence(tmp_path: Path) -> None:
     content, chance = PICKLE.read_bytes(), random.Random(0)
     refused: list[str] = []
-    for _ in range(4000):
+    for _ in range(2500):
         damaged = bytearray(content)
         for _ in range(chance.choice((1, 1, 2, 8))):
             damaged[chance.randrange(len(damaged))] = chance.randrange(256)
@@ -115,7 +115,7 @@ def test_a_damaged_file_is_read_or_a_sentence(tmp_path: Path) -> None:
             load_statistics(written(tmp_path, bytes(damaged)), (), 6)
         except CheckpointError as error:
             refused.append(str(error))
-    assert 1000 < len(refused) < 4000
+    assert 600 < len(refused) < 2500
     assert all(sentence.isprintable() for sentence in refused)
 
 
@@ -131,7 +131,7 @@ def test_a_box_of_any_protocol_is_normalised_as_sb3_does(tmp_path: Path, protoco
     normalizer = loaded(written(tmp_path, vec, protocol), parts_of(space))
     observation = chance.normal(5, 9, (50, 2, 3)).astype(np.float32)
     assert_same(normalizer, vec, space, observation)
-    assert np.abs(normalizer(torch.from_numpy(flat(observation, space)))).max() == 3
+    assert normalizer(torch.from_numpy(flat(observation, space))).abs().max() == 3
 
 
 def test_what_vec_normalize_saves_is_read(tmp_path: Path) -> None:
@@ -460,7 +460,7 @@ LEAVES = (
         ),
         (
             lambda: vec_normalize(box(2)).obs_rms,
-            "is a pickle of stable_baselines3.common.runni...ean_std.RunningMeanStd, and only "
+            "is a pickle of stable_baselines3.common.running_mean_std.RunningMeanStd, and only "
             f"Stable-Baselines3's own VecNormalize is read; {NOT_RUN}",
         ),
         (lambda: vec_normalize(box(2), norm_obs=False), LEAVES),
