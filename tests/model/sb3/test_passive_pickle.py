@@ -147,7 +147,7 @@ def test_stack_and_memo_are_python_s() -> None:
 
 
 @pytest.mark.parametrize("opcode", pickletools.opcodes, ids=lambda opcode: opcode.name)
-def test_every_opcode_is_known(opcode: Any) -> None:
+def test_every_opcode_is_known(opcode: pickletools.OpcodeInfo) -> None:
     argument = b"\0" * 8 if opcode.arg is not None and opcode.arg.n != -1 else b"1\n1\n"
     content = b"(((]}]}K\x01K\x02" + opcode.code.encode("latin1") + argument
     try:
