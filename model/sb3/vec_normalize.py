@@ -1,5 +1,6 @@
 """A VecNormalize's observation statistics: out of its pickle, an .npz or JSON, running nothing."""
 
+import codecs
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,8 +39,8 @@ EPSILON = 1e-8
 CLIP = 10.0
 """VecNormalize's own, for a file that does not say."""
 
-LARGEST_CLIP = float(np.finfo(np.float32).max)
-"""Leaves every float32 as it is, as an infinite one does."""
+LARGEST = float(np.finfo(np.float32).max)
+"""A clip of it leaves every float32 as it is, as an infinite one does."""
 
 ENTRIES = ("mean", "var", "epsilon", "clip_obs")
 SAVE_ALL = "np.savez(file, mean=rms.mean, var=rms.var)"
@@ -76,7 +77,10 @@ def load_statistics(
 
 
 def _check_size(path: Path) -> None:
-    size_bytes = path.stat().st_size if path.is_file() else 0
+    try:
+        size_bytes = path.stat().st_size
+    except OSError:
+        return  # reading it says why
     if size_bytes > MOST_BYTES:
         raise CheckpointError(
             f"{path}: is {size_bytes:,} bytes, and statistics are read up to {MOST_BYTES:,}"
@@ -95,7 +99,7 @@ def _read(content: bytes, observation: tuple[ObservationPart, ...]) -> _Statisti
     for signature, sentence in SIGNATURES:
         if content.startswith(signature):
             raise CheckpointError(sentence)
-    if content.lstrip().startswith(b"{"):
+    if content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
         return _of_entries(_json(content))
     raise CheckpointError("is neither a pickle that VecNormalize.save wrote, nor an .npz, nor JSON")
 
@@ -106,13 +110,15 @@ def _normalizer(statistics: _Statistics, observation: tuple[ObservationPart, ...
     for key, mean, var in statistics.moments:
         _check_fit(key, mean, var, parts)
         fitting[key] = (mean.ravel(), var.ravel())
+    if not fitting:
+        raise CheckpointError("has statistics of nothing; --normaliser identity says so")
     identity = [(np.zeros(part.size), np.ones(part.size)) for part in observation]
     pairs = [fitting.get(part.key, same) for part, same in zip(observation, identity, strict=True)]
     means, variances = (np.concatenate(vectors) for vectors in zip(*pairs, strict=True))
     keys = tuple(key for key in parts if key is not None and key in fitting)
     normalization = Normalization(
-        epsilon=min(_positive("epsilon", statistics.epsilon), LARGEST_CLIP),
-        clip=min(_positive("clip_obs", statistics.clip), LARGEST_CLIP),
+        epsilon=_positive("epsilon", statistics.epsilon),
+        clip=_positive("clip_obs", statistics.clip),
         keys=None if len(fitting) == len(parts) else keys,
     )
     try:
@@ -153,30 +159,19 @@ def _positive(name: str, value: object) -> float:
         raise CheckpointError(f"has {name} that is no number") from error
     if not number > 0:
         raise CheckpointError(f"has {name} {number}, and it is a number above 0")
-    return number
+    return min(number, LARGEST)
 
 
 def _vector(value: object) -> Array:
-    """Of an array in a pickle or out of an .npz, of a number, or of lists of them; else ValueError.
-
-    Lists in lists are laid out one after the other.
-    """
+    """Of a number, an array, or what is one in a pickle; ValueError for anything else."""
     if isinstance(value, np.ndarray):
         return value
     if isinstance(value, StandIn):
         return pickled_array(value)
-    numbers = []
-    waiting = [value]
-    while waiting:
-        first = waiting.pop()
-        if isinstance(first, list):
-            waiting += reversed(first)
-        elif type(first) in (int, float):
-            numbers.append(first)
-        else:
-            raise ValueError("something else than numbers")
+    if type(value) not in (int, float):
+        raise ValueError("something else than numbers")
     try:
-        return np.array(numbers, np.float64)
+        return np.array(value, np.float64)
     except OverflowError:
         raise ValueError("an integer beyond float64") from None
 
@@ -214,10 +209,10 @@ def _running(
         yield None, *_mean_and_var(None, running)
         return
     if keys is None:
-        keys = [part.key or "" for part in observation]
+        keys = [part.key for part in observation if part.key is not None] or list(running)
     if not isinstance(keys, list | tuple) or not all(type(key) is str for key in keys):
         raise CheckpointError("has norm_obs_keys that are no list of text")
-    for key in keys:
+    for key in dict.fromkeys(keys):
         if key not in running:
             raise CheckpointError(f"normalises {short(key)}, and has no statistics of it")
         yield key, *_mean_and_var(key, running[key])
@@ -289,4 +284,26 @@ def _of_entries(entries: Mapping[str, object]) -> _Statistics:
 
 
 def _keyed(value: object) -> Mapping[str | None, object]:
-    return value if isinstance(value, dict) else {None: value}
+    by_key = value if isinstance(value, dict) else {None: value}
+    return {key: _laid_out(item) for key, item in by_key.items()}
+
+
+def _laid_out(value: object) -> object:
+    """A list of numbers, or of such lists, as one array; anything else as it is.
+
+    Not for a pickle's lists, which may hold themselves.
+    """
+    numbers: list[float] = []
+    waiting = [value] if isinstance(value, list) else []
+    while waiting:
+        first = waiting.pop()
+        if isinstance(first, list):
+            waiting += reversed(first)
+        elif type(first) in (int, float):
+            numbers.append(first)
+        else:
+            return value
+    try:
+        return np.array(numbers, np.float64) if isinstance(value, list) else value
+    except OverflowError:
+        return value

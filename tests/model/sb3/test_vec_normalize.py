@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from model.checkpoint_file import CheckpointError
 from model.sb3.normalizer import VecNormalizer
 from model.sb3.spec import ObservationPart
-from model.sb3.vec_normalize import LARGEST_CLIP, MOST_BYTES, MOST_JSON_BYTES, load_statistics
+from model.sb3.vec_normalize import LARGEST, MOST_BYTES, MOST_JSON_BYTES, load_statistics
 from tests.model.sb3.trained import box, flat, parts_of, vec_env, vec_normalize, with_moments
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -214,7 +214,7 @@ def test_a_mean_of_a_million_and_a_standard_deviation_of_1_cost_no_digits(tmp_pa
 def test_any_clip_is_vec_normalize_s(tmp_path: Path, clip: float) -> None:
     vec = vec_normalize(box(2), clip_obs=clip, epsilon=np.float32(0.5))
     normalizer = loaded(written(tmp_path, vec))
-    assert normalizer.normalization.clip == min(clip, LARGEST_CLIP)
+    assert normalizer.normalization.clip == min(clip, LARGEST)
     assert_same(normalizer, vec, box(2), np.array([[1e30, -4]], np.float32))
 
 
@@ -256,8 +256,9 @@ KEYED: dict[str, Any] = {
         (npz(mean=np.array([1.0, 2]), var=np.array([3, 4])), 1e-8, 10),
         (npz(mean=[1, 2], var=[3, 4], epsilon=0.5, clip_obs=np.int32(2)), 0.5, 2),
         (b'\n {"mean": [1, 2], "var": [3, 4]}', 1e-8, 10),
+        (b'\xef\xbb\xbf{"mean": [1, 2], "var": [3, 4]}', 1e-8, 10),
     ],
-    ids=["json", "json with all", "npz", "npz with all", "json after blanks"],
+    ids=["json", "json with all", "npz", "npz with all", "json after blanks", "json after a mark"],
 )
 def test_mean_and_variance_are_enough(
     tmp_path: Path, content: object, epsilon: float, clip: float
@@ -322,7 +323,9 @@ def npy() -> bytes:
         ),
         (mean_and_var(mean=["1", 2]), "has a mean that is something else than numbers"),
         (mean_and_var(var=[True, 2]), "has a var that is something else than numbers"),
-        (mean_and_var(mean=[10**400, 2]), "has a mean that is an integer beyond float64"),
+        (mean_and_var(mean=[10**400, 2]), "has a mean that is something else than numbers"),
+        (mean_and_var(mean=10**400), "has a mean that is an integer beyond float64"),
+        ({"mean": {}, "var": {}}, "has statistics of nothing; --normaliser identity says so"),
         (
             mean_and_var(mean=[1, float("nan")]),
             "has unusable observation statistics: normaliser statistics of feature 1 are "
@@ -430,6 +433,12 @@ def with_mean(mean: Any) -> Any:
     return with_moments(vec_normalize(box(2)), {None: (mean, np.ones(2))})
 
 
+def in_itself() -> list[Any]:
+    endless: list[Any] = []
+    endless.append(endless)
+    return endless
+
+
 def subclassed() -> Any:
     return Subclass(vec_normalize(box(2)).venv)
 
@@ -482,6 +491,13 @@ LEAVES = (
         (lambda: of_dict(norm_obs_keys=[("pos",)]), "has norm_obs_keys that are no list of text"),
         (lambda: changed(epsilon=None), "has epsilon that is no number"),
         (lambda: changed(clip_obs=np.ones(2)), "has clip_obs that is no number"),
+        (lambda: with_mean([1.0, 2.0]), "has a mean that is something else than numbers"),
+        (lambda: with_mean(in_itself()), "has a mean that is something else than numbers"),
+        (lambda: changed(epsilon=in_itself()), "has epsilon that is no number"),
+        (
+            lambda: of_dict(norm_obs_keys=[]),
+            "has statistics of nothing; --normaliser identity says so",
+        ),
         (lambda: of_dict(obs_rms={}), "normalises 'pos', and has no statistics of it"),
         (lambda: changed(clip_obs=float("nan")), "has clip_obs nan, and it is a number above 0"),
         (lambda: with_mean(None), "has a mean that is something else than numbers"),
@@ -509,6 +525,33 @@ def test_a_pickle_that_does_not_fit_is_a_sentence(tmp_path: Path, make: Any, sai
     vec = make()
     parts = DICT[1:] if isinstance(getattr(vec, "obs_rms", None), dict) else BOX
     assert refusal(written(tmp_path, pickle.dumps(vec, 4)), parts) == said
+
+
+def test_vec_normalize_of_another_package_is_a_sentence(tmp_path: Path) -> None:
+    content = pickle.dumps(vec_normalize(box(2)), 4)
+    path = written(
+        tmp_path, content.replace(b"baselines3.common.vec_env", b"baselines2.common.vec_env")
+    )
+    assert refusal(path) == (
+        "is a pickle of stable_baselines2.common.ve...v.vec_normalize.VecNormalize, and only "
+        f"Stable-Baselines3's own VecNormalize is read; {NOT_RUN}"
+    )
+
+
+def test_a_key_named_often_is_read_once(tmp_path: Path) -> None:
+    large = np.zeros(2**20, np.uint8)
+    vec = of_dict(norm_obs_keys=["pos"] * 300_000)
+    path = written(tmp_path, with_moments(vec, {"pos": (large, large)}))
+    parts = (ObservationPart(key="pos", size=2**20), *DICT[2:])
+    assert loaded(path, parts).normalization.keys == ("pos",)
+
+
+def test_a_policy_of_a_box_does_not_take_a_dict_s(tmp_path: Path) -> None:
+    vec = of_dict()
+    for _ in range(2):
+        said = refusal(written(tmp_path, vec))
+        assert said == "has statistics of 'pos', and the policy reads no Dict"
+        vec.norm_obs_keys = None
 
 
 def test_a_file_too_large_is_a_sentence_and_not_read(tmp_path: Path) -> None:
