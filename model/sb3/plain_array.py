@@ -33,4 +33,5 @@ def plain_array(
         raise ValueError(f"an array of more than {MOST_NUMBERS:,} numbers")
     order: Any = "F" if is_fortran else "C"
     array = np.frombuffer(content, stored).reshape(tuple(shape), order=order)
-    return np.ascontiguousarray(array, np.float64).reshape(tuple(shape))
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        return np.ascontiguousarray(array, np.float64).reshape(tuple(shape))

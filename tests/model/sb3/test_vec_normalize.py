@@ -509,6 +509,11 @@ LEAVES = (
             lambda: with_mean(np.array([True, False])),
             "has a mean that is an array of something else than floats or integers",
         ),
+        (
+            lambda: with_mean(np.frombuffer(b"\1\0\x80\x7f" * 2, "<f4")),  # signalling NaNs
+            "has unusable observation statistics: normaliser statistics of feature 0 are "
+            "mean nan, variance 1.0, epsilon 1e-08",
+        ),
         (lambda: with_mean(np.zeros((0, 2))), "has a mean that is an array without numbers"),
         (
             lambda: with_mean(np.zeros((2, 1))),
