@@ -9,9 +9,10 @@ from model.sb3.spec import Normalization, ObservationPart
 class VecNormalizer(nn.Module):
     """`clip((x - mean) / sqrt(var + epsilon), -clip, clip)` of some parts, the rest left alone.
 
-    `mean` and `var` are float64 `[observation_dim]`, finite, `var` not negative; raises ValueError
-    otherwise, naming the first bad feature. The trainer computes in float64: the mean is kept as
-    the sum of two float32, so that a mean far from 0 costs no digits of what is left of it.
+    `mean` and `var` are float64 `[observation_dim]`, finite, `var` not negative nor, with epsilon,
+    below float32's; raises ValueError otherwise, naming the first bad feature. The trainer computes
+    in float64: the mean is kept as the sum of two float32, so that a mean far from 0 costs no
+    digits of what is left of it.
     """
 
     mean: Tensor
@@ -35,11 +36,12 @@ class VecNormalizer(nn.Module):
         wide, var = mean.detach().double(), var.detach().double()
         mean = wide.float()
         bad = ~(mean.isfinite() & var.float().isfinite() & (var >= 0))
+        bad |= var + normalization.epsilon < torch.finfo(torch.float32).tiny
         if bad.any():
             index = int(bad.int().argmax())
             raise ValueError(
                 f"normaliser statistics of feature {index} are mean {float(wide[index])}, "
-                f"variance {float(var[index])}"
+                f"variance {float(var[index])}, epsilon {normalization.epsilon}"
             )
         self.normalization = normalization
         self.register_buffer("mean", mean)
