@@ -33,7 +33,7 @@ class Family(NamedTuple):
     policy: Callable[[Any], ActorCritic]
     normalizer: Callable[[Any, Mapping[str, Tensor]], Normalizer | None]
     step: Callable[[Any, Any, Precision], PackedStep]
-    float_error: Callable[[Any, Any], FloatError]
+    float_error: Callable[[Any, Any, Precision], FloatError]
 
 
 def family_of(spec: StepSpec) -> Family:

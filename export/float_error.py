@@ -8,11 +8,13 @@ network beside its numbers: errors of many operations are independent, so that t
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from export.manifest import Precision
 from model.recurrence import LayerParameters, State
 from model.sb3.normalizer import VecNormalizer
 from model.sb3.policy import SB3Policy
@@ -21,6 +23,8 @@ GATE_ERROR = 2.5e-7
 """Absolute, of a sigmoid near 0: onnxruntime's is up to 1.4e-7 off where torch's is 6e-10."""
 UNIT = 2.0**-24
 """What one operation rounds, relative to its result."""
+PRODUCT_UNIT: dict[Precision, float] = {"fp32": UNIT, "bf16": 2.0**-9}
+"""The same of a product, whose terms are summed in float32."""
 MARGIN = 6.0
 """Standard errors that two right steps may be apart."""
 LARGEST_SLACK = 1e-3
@@ -38,7 +42,7 @@ class Slack(NamedTuple):
     value: Tensor | None = None
 
     def is_large(self) -> Tensor:
-        """Of which rows no more can be said than that, bool `[B]`; none, where there is nothing."""
+        """Which rows may be further off than that, bool `[B]`; none, where there is nothing."""
         if self.logits is None or self.value is None:
             return torch.zeros(())
         parts = [self.logits, self.value[:, None], *(of.flatten(1) for of in self.states)]
@@ -62,16 +66,19 @@ def of_gates(observation: Tensor, state: State, error: State) -> Slack:
 class MlpsError:
     """Of MLPs, and LSTMs before them, without a norm anywhere."""
 
-    def __init__(self, policy: SB3Policy, normalizer: VecNormalizer | None) -> None:
+    def __init__(
+        self, policy: SB3Policy, normalizer: VecNormalizer | None, precision: Precision
+    ) -> None:
         self._normalizer = normalizer
+        self._unit = PRODUCT_UNIT[precision]
         self._recurrences = [
             [_wide_layer(layer) for layer in layers] for layers in policy.recurrences()
         ]
         actor, critic = (policy.mlp_extractor[name] for name in ("policy_net", "value_net"))
-        self._critic = _layers([] if policy.critic is None else [policy.critic])
         self._is_apart = policy.critic is not None
-        self._actor = _layers([*actor.children(), policy.action_net])
-        self._value = _layers([*critic.children(), policy.value_net])
+        before = [] if policy.critic is None else [policy.critic]
+        self._actor = _layers([*actor.children(), policy.action_net], self._unit)
+        self._value = _layers([*before, *critic.children(), policy.value_net], self._unit)
 
     def __call__(self, observation: Tensor, state: State, error: State) -> Slack:
         x = observation if self._normalizer is None else self._normalizer(observation)
@@ -82,13 +89,13 @@ class MlpsError:
         states: State = ()
         for at, layers in enumerate(self._recurrences):
             own = slice(2 * at, 2 * at + 2)
-            y, h, c = _lstm(layers, numbers, state[own], error[own])
+            y, h, c = _lstm(layers, numbers, state[own], error[own], self._unit)
             states = (*states, h, c)
             read.append(y)
         actor = read[1] if len(read) > 1 else numbers
         critic = numbers if self._is_apart else read[-1]
         logits = _run(self._actor, actor).error
-        value = _run([*self._critic, *self._value], critic).error
+        value = _run(self._value, critic).error
         return Slack(
             tuple(MARGIN * of_state.float() for of_state in states),
             MARGIN * logits.float(),
@@ -106,14 +113,14 @@ class _Numbers(NamedTuple):
 _Operation = Callable[[_Numbers], _Numbers]
 
 
-def _layers(modules: Iterable[nn.Module]) -> list[_Operation]:
+def _layers(modules: Iterable[nn.Module], unit: float) -> list[_Operation]:
     operations: list[_Operation] = []
     for module in modules:
         if isinstance(module, nn.Linear):
             weight, bias = module.weight.detach().double(), module.bias.detach().double()
-            operations.append(lambda x, w=weight, b=bias: _product(x, w, b))  # type: ignore[misc]
+            operations.append(partial(_product, weight=weight, bias=bias, unit=unit))
         else:
-            operations.append(lambda x, act=module: _activated(x, act))  # type: ignore[misc]
+            operations.append(partial(_activated, activation=module))
     return operations
 
 
@@ -123,13 +130,13 @@ def _run(operations: Iterable[_Operation], x: _Numbers) -> _Numbers:
     return x
 
 
-def _product(x: _Numbers, weight: Tensor, bias: Tensor) -> _Numbers:
+def _product(x: _Numbers, weight: Tensor, bias: Tensor, unit: float) -> _Numbers:
     """What is summed rounds with each of the partial sums, of which there are as many as terms."""
     squares = weight.square()
     rounding = UNIT**2 * weight.shape[1]
     variance = (x.error.square() + rounding * x.value.square()) @ squares.t()
     value = nn.functional.linear(x.value, weight, bias)
-    variance = variance + UNIT**2 * (value.square() + bias.square())
+    variance = variance + unit**2 * value.square() + UNIT**2 * bias.square()
     return _Numbers(value, variance.sqrt())
 
 
@@ -140,14 +147,14 @@ def _activated(x: _Numbers, activation: Callable[[Tensor], Tensor]) -> _Numbers:
 
 
 def _lstm(
-    layers: list[LayerParameters], x: _Numbers, state: State, error: State
+    layers: list[LayerParameters], x: _Numbers, state: State, error: State, unit: float
 ) -> tuple[_Numbers, Tensor, Tensor]:
     """What the last layer gives, and the errors of h and c."""
     hs, cs = [], []
     for layer, (w_ih, w_hh, b_ih, b_hh) in enumerate(layers):
         h = _Numbers(state[0][:, layer], error[0][:, layer])
         c = _Numbers(state[1][:, layer], error[1][:, layer])
-        of_input, of_hidden = _product(x, w_ih, b_ih), _product(h, w_hh, b_hh)
+        of_input, of_hidden = _product(x, w_ih, b_ih, unit), _product(h, w_hh, b_hh, unit)
         gates = _sum(of_input, of_hidden)
         i, f, g, o = (
             _activated(_Numbers(value, error), torch.tanh if at == 2 else torch.sigmoid)

@@ -11,6 +11,7 @@ from export.episodes import Moment
 from export.families import family_of
 from export.float_error import Slack
 from export.log_prob_bounds import LogProbBounds, floor_bounds, logit_bounds
+from export.manifest import Precision
 from export.rounded_policy import RoundedLinear, round_products
 from export.weights import RebuiltPolicy, rebuild
 from model.actor_critic import ActorCritic, Scores
@@ -33,7 +34,8 @@ class Judge:
         self.rebuilt: RebuiltPolicy = rebuild(weights, spec, device)
         self.policy: ActorCritic = self.rebuilt.policy
         self.normalizer = self.rebuilt.normalizer
-        self.float_error = family_of(spec).float_error(*copy.deepcopy(self.rebuilt))
+        precision: Precision = "fp32" if linear is None else "bf16"
+        self.float_error = family_of(spec).float_error(*copy.deepcopy(self.rebuilt), precision)
         if linear is not None:
             round_products(self.policy, linear)
         self.spec = spec
