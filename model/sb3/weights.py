@@ -25,10 +25,17 @@ def load_weights(content: bytes) -> dict[str, Tensor]:
         raise CheckpointError(f"{NAME}: holds a {type(held).__name__}, not weights by name")
     for name, value in held.items():
         _check_plain(name, value)
-    # Tensors can be views of a few numbers as if they were many, which memory would then be of.
-    if sum(tensor.numel() * tensor.element_size() for tensor in held.values()) > len(content):
+    # Names may share a tensor, as those of an extractor do; and a tensor may be a view of a few
+    # numbers as if they were many, which memory would then be of.
+    views = {_view(tensor): tensor for tensor in held.values()}
+    if sum(view.numel() * view.element_size() for view in views.values()) > len(content):
         raise CheckpointError(f"{NAME}: its tensors have more numbers than the file")
-    return {str(name): _float32(str(name), tensor) for name, tensor in held.items()}
+    float32 = {view: tensor.detach().float().contiguous() for view, tensor in views.items()}
+    weights = {name: float32[_view(tensor)] for name, tensor in held.items()}
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise CheckpointError(f"{NAME}: {short(name)} is not finite")
+    return weights
 
 
 def _check_unpacked_size(content: bytes) -> None:
@@ -55,8 +62,6 @@ def _check_plain(name: object, value: object) -> None:
         raise CheckpointError(f"{NAME}: {short(name)} is of {value.dtype}, and weights are floats")
 
 
-def _float32(name: str, tensor: Tensor) -> Tensor:
-    weight = tensor.detach().float().contiguous()
-    if not weight.isfinite().all():
-        raise CheckpointError(f"{NAME}: {short(name)} is not finite")
-    return weight
+def _view(tensor: Tensor) -> tuple[object, ...]:
+    """What another tensor has too if it is the same one."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
