@@ -21,6 +21,8 @@ LARGEST_RATIO = 20
 """Of weights unpacked to the whole file: trained numbers hardly compress."""
 CHUNK_BYTES = 2**20
 
+DAMAGED = "is a damaged or truncated zip"
+
 FIRST_MEMBER = re.compile(re.escape(ZIP) + rb".{22}\x04\x00..data", re.DOTALL)
 """How the file begins: with `data`, stored or deflated."""
 OUTSIDE = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)")
@@ -63,10 +65,13 @@ def read_members(content: bytes) -> SB3Members:
     except CheckpointError:
         raise
     except Exception as error:  # whatever the parser trips over in a damaged file
-        raise CheckpointError("is a damaged or truncated zip") from error
+        raise CheckpointError(DAMAGED) from error
 
 
 def _read(archive: zipfile.ZipFile, size_bytes: int) -> SB3Members:
+    if min((info.header_offset for info in archive.infolist()), default=0):
+        # Cut behind the weights, it ends as they do: as another zip, with this one before it.
+        raise CheckpointError(DAMAGED)
     _check_names(archive.namelist())
     members = {info.filename: info for info in archive.infolist()}
     if not {DATA, WEIGHTS} & members.keys() and _is_of_policy_save(archive):
