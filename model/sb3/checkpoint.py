@@ -82,10 +82,16 @@ def _read(
     weights = load_weights(members.weights)
     network = read_network({name: tuple(tensor.shape) for name, tensor in weights.items()})
     check_network(description, network)
-    if _has_one_row_a_choice(description, network):
+    is_bernoulli = _is_bernoulli(description, network.rows)
+    # Before there are heads, which are as many as is said.
+    num_rows = description.num_choices // (2 if is_bernoulli else 1)
+    if num_rows != network.rows:
+        raise CheckpointError(
+            f"its action space takes {num_rows} rows of action_net, which has {network.rows}"
+        )
+    if is_bernoulli:
         for name in ("action_net.weight", "action_net.bias"):
             weights[name] = _two_rows(weights[name])
-        network = network._replace(rows=2 * network.rows)
     provenance = description.provenance | dict.fromkeys(
         ("hidden_dim", "num_layers", "critic") if network.recurrence else (), SHAPES
     )
@@ -103,11 +109,6 @@ def _spec(description: Description, network: Network) -> SB3Spec:
             f"its observation space has {size} numbers, and its policy.pth reads "
             f"{network.observation_dim}"
         )
-    if description.num_choices != network.rows:  # before there are as many heads as is said
-        raise CheckpointError(
-            f"its action space has {description.num_choices} choices, and its action_net "
-            f"{network.rows} rows"
-        )
     return SB3Spec(
         family="mlps",
         name=description.name,
@@ -121,11 +122,12 @@ def _spec(description: Description, network: Network) -> SB3Spec:
     )
 
 
-def _has_one_row_a_choice(description: Description, network: Network) -> bool:
-    """Of a MultiBinary, as every trainer but MaskablePPO has it: the logit that it is 1."""
-    is_bernoulli = description.policy_module != MASKABLE
-    space = description.action_space
-    return is_bernoulli and isinstance(space, MultiBinary) and space.shape == (network.rows,)
+def _is_bernoulli(description: Description, rows: int) -> bool:
+    """Whether a choice of two has one logit, that of 1: as every trainer but MaskablePPO has it."""
+    space, module = description.action_space, description.policy_module
+    if not isinstance(space, MultiBinary) or module == MASKABLE:
+        return False
+    return module is not None or space.shape == (rows,)
 
 
 def _two_rows(tensor: Tensor) -> Tensor:
