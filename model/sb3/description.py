@@ -93,7 +93,7 @@ def read_description(
     observation_space: str | None,
     any_policy_class: bool,
 ) -> Description:
-    """What a model's attributes say, and its user of the spaces.
+    """What a model's attributes say, with the spaces that its user says.
 
     Raises CheckpointError for policies of other trainers, for a class of the user's own unless
     `any_policy_class`, for what the step would do beyond what is read, and for facts that are

@@ -86,7 +86,7 @@ def _part(key: str | None, space: Space) -> ObservationPart:
         case Box(shape, dtype):
             if dtype == "uint8" and len(shape) == 3:
                 raise CheckpointError(
-                    f"{where} is of images, which a CNN reads or a 255th part is taken of, and "
+                    f"{where} is of images, which the trainer scales or reads by a CNN, and "
                     "vectors are read"
                 )
             return ObservationPart(key=key, kind="box", size=math.prod(shape))

@@ -244,10 +244,9 @@ def test_mlps_are_read_as_their_trainer_builds_them(
 def test_lstms_are_read_as_their_trainer_builds_them(
     tmp_path: Path, kwargs: dict[str, Any], critic: Any, num_layers: int
 ) -> None:
-    kwargs = {"lstm_hidden_size": 5, "net_arch": [4], "activation_fn": nn.ELU} | kwargs
-    action = spaces().Discrete(5, start=2)
-    args = (tmp_path, "RecurrentPPO", "MlpLstmPolicy", toy_box(), action)
-    made, content = trained(*args, **kwargs)
+    sizes: dict[str, Any] = {"lstm_hidden_size": 5, "net_arch": [4], "activation_fn": nn.ELU}
+    args = (tmp_path, "RecurrentPPO", "MlpLstmPolicy", toy_box(), spaces().Discrete(5, start=2))
+    made, content = trained(*args, **sizes | kwargs)
     checkpoint = loaded(content)
     assert checkpoint.spec == expected(
         heads=ONE_HEAD,
@@ -305,13 +304,13 @@ def test_a_multi_binary_s_heads_have_the_trainer_s_log_probs(tmp_path: Path) -> 
     observation = torch.rand(8, 6) * 2 - 1
     chosen = torch.randint(0, 2, (8, 3))
     logits = observation @ weights["action_net.weight"].T + weights["action_net.bias"]
-    log_probs = logits.unflatten(1, (3, 2)).log_softmax(2)
+    log_probs = logits.reshape(8, 3, 2).log_softmax(2)
     ours = log_probs.gather(2, chosen[..., None]).sum((1, 2))
     with torch.no_grad():
         _, theirs, _ = made.policy.evaluate_actions(observation, chosen.float())
         greedy = made.policy._predict(observation, deterministic=True)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
-    assert torch.equal(logits.unflatten(1, (3, 2)).argmax(2), greedy.long())
+    assert torch.equal(logits.reshape(8, 3, 2).argmax(2), greedy.long())
     assert 0 < greedy.mean() < 1
 
 
@@ -322,13 +321,13 @@ def test_a_maskable_multi_binary_s_weights_stay_as_they_are(tmp_path: Path) -> N
     assert_same(loaded(content).state_dict, made.policy.state_dict())
 
 
-IMAGES = "is of images, which a CNN reads or a 255th part is taken of, and vectors are read"
+IMAGES = "is of images, which the trainer scales or reads by a CNN, and vectors are read"
 
 
 def test_images_are_refused_alone_and_within(tmp_path: Path) -> None:
     image = spaces().Box(0, 255, (3, 36, 36), np.uint8)
     args = (tmp_path, "PPO", "MlpPolicy", image, spaces().Discrete(5))
-    assert refusal(trained(*args)[1]).endswith(IMAGES)
+    assert refusal(trained(*args)[1]) == f"its observation space {IMAGES}"
     within = spaces().Dict({"eye": image, "vec": toy_box()})
     args = (tmp_path, "PPO", "MultiInputPolicy", within, spaces().Discrete(5))
     assert refusal(trained(*args)[1]).startswith(

@@ -34,7 +34,7 @@ TORCH = "torch.nn.modules.activation"
 
 def mlps(network: Network = MLPS, **changes: object) -> bytes:
     said = {"policy_class": policy_class(ACTOR_CRITIC), "policy_kwargs": WITHOUT_LSTM} | changes
-    return model(weights=state_dict(network), **said)
+    return model(data(**said), state_dict(network))
 
 
 def kwargs(**changes: object) -> dict[str, object]:
@@ -308,7 +308,7 @@ def test_other_algorithms_are_refused_by_name(module: str) -> None:
         "perhaps normalised",
     ],
 )  # fmt: skip
-def test_what_would_be_another_step_is_refused(changes: dict[str, object], said: str) -> None:
+def test_what_would_be_another_step_is_refused(changes: dict[str, Any], said: str) -> None:
     assert refusal(model(**changes)) == said
 
 
@@ -336,7 +336,7 @@ def test_an_lstm_is_missed_where_it_should_be() -> None:
     ],
     ids=["dropout", "initialised", "unshared", "as before 1.8", "NumPy's", "flattened", "no gSDE"],
 )
-def test_what_changes_no_step_changes_nothing(changes: dict[str, object]) -> None:
+def test_what_changes_no_step_changes_nothing(changes: dict[str, Any]) -> None:
     assert loaded(model(**changes)).spec == loaded(model()).spec
 
 

@@ -1,6 +1,7 @@
 """Spaces as they are printed, mirrored and typed."""
 
 import contextlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -198,7 +199,7 @@ def test_any_text_is_a_space_or_refused(text: str) -> None:
 def test_gymnasium_prints_what_is_read() -> None:
     spaces = pytest.importorskip("gymnasium.spaces")
     low = np.arange(6, dtype=np.float32).reshape(2, 3)
-    printed = [
+    printed: list[tuple[Any, Space]] = [
         (spaces.Discrete(3, start=2), Discrete(3, 2)),
         (spaces.MultiDiscrete(np.arange(1, 200)), MultiDiscrete(tuple(range(1, 200)), (0,) * 199)),
         (spaces.MultiDiscrete([3, 4], start=[1, 2]), MultiDiscrete((3, 4), (1, 2))),

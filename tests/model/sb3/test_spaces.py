@@ -68,13 +68,13 @@ def test_an_observation_is_flattened(space: Space, part: ObservationPart) -> Non
     [
         (
             Box((3, 8, 8), "uint8"),
-            "its observation space is of images, which a CNN reads or a 255th part is taken of, "
-            "and vectors are read",
+            "its observation space is of images, which the trainer scales or reads by a CNN, and "
+            "vectors are read",
         ),
         (
             Dict((("eye", Box((8, 8, 1), "uint8")), ("vec", VECTOR))),
-            "its observation space's 'eye' is of images, which a CNN reads or a 255th part is "
-            "taken of, and vectors are read",
+            "its observation space's 'eye' is of images, which the trainer scales or reads by a "
+            "CNN, and vectors are read",
         ),
         (
             Discrete(3, 1),
