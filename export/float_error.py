@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from export.manifest import Precision
-from model.recurrence import LayerParameters, State
+from model.recurrence import State
 from model.sb3.normalizer import VecNormalizer
 from model.sb3.policy import SB3Policy
 
@@ -70,15 +70,18 @@ class MlpsError:
         self, policy: SB3Policy, normalizer: VecNormalizer | None, precision: Precision
     ) -> None:
         self._normalizer = normalizer
-        self._unit = PRODUCT_UNIT[precision]
         self._recurrences = [
-            [_wide_layer(layer) for layer in layers] for layers in policy.recurrences()
+            [
+                _Product(torch.cat([w_ih, w_hh], dim=1), b_ih + b_hh, precision)
+                for w_ih, w_hh, b_ih, b_hh in layers
+            ]
+            for layers in policy.recurrences()
         ]
         actor, critic = (policy.mlp_extractor[name] for name in ("policy_net", "value_net"))
         self._is_apart = policy.critic is not None
         before = [] if policy.critic is None else [policy.critic]
-        self._actor = _layers([*actor.children(), policy.action_net], self._unit)
-        self._value = _layers([*before, *critic.children(), policy.value_net], self._unit)
+        self._actor = _layers([*actor.children(), policy.action_net], precision)
+        self._value = _layers([*before, *critic.children(), policy.value_net], precision)
 
     def __call__(self, observation: Tensor, state: State, error: State) -> Slack:
         x = observation if self._normalizer is None else self._normalizer(observation)
@@ -87,9 +90,9 @@ class MlpsError:
         numbers = _Numbers(x, torch.zeros_like(x) if self._normalizer is None else 4 * UNIT * x)
         read = [numbers]
         states: State = ()
-        for at, layers in enumerate(self._recurrences):
+        for at, cells in enumerate(self._recurrences):
             own = slice(2 * at, 2 * at + 2)
-            y, h, c = _lstm(layers, numbers, state[own], error[own], self._unit)
+            y, h, c = _lstm(cells, numbers, state[own], error[own])
             states = (*states, h, c)
             read.append(y)
         actor = read[1] if len(read) > 1 else numbers
@@ -113,31 +116,42 @@ class _Numbers(NamedTuple):
 _Operation = Callable[[_Numbers], _Numbers]
 
 
-def _layers(modules: Iterable[nn.Module], unit: float) -> list[_Operation]:
-    operations: list[_Operation] = []
-    for module in modules:
-        if isinstance(module, nn.Linear):
-            weight, bias = module.weight.detach().double(), module.bias.detach().double()
-            operations.append(partial(_product, weight=weight, bias=bias, unit=unit))
-        else:
-            operations.append(partial(_activated, activation=module))
-    return operations
+class _Product:
+    """A product in one precision: what goes into it, and what comes out, is rounded to that."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, precision: Precision) -> None:
+        self._is_rounded = precision == "bf16"
+        self._unit = PRODUCT_UNIT[precision]
+        self._weight = self._rounded(weight.detach().double())
+        self._bias = self._rounded(bias.detach().double())
+        self._squares = self._weight.square()
+
+    def __call__(self, x: _Numbers) -> _Numbers:
+        """What is summed rounds with each of the partial sums, as many as there are terms."""
+        value = self._rounded(x.value)
+        rounding = UNIT**2 * self._weight.shape[1]
+        variance = (x.error.square() + rounding * value.square()) @ self._squares.t()
+        value = nn.functional.linear(value, self._weight, self._bias)
+        variance = variance + self._unit**2 * value.square()
+        return _Numbers(self._rounded(value), variance.sqrt())
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        return x.to(torch.bfloat16).double() if self._is_rounded else x
+
+
+def _layers(modules: Iterable[nn.Module], precision: Precision) -> list[_Operation]:
+    return [
+        _Product(module.weight, module.bias, precision)
+        if isinstance(module, nn.Linear)
+        else partial(_activated, activation=module)
+        for module in modules
+    ]
 
 
 def _run(operations: Iterable[_Operation], x: _Numbers) -> _Numbers:
     for operation in operations:
         x = operation(x)
     return x
-
-
-def _product(x: _Numbers, weight: Tensor, bias: Tensor, unit: float) -> _Numbers:
-    """What is summed rounds with each of the partial sums, of which there are as many as terms."""
-    squares = weight.square()
-    rounding = UNIT**2 * weight.shape[1]
-    variance = (x.error.square() + rounding * x.value.square()) @ squares.t()
-    value = nn.functional.linear(x.value, weight, bias)
-    variance = variance + unit**2 * value.square() + UNIT**2 * bias.square()
-    return _Numbers(value, variance.sqrt())
 
 
 def _activated(x: _Numbers, activation: Callable[[Tensor], Tensor]) -> _Numbers:
@@ -147,15 +161,13 @@ def _activated(x: _Numbers, activation: Callable[[Tensor], Tensor]) -> _Numbers:
 
 
 def _lstm(
-    layers: list[LayerParameters], x: _Numbers, state: State, error: State, unit: float
+    cells: Iterable[_Operation], x: _Numbers, state: State, error: State
 ) -> tuple[_Numbers, Tensor, Tensor]:
     """What the last layer gives, and the errors of h and c."""
     hs, cs = [], []
-    for layer, (w_ih, w_hh, b_ih, b_hh) in enumerate(layers):
-        h = _Numbers(state[0][:, layer], error[0][:, layer])
-        c = _Numbers(state[1][:, layer], error[1][:, layer])
-        of_input, of_hidden = _product(x, w_ih, b_ih, unit), _product(h, w_hh, b_hh, unit)
-        gates = _sum(of_input, of_hidden)
+    for layer, cell in enumerate(cells):
+        h, c = (_Numbers(state[at][:, layer], error[at][:, layer]) for at in range(2))
+        gates = cell(_Numbers(torch.cat([x.value, h.value], -1), torch.cat([x.error, h.error], -1)))
         i, f, g, o = (
             _activated(_Numbers(value, error), torch.tanh if at == 2 else torch.sigmoid)
             for at, (value, error) in enumerate(
@@ -181,11 +193,6 @@ def _times(a: _Numbers, b: _Numbers) -> _Numbers:
 
 def _wide(arrays: State) -> State:
     return tuple(array.double() for array in arrays)
-
-
-def _wide_layer(layer: LayerParameters) -> LayerParameters:
-    w_ih, w_hh, b_ih, b_hh = (array.detach().double() for array in layer)
-    return w_ih, w_hh, b_ih, b_hh
 
 
 def _root(*errors: Tensor) -> Tensor:
