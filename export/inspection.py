@@ -23,6 +23,8 @@ def show_artifact(directory: Path, *, as_json: bool) -> None:
     heads = ", ".join(f"{head.name} {head.size}" for head in spec.heads)
     say(f"{manifest.name}: {manifest.policy_version}")
     say(f"  from {origin(manifest.source)}")
+    for fact, where in manifest.source.provenance.items():
+        say(f"    {fact}: {where}")
     say(f"  {spec.name}: {spec.observation_dim} features, {_memory(spec)}")
     say(f"  heads: {heads}")
     floors = (f"{h.name} {h.probability_floor:g}" for h in spec.heads if h.probability_floor > 0)

@@ -177,12 +177,14 @@ class Parity(Description):
 
 class Source(Description):
     """Where the weights came from: a checkpoint file by hash, a preset by seed, or a module that
-    its owner exported from Python."""
+    its owner exported from Python. `provenance` says of each fact about a policy where in the file,
+    or on the command line, it was read, where a file does not say all of them in one place."""
 
     kind: Literal["checkpoint", "preset", "module"]
     name: str
     sha256: Sha256 | None = None
     seed: int | None = None
+    provenance: dict[str, str] = {}
 
 
 class Manifest(Record):

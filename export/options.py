@@ -20,6 +20,7 @@ MOST_SEQUENCES = 2**31 - 1
 
 EXAMPLES = """examples:
   python -m export --checkpoint best.pt --output artifacts/best
+  python -m export --checkpoint model.zip --output artifacts/model
   python -m export --preset tamiyo-v1 --seed 0 --output artifacts/fresh --overwrite
   python -m export --checkpoint best.pt --output artifacts/best --formats onnx --sign key.pem
   python -m export verify artifacts/best --trusted key.pub
@@ -154,7 +155,8 @@ def _add_source(parser: Parser) -> None:
         "--checkpoint",
         type=Path,
         metavar="FILE",
-        help="a trainer's checkpoint or state_dict (.pt, .safetensors); code in it is refused",
+        help="a trainer's checkpoint or state_dict (.pt, .safetensors), or a model.zip of "
+        "Stable-Baselines3; code in it is refused, or not run",
     )
     origin.add_argument("--preset", help=f"a freshly initialised policy: {', '.join(PRESETS)}")
     parser.add_argument(
@@ -164,7 +166,24 @@ def _add_source(parser: Parser) -> None:
         "--normaliser",
         metavar=f"FILE|{IDENTITY}",
         help="the observation statistics of a checkpoint that has none: a .json or .safetensors "
-        f"with mean and var, or another checkpoint; {IDENTITY} says that there are none to apply",
+        "with mean and var, or another checkpoint; of a model.zip, VecNormalize's .pkl, or a .npz "
+        f"or .json; {IDENTITY} says that there are none to apply",
+    )
+    parser.add_argument(
+        "--action-space",
+        metavar="SPACE",
+        help='of a model.zip that does not say it: "MultiDiscrete([3 4 2])", "Discrete(5)"',
+    )
+    parser.add_argument(
+        "--observation-space",
+        metavar="SPACE",
+        help='the same of what it observes: "Box(-1.0, 1.0, (6,), float32)"',
+    )
+    parser.add_argument(
+        "--any-policy-class",
+        action="store_true",
+        help="take a model.zip whose policy is a class of your own for one of Stable-Baselines3's, "
+        "if its weights fit; what else that class does is not exported",
     )
     parser.add_argument(
         "--probability-floors",

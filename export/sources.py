@@ -8,25 +8,31 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 from rich.console import Console
-from torch import Tensor
 
+from export.families import Normalizer
 from export.manifest import Source
 from export.options import IDENTITY, PRESETS
+from model.actor_critic import ActorCritic
 from model.checkpoint import CheckpointError, load_checkpoint, load_normalizer
 from model.checkpoint_file import read_content
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
+from model.sb3.checkpoint import is_sb3_zip, load_sb3
+from model.sb3.policy import SB3Policy
 from model.spec import PolicySpec
 
 
 def load_source(
     options: argparse.Namespace,
-) -> tuple[FactoredRecurrentActorCritic, ObservationNormalizer | None, Source]:
+) -> tuple[ActorCritic, Normalizer | None, Source]:
     """The policy, the statistics it was trained on, and what they came from.
 
     Raises CheckpointError where there is no such preset, or the file is no policy or not as asked.
     """
     if options.preset is not None:
+        for option, given in _of_sb3(options).items():
+            if given:
+                raise CheckpointError(f"{option} is for a model.zip, not for a preset")
         if options.preset not in PRESETS:
             raise CheckpointError(
                 f"unknown preset {options.preset!r}; the presets are {', '.join(PRESETS)}"
@@ -34,24 +40,63 @@ def load_source(
         spec = _with_options(PRESETS[options.preset](), options)
         with torch.random.fork_rng():
             torch.manual_seed(options.seed)
-            policy = FactoredRecurrentActorCritic(spec)
-        normalizer = _chosen_normalizer(options, spec, None)
+            policy: ActorCritic = FactoredRecurrentActorCritic(spec)
+        normalizer: Normalizer | None = _chosen_normalizer(options, spec, None)
         return policy, normalizer, Source(kind="preset", name=options.preset, seed=options.seed)
 
-    (spec, state_dict, normalizer), sha256 = _read_once(options.checkpoint)
-    normalizer = _chosen_normalizer(options, spec, normalizer)
-    policy = FactoredRecurrentActorCritic(_with_options(spec, options))
-    policy.load_state_dict(state_dict, strict=True)
-    source = Source(kind="checkpoint", name=readable(options.checkpoint.stem), sha256=sha256)
+    content = read_content(options.checkpoint)  # once: a trainer may be writing the next one
+    read = _sb3_policy if is_sb3_zip(content) else _tamiyo
+    policy, normalizer, provenance = read(options, content)
+    source = Source(
+        kind="checkpoint",
+        name=readable(options.checkpoint.stem),
+        sha256=hashlib.sha256(content).hexdigest(),
+        provenance=provenance,
+    )
     return policy, normalizer, source
 
 
-def _read_once(
-    path: Path,
-) -> tuple[tuple[PolicySpec, dict[str, Tensor], ObservationNormalizer | None], str]:
-    """What a checkpoint holds, and the SHA-256 of that: a trainer may be writing the next one."""
-    content = read_content(path)
-    return load_checkpoint(path, content), hashlib.sha256(content).hexdigest()
+def _tamiyo(
+    options: argparse.Namespace, content: bytes
+) -> tuple[ActorCritic, Normalizer | None, dict[str, str]]:
+    spec, state_dict, normalizer = load_checkpoint(options.checkpoint, content)
+    for option, given in _of_sb3(options).items():
+        if given:
+            raise CheckpointError(
+                f"{option} is for Stable-Baselines3's model.zip, and {options.checkpoint} is none"
+            )
+    normalizer = _chosen_normalizer(options, spec, normalizer)
+    policy = FactoredRecurrentActorCritic(_with_options(spec, options))
+    policy.load_state_dict(state_dict, strict=True)
+    return policy, normalizer, {}
+
+
+def _sb3_policy(
+    options: argparse.Namespace, content: bytes
+) -> tuple[ActorCritic, Normalizer | None, dict[str, str]]:
+    if options.probability_floors or options.outputs:
+        option = "--probability-floors" if options.probability_floors else "--outputs"
+        raise CheckpointError(f"{option} is of Tamiyo's, and {options.checkpoint} holds none")
+    normaliser = options.normaliser
+    spec, state_dict, normalizer, provenance = load_sb3(
+        options.checkpoint,
+        content,
+        action_space=options.action_space,
+        observation_space=options.observation_space,
+        normaliser=normaliser if normaliser in (None, IDENTITY) else Path(normaliser),
+        any_policy_class=options.any_policy_class,
+    )
+    policy = SB3Policy(spec)
+    policy.load_state_dict(state_dict, strict=True)
+    return policy, normalizer, provenance
+
+
+def _of_sb3(options: argparse.Namespace) -> dict[str, object]:
+    return {
+        "--action-space": options.action_space,
+        "--observation-space": options.observation_space,
+        "--any-policy-class": options.any_policy_class,
+    }
 
 
 def readable(name: str) -> str:

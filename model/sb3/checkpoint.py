@@ -19,6 +19,7 @@ from model.sb3.normalizer import VecNormalizer
 from model.sb3.space_text import MultiBinary
 from model.sb3.spaces import flat_observation, heads
 from model.sb3.spec import SB3Spec
+from model.sb3.vec_normalize import load_statistics
 from model.sb3.weights import load_weights
 from model.sb3.zip_file import is_sb3_zip, read_members
 
@@ -138,7 +139,8 @@ def _two_rows(tensor: Tensor) -> Tensor:
 def _normalization(description: Description, normaliser: Path | Literal["identity"] | None) -> str:
     """Where it was said; CheckpointError where it has to be, and was not."""
     if normaliser is not None:
-        return f"--normaliser {normaliser}"
+        name = normaliser.name if isinstance(normaliser, Path) else normaliser
+        return f"--normaliser {name}"
     if description.was_normalized is False:
         return NEVER_NORMALIZED
     what = "was trained" if description.was_normalized else "may have been trained"
@@ -149,8 +151,6 @@ def _normalization(description: Description, normaliser: Path | Literal["identit
 
 
 def _normalized(checkpoint: SB3Checkpoint, statistics: Path) -> SB3Checkpoint:
-    from model.sb3.vec_normalize import load_statistics
-
     spec = checkpoint.spec
     normalizer = load_statistics(statistics, spec.observation, spec.observation_dim)
     normalization = normalizer.normalization.model_dump()
