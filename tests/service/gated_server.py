@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pydantic_settings import CliApp
 
 from export.manifest import Manifest
-from model.spec import PolicySpec
+from model.step_spec import StepSpec
 from service.artifact import find_artifact
 from service.engine import stepper
 from service.http.keys import Keys
@@ -27,7 +27,7 @@ from tests.service.fakes import Arrays, SummingRuntime
 
 
 class GatedRuntime(SummingRuntime):
-    def __init__(self, spec: PolicySpec, mode: str) -> None:
+    def __init__(self, spec: StepSpec, mode: str) -> None:
         super().__init__(spec)
         self.waits_in_warm_up = mode == "warm-up"
         self.is_free = mode == "free"

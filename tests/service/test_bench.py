@@ -26,7 +26,6 @@ from service.bench.replay import Differences, replay
 from service.bench.wire import Arrays, JsonWire, wire_of
 from service.runtime.arrays import allocate
 from service.runtime.load import load_runtime
-from service.runtime.protocol import STATE_INPUTS, STATE_OUTPUTS
 from tamiyo_client.noise import gumbel_noise, row_seed
 from tests.random_inputs import random_policy
 from tests.running_server import ROOT, RunningServer, clean_environment, running_server
@@ -154,8 +153,8 @@ def trajectory(pool: Pool, runtime: LoadedStep, spec: PolicySpec, seed: int) -> 
             np.array([seed], np.uint64), np.array([step], np.uint64), spec.num_choices
         )
         step_once()
-        for given, carried in zip(STATE_INPUTS, STATE_OUTPUTS, strict=True):
-            inputs[given][:] = decided[carried]
+        for state in spec.states:
+            inputs[state.input][:] = decided[state.output]
         session.pool_index.append(at)
         answer = {
             "action": dict(zip(spec.head_names, decided["action"][0].tolist(), strict=True)),
@@ -266,8 +265,8 @@ def vector_outputs(
         for name, array in pool.by_name().items():
             inputs[name][:] = array[(5 + step + rows) % POOL_SIZE]
         inputs["noise"][:] = gumbel_noise(seeds, steps, spec.num_choices)
-        for given, carried in zip(STATE_INPUTS, STATE_OUTPUTS, strict=True):
-            inputs[given][:] = np.where(starts[:, None, None], 0.0, decided[carried])
+        for state in spec.states:
+            inputs[state.input][:] = np.where(starts[:, None, None], 0.0, decided[state.output])
         step_once()
         steps += np.uint64(1)
         told.append({name: decided[name].copy() for name in ("action", "log_prob", "value")})
