@@ -6,8 +6,15 @@ have; the models here are what every policy has in common.
 
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, create_model
-from pydantic_core import CoreSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    create_model,
+)
+from pydantic_core import CoreSchema, PydanticCustomError
 from typing_extensions import TypedDict
 
 from export.manifest import Parameter, Precision
@@ -314,11 +321,16 @@ def _vector_state(spec: StepSpec) -> Any:
 
 def _hidden_state(name: str, states: dict[str, Any]) -> Any:
     if not states:
-        return Annotated[None, OneError("this policy has no state that a client could carry")]
+        return Annotated[None, BeforeValidator(_no_state)]
     doc = "A recurrent state the client carries itself: each `[layers][hidden]`."
     fields: Any = {state: Annotated[values, ABSENT] for state, values in states.items()}
     config = _config(required=[*states])
     return create_model(name, __config__=config, __doc__=doc, **fields) | None
+
+
+def _no_state(given: Any) -> None:
+    if given is not None:
+        raise PydanticCustomError("no_state", "this policy has no state that a client could carry")
 
 
 def _of_shape(shape: tuple[int, ...]) -> Any:

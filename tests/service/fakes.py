@@ -22,8 +22,18 @@ import pytest
 from numpy.typing import NDArray
 
 from export.loaders.protocol import RenewableStep
-from export.manifest import Manifest, step_inputs, step_outputs
+from export.manifest import (
+    File,
+    Manifest,
+    Parameter,
+    Parity,
+    Source,
+    step_inputs,
+    step_outputs,
+)
 from export.parameters import Parameters
+from model.sb3.spec import SB3Spec
+from model.spec import PolicySpec
 from model.step_spec import StepSpec
 from service.engine import kept_sessions
 from service.engine.batcher import Batcher
@@ -453,6 +463,32 @@ class Bench:
         if isinstance(answer, ServiceError):
             raise answer
         return answer
+
+
+def manifest_of(spec: PolicySpec | SB3Spec, name: str = "tiny") -> Manifest:
+    """Of an artifact that has no formats: what is served of it is a fake's."""
+    nothing = File(file="policy.safetensors", sha256="0" * 64, bytes=0)
+    return Manifest(
+        schema_version=2,
+        name=name,
+        spec=spec,
+        precision="fp32",
+        device="cpu",
+        has_normalizer=False,
+        max_batch_size=64,
+        inputs=step_inputs(spec),
+        outputs=step_outputs(spec),
+        parameters=(Parameter(name="scale", dtype="float32", shape=(1,)),),
+        parameters_sha256="0" * 64,
+        weights=nothing,
+        formats={},
+        reports=(),
+        parity=Parity(
+            atol=1e-5, rtol=1e-5, min_greedy_agreement=0.0, batch_sizes=(1,), steps=1, formats={}
+        ),
+        source=Source(kind="preset", name=name),
+        versions={},
+    )
 
 
 class Served(NamedTuple):

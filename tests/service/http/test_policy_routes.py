@@ -20,6 +20,7 @@ from safetensors.numpy import save
 from export.manifest import Manifest, Parameter, step_inputs, step_outputs
 from export.parameters import Parameters
 from model.spec import PolicySpec
+from model.step_spec import StepSpec
 from service.engine.engine import Engine
 from service.http.weights_codec import WeightsCodec
 from service.settings import Settings
@@ -72,7 +73,7 @@ def version(scale: float) -> str:
     return version_of(parameters_of(scale))
 
 
-def push_body(spec: PolicySpec, scale: float, *, probed: float | None = None) -> bytes:
+def push_body(spec: StepSpec, scale: float, *, probed: float | None = None) -> bytes:
     """Scale and a probe, of a policy with that scale, or with `probed`."""
     probe: dict[str, list[NDArray[Any]]] = {}
     inputs = allocated(step_inputs(spec), ROWS)
