@@ -126,9 +126,10 @@ class VectorCalls:
         is_lone = self.num_envs == 1 and observations.ndim == 1
         if is_lone:
             observations, action_masks = observations[None], wire.lone_masks(action_masks)
-        if state is None and self._states != []:  # as it may have one, where that is not known yet
-            self.restart()
-        elif state is not None and state != self._handle():
+        if state is None:
+            if self._states != []:  # as it may have one, where that is not known yet
+                self.restart()
+        elif not isinstance(state, SessionHandle) or state != self._handle():
             raise ValueError("`state` is not that of the last answer, which the server has alone")
         no_start = np.zeros(self.num_envs, dtype=np.bool_)
         starts = no_start if episode_start is None else np.atleast_1d(episode_start)

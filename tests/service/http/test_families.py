@@ -164,13 +164,15 @@ def test_a_step_sent_again_is_answered_again_and_another_is_a_conflict(
 @pytest.mark.parametrize("spec", [TINY_MLPS], ids=["no state"])
 def test_a_state_is_refused_where_the_policy_has_none(client: AppClient, spec: SB3Spec) -> None:
     state = {"h": [[0.0]], "c": [[0.0]]}
-    for given in (state, {}, [], "h"):
+    wrong: list[Any] = [state, {}, [], "h"]
+    for given in wrong:
         for asked in (body(spec, state=given), vector_body(spec, [1, 2], state=given)):
             said = error_of(client.act(asked), 400, "malformed")
             assert said == "`state`: this policy has no state that a client could carry"
     for asked in (body(spec, state=None), vector_body(spec, [1, 2], state=None)):
         assert "state" not in ok(client.act(asked)).json()
-    tensors = {"observation": np.zeros((1, 11), np.float32), "state_h": np.zeros((1, 1, 1))}
+    tensors: Numbers = {"observation": np.zeros((1, 11), np.float32)}
+    tensors["state_h"] = np.zeros((1, 1, 1), np.float32)
     answer = client.request(
         "POST", "/act", content=save(tensors), headers={"Content-Type": SAFETENSORS}
     )
