@@ -10,7 +10,7 @@ from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from export.manifest import Manifest
+from export.manifest import Array, Manifest
 from service.engine.engine import Engine
 from service.errors import ServiceError
 from service.http.act import Act
@@ -39,7 +39,6 @@ from service.http.keys import Keys
 from service.http.policy_routes import policy_routes
 from service.http.schemas import (
     Alive,
-    CarriedState,
     FrontPage,
     Identifier,
     Limits,
@@ -217,7 +216,7 @@ def create_app(
             name=manifest.name,
             policy_version=engine.versions.current.policy_version,
             spec=spec,
-            states=[CarriedState(name=of.name, shape=of.shape) for of in spec.states],
+            states=[Array.of_state(of.name, of) for of in spec.states],
             runtime=engine.runtime.name,
             device=engine.runtime.device,
             precision=manifest.precision,

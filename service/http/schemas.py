@@ -6,18 +6,12 @@ have; the models here are what every policy has in common.
 
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    create_model,
-)
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, create_model
+from pydantic.functional_validators import BeforeValidator
 from pydantic_core import CoreSchema, PydanticCustomError
 from typing_extensions import TypedDict
 
-from export.manifest import Parameter, Precision
+from export.manifest import Array, Parameter, Precision
 from model.step_spec import StepSpec
 
 Identifier = Annotated[str, Field(min_length=1, max_length=256)]
@@ -245,7 +239,7 @@ def act_request(spec: StepSpec) -> type[ActRequest]:
     narrower: dict[str, Any] = {
         "observation": _exactly(spec.observation_dim, Float),
         "action_mask": _action_mask(spec) | None,
-        "state": _single_state(spec),
+        "state": _state(spec),
     }
     fields: dict[str, Any] = {
         name: Annotated[values, ActRequest.model_fields[name]] for name, values in narrower.items()
@@ -267,7 +261,7 @@ def vector_act_request(spec: StepSpec) -> type[VectorActRequest]:
             "VectorActionMask", "What each head may choose, in each row.", masks, total=False
         )
         | None,
-        "state": _vector_state(spec),
+        "state": _state(spec, is_vector=True),
     }
     fields: dict[str, Any] = {
         name: Annotated[values, VectorActRequest.model_fields[name]]
@@ -310,34 +304,25 @@ def _action_mask(spec: StepSpec) -> Any:
     return _by_head("ActionMask", "What each head may choose.", fields, total=False)
 
 
-def _single_state(spec: StepSpec) -> Any:
-    return _hidden_state("HiddenStateBody", {s.name: _of_shape(s.shape) for s in spec.states})
-
-
-def _vector_state(spec: StepSpec) -> Any:
-    rows = {state.name: _rows(_of_shape(state.shape)) for state in spec.states}
-    return _hidden_state("VectorHiddenStateBody", rows)
-
-
-def _hidden_state(name: str, states: dict[str, Any]) -> Any:
-    if not states:
+def _state(spec: StepSpec, *, is_vector: bool = False) -> Any:
+    """What a client may carry itself; None alone, where the policy has no state."""
+    if not spec.states:
         return Annotated[None, BeforeValidator(_no_state)]
+    fields: Any = {}
+    for state in spec.states:
+        values: Any = Float
+        for length in reversed(state.shape):
+            values = _exactly(length, values)
+        fields[state.name] = Annotated[_rows(values) if is_vector else values, ABSENT]
+    name = "VectorHiddenStateBody" if is_vector else "HiddenStateBody"
     doc = "A recurrent state the client carries itself: each `[layers][hidden]`."
-    fields: Any = {state: Annotated[values, ABSENT] for state, values in states.items()}
-    config = _config(required=[*states])
+    config = _config(required=[*fields])
     return create_model(name, __config__=config, __doc__=doc, **fields) | None
 
 
 def _no_state(given: Any) -> None:
     if given is not None:
         raise PydanticCustomError("no_state", "this policy has no state that a client could carry")
-
-
-def _of_shape(shape: tuple[int, ...]) -> Any:
-    values: Any = Float
-    for length in reversed(shape):
-        values = _exactly(length, values)
-    return values
 
 
 def _blueprint(spec: StepSpec) -> Any:
@@ -386,7 +371,7 @@ def act_response(spec: StepSpec) -> type[ActResponse]:
             _by_head("LogProb", "Of each choice; 0 where it was forced.", log_probs, total=True),
             ...,
         ),
-        **({"state": (_single_state(spec), None)} if spec.states else {}),
+        **({"state": (_state(spec), None)} if spec.states else {}),
     }
     extra: dict[str, Any] = {
         "q_value": Annotated[float, Field(description="Q(s, op) in returns, of the op taken.")],
@@ -412,7 +397,7 @@ def vector_act_response(spec: StepSpec) -> type[BaseModel]:
         "log_prob": (_by_head("VectorLogProb", "Of each.", log_probs, total=True), ...),
         "value": (list[float], ...),
         "policy_version": (str, ...),
-        **({"state": (_vector_state(spec), None)} if spec.states else {}),
+        **({"state": (_state(spec, is_vector=True), None)} if spec.states else {}),
         **{name: (extra[name], ...) for name in spec.extra_outputs},
     }
     doc = "The decisions for a vector, a row for each environment."
@@ -440,20 +425,13 @@ class Limits(BaseModel):
     max_weights_bytes: int
 
 
-class CarriedState(BaseModel):
-    """An array that each row carries from step to step, float32 of this shape."""
-
-    name: str
-    shape: tuple[int, ...]
-
-
 class PolicyResponse(BaseModel):
     """What is served, and within which limits."""
 
     name: str
     policy_version: str
     spec: StepSpec
-    states: list[CarriedState]
+    states: list[Array]
     runtime: str
     device: str
     precision: Precision

@@ -17,9 +17,12 @@ from numpy.typing import NDArray
 
 from export.loaders.protocol import LoadedStep
 from export.manifest import Array
-from model.step_spec import StateSpec, StepSpec
+from model.step_spec import StepSpec
 from service.runtime.arrays import Arrays, allocate, allocate_in_a_row, are_all, first
 from service.runtime.protocol import MOST_UNDER_WAY, Outputs, Rows, State
+
+Pairs = tuple[tuple[NDArray[np.float32], NDArray[np.float32]], ...]
+"""Of each state the array of all rows, and a batch's."""
 
 
 class HostStates:
@@ -35,23 +38,33 @@ class HostStates:
             [np.zeros((num_rows + 1, *state.shape), dtype=np.float32) for state in spec.states]
         )
 
-    def gather(self, rows: Rows, into: State) -> None:
-        """Copies the rows' states into the first rows of `into`."""
-        num = len(rows)
-        if num == 1:  # NumPy copies a lone row several times faster by its number
-            row = rows[0]
-            for array, of in zip(self.arrays, into, strict=True):
-                of[0] = array[row]
-        else:  # "clip": a row out of range, which there is none of, would cost a buffer
-            for array, of in zip(self.arrays, into, strict=True):
-                array.take(rows, axis=0, out=of[:num], mode="clip")
+    def beside(self, state: State) -> Pairs:
+        """Its arrays with a batch's, paired once: to pair them takes as long as a lone row."""
+        return tuple(zip(self.arrays, state, strict=True))
 
-    def scatter(self, rows: Rows, state: State) -> None:
-        """Sets the rows' states to the first rows of `state`."""
-        num = len(rows)
-        at, first = (rows[0], 0) if num == 1 else (rows, slice(num))
-        for array, of in zip(self.arrays, state, strict=True):
-            array[at] = of[first]
+
+def gather(rows: Rows, pairs: Pairs) -> None:
+    """Copies the rows' states into the first rows of the batch's."""
+    num = len(rows)
+    if num == 1:  # NumPy copies a lone row several times faster by its number
+        row = rows[0]
+        for array, of_batch in pairs:
+            of_batch[0] = array[row]
+    else:  # "clip": a row out of range, which there is none of, would cost a buffer
+        for array, of_batch in pairs:
+            array.take(rows, axis=0, out=of_batch[:num], mode="clip")
+
+
+def scatter(rows: Rows, pairs: Pairs) -> None:
+    """Sets the rows' states to the first rows of the batch's."""
+    num = len(rows)
+    if num == 1:
+        row = rows[0]
+        for array, of_batch in pairs:
+            array[row] = of_batch[0]
+    else:
+        for array, of_batch in pairs:
+            array[rows] = of_batch[:num]
 
 
 Steps = tuple[Callable[[], None], ...]
@@ -63,7 +76,7 @@ class _BatchSize(NamedTuple):
     outputs: Arrays
     floats: NDArray[np.float32]
     decided: Arrays
-    state: State
+    pairs: Pairs
 
 
 class _Lane:
@@ -72,28 +85,28 @@ class _Lane:
     def __init__(
         self,
         number: int,
-        states: Sequence[StateSpec],
+        states: HostStates,
         inputs: Sequence[Array],
         outputs: Sequence[Array],
         batch_sizes: Sequence[int],
     ) -> None:
         self.number = number
         batch = allocate(inputs, max(batch_sizes))
-        self.inputs, self.state = _apart(batch, [state.input for state in states])
+        self.inputs, self.pairs = _apart(batch, states, [of.input for of in states.specs])
         self.batch_sizes = []
         for size in batch_sizes:
             given, floats = allocate_in_a_row(outputs, size)
-            apart = _apart(given, [state.output for state in states])
+            apart = _apart(given, states, [of.output for of in states.specs])
             self.batch_sizes.append(_BatchSize(first(batch, size), given, floats, *apart))
 
     def bind(self, loaded: LoadedStep) -> Steps:
         return tuple(loaded.bind(size.inputs, size.outputs) for size in self.batch_sizes)
 
 
-def _apart(arrays: Arrays, states: Sequence[str]) -> tuple[Arrays, State]:
-    """The others, and those that are states."""
-    others = {name: array for name, array in arrays.items() if name not in states}
-    return others, tuple([arrays[name] for name in states])
+def _apart(arrays: Arrays, states: HostStates, names: Sequence[str]) -> tuple[Arrays, Pairs]:
+    """A batch's arrays that are no states, and the others, which have these names."""
+    others = {name: array for name, array in arrays.items() if name not in names}
+    return others, states.beside(tuple([arrays[name] for name in names]))
 
 
 class HostRuntime:
@@ -122,9 +135,7 @@ class HostRuntime:
         self._by_num_rows = [0]  # which of the batch sizes a batch of so many rows takes
         for at, size in enumerate(sizes):
             self._by_num_rows += [at] * (size + 1 - len(self._by_num_rows))
-        lanes = [
-            _Lane(number, states.specs, inputs, outputs, sizes) for number in range(MOST_UNDER_WAY)
-        ]
+        lanes = [_Lane(number, states, inputs, outputs, sizes) for number in range(MOST_UNDER_WAY)]
         self._lanes = deque(lanes)
         self._steps = [lane.bind(loaded) for lane in lanes]  # by the lane's number
         self._outputs: Outputs | None = None  # of a step that was waited for
@@ -138,7 +149,7 @@ class HostRuntime:
     def launch(self, read_rows: Rows, write_rows: Rows, *, beside_s: float = inf) -> None:
         lane = self._lanes[0]
         at = self._by_num_rows[len(read_rows)]
-        self._states.gather(read_rows, lane.state)
+        gather(read_rows, lane.pairs)
         step, batch_size = self._steps[lane.number][at], lane.batch_sizes[at]
         if self._step_s[at] < beside_s and not self._under_way:
             self._outputs = self._run(step, batch_size, write_rows)
@@ -170,10 +181,10 @@ class HostRuntime:
         write_rows: Rows,
         begin: Callable[[], None] = lambda: None,
     ) -> Outputs:
-        _, outputs, floats, decided, state = batch_size
+        _, outputs, floats, decided, pairs = batch_size
         begin()
         step()
-        self._states.scatter(write_rows, state)
+        scatter(write_rows, pairs)
         num = len(write_rows)
         # Copies: answers are written from them when others have been launched.
         arrays = {name: array[:num].copy() for name, array in decided.items()}
@@ -187,7 +198,7 @@ class HostRuntime:
         return tuple([array[rows] for array in self._states.arrays])
 
     def write(self, rows: Rows, state: State) -> None:
-        self._states.scatter(rows, state)
+        scatter(rows, self._states.beside(state))
 
     def prepare(self, loaded: LoadedStep) -> Callable[[], None]:
         # On arrays of its own: those that it will have are in use.

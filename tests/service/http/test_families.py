@@ -232,7 +232,10 @@ def test_the_policy_says_what_it_carries_and_of_which_family_it_is(
 ) -> None:
     served = client.get("/policy").json()
     assert TypeAdapter(Spec).validate_python(served["spec"]) == spec
-    states = [{"name": state.name, "shape": [*state.shape]} for state in spec.states]
+    states = [
+        {"name": state.name, "dtype": "float32", "shape": ["batch", *state.shape]}
+        for state in spec.states
+    ]
     assert served["states"] == states
     metadata = client.get("/v2/models/tiny").json()
     for side in ("inputs", "outputs"):

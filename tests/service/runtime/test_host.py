@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from export.manifest import step_inputs, step_outputs
 from model.spec import PolicySpec
-from service.runtime.host import HostRuntime, HostStates
+from service.runtime.host import HostRuntime, HostStates, gather, scatter
 from service.runtime.protocol import Outputs, Rows
 from tests.service.fakes import POISON, TIMEOUT_S, Arrays, SummingRuntime
 
@@ -82,7 +82,7 @@ def test_rows_are_gathered_in_order_and_nothing_beyond_them(
     host = Host(spec)
     shape = (10, spec.num_layers, spec.hidden_dim)
     h, c = np.full(shape, -1, np.float32), np.full(shape, -2, np.float32)
-    host.states.gather(rows_of(rows), (h, c))
+    gather(rows_of(rows), host.states.beside((h, c)))
     rest = 10 - len(rows)
     assert h[:, 0, -1].tolist() == [100 + row for row in rows] + [-1] * rest
     assert c[:, 0, -1].tolist() == [200 + row for row in rows] + [-2] * rest
@@ -93,7 +93,7 @@ def test_rows_are_scattered_in_order_and_no_others(spec: PolicySpec, rows: list[
     host = Host(spec)
     shape = (10, spec.num_layers, spec.hidden_dim)
     h = np.arange(10, dtype=np.float32)[:, None, None] + np.zeros(shape, np.float32)
-    host.states.scatter(rows_of(rows), (h, -h))
+    scatter(rows_of(rows), host.states.beside((h, -h)))
     expected_h = [float(rows.index(row)) if row in rows else 100 + row for row in range(NUM_ROWS)]
     expected_c = [-float(rows.index(row)) if row in rows else 200 + row for row in range(NUM_ROWS)]
     assert host.h() == [*expected_h, 0]
