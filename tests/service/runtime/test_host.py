@@ -338,7 +338,7 @@ def test_a_launch_that_fails_leaves_the_batch_under_way_its_arrays(
 
     gated.launch([0, 1], [2, 3], [10, 20], beside_s=0.0)
     with monkeypatch.context() as patch:
-        patch.setattr(gated.host.states, "gather", fail)
+        patch.setattr("service.runtime.host.gather", fail)
         with pytest.raises(MemoryError):
             gated.launch([4, 5], [6, 7], [1, 1])
     gated.launch([4, 5], [6, 7], [1000, 2000])
