@@ -24,7 +24,7 @@ ALLOWED: dict[str, Callable[[str], bool]] = {
     "export": lambda module: module.startswith(("model.", "export.")),
     "service": lambda module: (
         module.startswith(("service.", "export.loaders"))
-        or module in ("model.spec", "tamiyo_client.noise", *READING_ARTIFACTS)
+        or module in ("model.step_spec", "tamiyo_client.noise", *READING_ARTIFACTS)
     ),
 }
 SILENCES_ONNXRUNTIME = 'os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")'
@@ -37,7 +37,10 @@ NEEDS_RAY = {"service.ray_app", "service.ray_router"}
 
 
 CLIENTS = ("service/bench/", "service/demo/")
-FOR_CLIENTS = {"model.action_masks", "model.lifecycle", "model.observations", "tamiyo_client"}
+FOR_CLIENTS = {
+    *("model.action_masks", "model.lifecycle", "model.observations", "model.spec"),
+    "tamiyo_client",
+}
 """Torch-free, for environments and loads; the service itself knows nothing of them."""
 SEND = {"export/push.py", "export/commands.py"}
 """Clients of the service as well: they speak as the others do."""

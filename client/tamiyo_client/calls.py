@@ -54,6 +54,7 @@ class VectorCalls:
             failover=failover,
         )
         self._seed = seed
+        self._states: list[str] | None = None  # until the server was asked
 
     def restart(self) -> None:
         """Every row starts, in a new run: what is left to do where the session was lost."""
@@ -99,9 +100,12 @@ class VectorCalls:
         """A step from a state of the caller's, or from zeros, which the answer carries on."""
         tensors = self._tensors(observations, action_masks, inputs)
         if state is not None:
-            tensors["state_h"], tensors["state_c"] = (
-                np.ascontiguousarray(part, dtype=np.float32) for part in state
-            )
+            names = yield from self._state_names()
+            if len(state) != len(names):
+                carried = ", ".join(names) or "none"
+                raise ValueError(f"`state` has {len(state)} arrays; those of the policy: {carried}")
+            for name, part in zip(names, state, strict=True):
+                tensors[wire.STATE + name] = np.ascontiguousarray(part, dtype=np.float32)
         if seeds is not None:
             tensors["seed"] = wire.packed_seeds(seeds)
         return (yield from self.session.stateless(tensors, step=step, deterministic=deterministic))
@@ -113,14 +117,18 @@ class VectorCalls:
         episode_start: npt.ArrayLike | None,
         deterministic: bool,
         action_masks: ActionMasks | None,
-    ) -> Call[tuple[npt.NDArray[np.int64], SessionHandle]]:
-        """A step as Stable-Baselines3's policies have it; `state` None begins anew."""
+    ) -> Call[tuple[npt.NDArray[np.int64], SessionHandle | None]]:
+        """A step as Stable-Baselines3's policies have it; `state` None begins anew.
+
+        Of a policy that has no state it is None always, and nothing begins.
+        """
         observations = wire.one_array(observation)
         is_lone = self.num_envs == 1 and observations.ndim == 1
         if is_lone:
             observations, action_masks = observations[None], wire.lone_masks(action_masks)
         if state is None:
-            self.restart()
+            if self._states != []:  # as it may have one, where that is not known yet
+                self.restart()
         elif not isinstance(state, SessionHandle) or state != self._handle():
             raise ValueError("`state` is not that of the last answer, which the server has alone")
         no_start = np.zeros(self.num_envs, dtype=np.bool_)
@@ -131,12 +139,18 @@ class VectorCalls:
         actions = act.multi_discrete
         if len(act.heads) == 1:
             actions = actions[:, 0]
-        return actions[0] if is_lone else actions, self._handle()
+        has_state = bool((yield from self._state_names()))  # of a server that has just answered
+        return actions[0] if is_lone else actions, self._handle() if has_state else None
 
     def policy(self) -> Call[dict[str, Any]]:
         """What `GET /policy` says of the policy, its version and the server's limits."""
         described: dict[str, Any] = json.loads((yield from self.session.policy()))
         return described
+
+    def _state_names(self) -> Call[list[str]]:
+        if self._states is None:
+            self._states = [state["name"] for state in (yield from self.policy())["states"]]
+        return self._states
 
     def _handle(self) -> SessionHandle:
         return SessionHandle(self.session.name, self.session.run, self.session.step)

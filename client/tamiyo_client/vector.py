@@ -143,7 +143,8 @@ class VectorPolicyClient(_Vector, Blocking):
     ) -> tuple[npt.NDArray[np.int64], Any]:
         """A step as Stable-Baselines3's `predict` has it, for `evaluate_policy` and the like.
 
-        `state` is an opaque handle: None begins anew, and else it has to be the last answer's.
+        `state` is an opaque handle: None begins anew, and else it has to be the last answer's. Of a
+        policy without memory it is None always.
         Raises TypeError for a dict of observations, which no policy served here reads.
         """
         return self._transport.run(

@@ -18,12 +18,15 @@ from tamiyo_client.errors import ServerError
 SAFETENSORS = "application/vnd.safetensors"
 
 Array = npt.NDArray[Any]
-State = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
-"""A recurrent state a caller carries: `(h, c)`, each `[n, layers, hidden]` float32."""
+State = tuple[npt.NDArray[np.float32], ...]
+"""A recurrent state a caller carries, in the policy's order: `(h, c)`, and after them those of a
+critic with its own, each `[n, layers, hidden]` float32."""
 ActionMasks = Mapping[str, npt.ArrayLike] | Sequence[npt.ArrayLike] | Array
 """What is allowed: by head; one array a head, in the policy's order, as gymnasium has it for
 MultiDiscrete; or the heads side by side. Booleans, or 0 and 1."""
 
+STATE = "state_"
+"""How the tensors are called that are a state: `state_h` is its `h`."""
 LENGTH_BYTES = 8
 """Of a safetensors file, before its header."""
 
@@ -35,7 +38,7 @@ class VectorAct:
     `multi_discrete` is `[n, heads]` int64 in the policy's order, `log_probs` `[n, heads]` float32,
     `value` `[n]` float32. `episode_start` `[n]` says which rows began an episode with this step,
     as a rollout buffer wants it. `extras` are what else the policy gives. `state` comes to calls
-    without a session only.
+    without a session only, and of a policy that has one.
     """
 
     heads: tuple[str, ...]
@@ -205,7 +208,8 @@ def answer(body: bytes, episode_start: npt.NDArray[np.bool_]) -> VectorAct:
     """What a body says. Raises ServerError where it is no answer."""
     try:
         arrays = load(body)
-        metadata = _metadata(body)
+        header = _header(body)
+        metadata = header.pop("__metadata__")
         heads = tuple(metadata["heads"].split(","))
         num_rows = len(episode_start)
         if (
@@ -214,7 +218,7 @@ def answer(body: bytes, episode_start: npt.NDArray[np.bool_]) -> VectorAct:
             or arrays["value"].shape != (num_rows,)
         ):
             raise ValueError("arrays of other shapes")
-        state = (arrays.pop("state_h"), arrays.pop("state_c")) if "state_h" in arrays else None
+        state = tuple([arrays.pop(name) for name in header if name.startswith(STATE)])
         return VectorAct(
             heads=heads,
             multi_discrete=arrays.pop("action"),
@@ -224,16 +228,14 @@ def answer(body: bytes, episode_start: npt.NDArray[np.bool_]) -> VectorAct:
             step=int(metadata["step"]),
             episode_start=episode_start,
             extras=arrays,
-            state=state,
+            state=state or None,
         )
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ServerError("the answer is not a policy's", status=200) from error
 
 
-def _metadata(body: bytes) -> dict[str, str]:
-    """The scalars, which the library does not read from memory."""
+def _header(body: bytes) -> dict[str, Any]:
+    """The scalars, and the tensors in their order, which the library does not tell."""
     length = int.from_bytes(body[:LENGTH_BYTES], "little")
-    metadata: dict[str, str] = json.loads(body[LENGTH_BYTES : LENGTH_BYTES + length])[
-        "__metadata__"
-    ]
-    return metadata
+    header: dict[str, Any] = json.loads(body[LENGTH_BYTES : LENGTH_BYTES + length])
+    return header

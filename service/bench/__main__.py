@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import uvloop
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from rich.table import Table
 
-from export.manifest import ArtifactError, Manifest
-from model.spec import PolicySpec
+from export.manifest import ArtifactError, Manifest, Spec
+from model.step_spec import StepSpec
 from service.bench.batch_sizes import batch_sizes, ranges
 from service.bench.load import Load, LoadGenerator, end_sessions, new_sessions
 from service.bench.pool import Pool
@@ -127,7 +128,7 @@ async def _drive(
     )
     async with AsyncPolicyClient(options.url, retries=0) as client:
         served = await client.policy()
-    spec = PolicySpec.model_validate(served["spec"])
+    spec: StepSpec = TypeAdapter(Spec).validate_python(served["spec"])
     number = -(-options.envs // (_rows(options) or 1))
     generator = LoadGenerator(options.url, _wire(options, spec), num_connections=number)
     sessions = new_sessions(max(number, options.sessions or 0), options.seed, _rows(options))
@@ -153,7 +154,7 @@ def _rows(options: argparse.Namespace) -> int | None:
     return 1 if rows is None and options.wire != "json" else rows
 
 
-def _wire(options: argparse.Namespace, spec: PolicySpec) -> Wire:
+def _wire(options: argparse.Namespace, spec: StepSpec) -> Wire:
     return wire_of(options.wire, spec, Pool.random(spec, options.seed), _rows(options))
 
 

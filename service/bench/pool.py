@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic_core import to_json
 
-from model.spec import PolicySpec
+from model.step_spec import StepSpec
 
 POOL_SIZE = 64
 
@@ -22,7 +22,7 @@ class Pool:
     slot_by_op_masks: NDArray[np.bool_] | None = None
 
     @classmethod
-    def random(cls, spec: PolicySpec, seed: int) -> "Pool":
+    def random(cls, spec: StepSpec, seed: int) -> "Pool":
         """Standard normal observations, and masks that allow nine choices of ten.
 
         Where the policy reads them, also blueprints, and half of the slots for each op.
@@ -49,12 +49,12 @@ class Pool:
         }
         return {name: array for name, array in arrays.items() if array is not None}
 
-    def bodies(self, spec: PolicySpec) -> list[bytes]:
+    def bodies(self, spec: StepSpec) -> list[bytes]:
         """Each row as the fields of a JSON object, without its braces."""
         return [json_fields(spec, self, at) for at in range(POOL_SIZE)]
 
 
-def json_fields(spec: PolicySpec, pool: Pool, rows: int | NDArray[np.intp]) -> bytes:
+def json_fields(spec: StepSpec, pool: Pool, rows: int | NDArray[np.intp]) -> bytes:
     """One row of the pool, or several, as the fields of a JSON object, without its braces."""
     fields: dict[str, Any] = {name: array[rows] for name, array in pool.by_name().items()}
     by_head = np.split(fields["action_mask"], np.cumsum(spec.head_sizes)[:-1], axis=-1)

@@ -12,12 +12,11 @@ import numpy as np
 
 from export.loaders.protocol import LoadedStep
 from export.manifest import step_inputs, step_outputs
-from model.spec import PolicySpec
+from model.step_spec import StepSpec
 from service.bench.load import Session
 from service.bench.pool import POOL_SIZE, Pool
 from service.bench.wire import Arrays, Wire
-from service.runtime.arrays import allocate
-from service.runtime.protocol import STATE_INPUTS, STATE_OUTPUTS
+from service.runtime.arrays import allocate, decisions
 from tamiyo_client.noise import gumbel_noise, row_seed
 
 
@@ -39,7 +38,7 @@ def replay(
     pool: Pool,
     wire: Wire,
     loaded: Mapping[str, LoadedStep],
-    spec: PolicySpec,
+    spec: StepSpec,
 ) -> Differences:
     """Compares every answer with that of the step loaded for its version, each environment alone.
 
@@ -69,9 +68,11 @@ def replay(
 class _Alone:
     """One environment on the artifact, in batches of one."""
 
-    def __init__(self, loaded: Mapping[str, LoadedStep], pool: Pool, spec: PolicySpec) -> None:
+    def __init__(self, loaded: Mapping[str, LoadedStep], pool: Pool, spec: StepSpec) -> None:
         self._pool = pool.by_name()
         self._num_choices = spec.num_choices
+        self._states = {state.input: state.output for state in spec.states}
+        self._decided = [array.name for array in decisions(spec)]
         self._inputs = allocate(step_inputs(spec), 1)
         self._outputs = allocate(step_outputs(spec), 1)
         self._steps = {
@@ -92,11 +93,11 @@ class _Alone:
         if session.num_rows is not None:
             seeds = row_seed(session.seed, np.full(num_steps, row), episodes)
         noise = gumbel_noise(seeds, steps.astype(np.uint64), self._num_choices)
-        decided = {n: array for n, array in self._outputs.items() if n not in STATE_OUTPUTS}
+        decided = {name: self._outputs[name] for name in self._decided}
         for step, index in enumerate(session.pool_index):
             for name, array in self._pool.items():
                 self._inputs[name][0] = array[(index + row) % POOL_SIZE]
-            for given, carried in zip(STATE_INPUTS, STATE_OUTPUTS, strict=True):
+            for given, carried in self._states.items():
                 self._inputs[given][:] = 0.0 if starts[step] else self._outputs[carried]
             self._inputs["noise"][0] = noise[step]
             self._steps[versions[step]]()

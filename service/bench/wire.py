@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from pydantic_core import from_json, to_json
 from safetensors.numpy import load, save
 
-from model.spec import PolicySpec
+from model.step_spec import StepSpec
 from service.bench.pool import POOL_SIZE, Pool, json_fields
 
 LENGTH_BYTES = 8
@@ -37,7 +37,7 @@ class JsonWire:
 
     content_type = "application/json"
 
-    def __init__(self, spec: PolicySpec, pool: Pool, num_rows: int | None) -> None:
+    def __init__(self, spec: StepSpec, pool: Pool, num_rows: int | None) -> None:
         self._spec = spec
         self._is_vector = num_rows is not None
         rows = np.arange(num_rows or 1)
@@ -80,7 +80,7 @@ class SafetensorsWire:
 
     content_type = "application/vnd.safetensors"
 
-    def __init__(self, spec: PolicySpec, pool: Pool, num_rows: int) -> None:
+    def __init__(self, spec: StepSpec, pool: Pool, num_rows: int) -> None:
         self._spec = spec
         rows = np.arange(num_rows)
         self._tensors = [
@@ -109,7 +109,7 @@ class SafetensorsWire:
         return str(from_json(header)["__metadata__"]["policy_version"])
 
 
-def wire_of(kind: str, spec: PolicySpec, pool: Pool, num_rows: int | None) -> Wire:
+def wire_of(kind: str, spec: StepSpec, pool: Pool, num_rows: int | None) -> Wire:
     """The form called `json` or `safetensors`; without `num_rows`, of single environments."""
     if kind == "json":
         return JsonWire(spec, pool, num_rows)

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
+from export.manifest import Spec
 from model.lifecycle import OP_NAMES
-from model.spec import PolicySpec
+from model.step_spec import StepSpec
 from service.bench.batch_sizes import batch_sizes
 from service.demo.environment import GrowingNetwork, game_of
 from tamiyo_client import AsyncVectorPolicyClient, PolicyError, VectorAct
@@ -38,7 +40,7 @@ class Player:
     A step that is refused ends all their episodes, and begins another run.
     """
 
-    def __init__(self, client: AsyncVectorPolicyClient, spec: PolicySpec, seed: int) -> None:
+    def __init__(self, client: AsyncVectorPolicyClient, spec: StepSpec, seed: int) -> None:
         self._client = client
         self._spec = spec
         self._randoms = [np.random.default_rng(seed + row) for row in range(client.num_envs)]
@@ -133,7 +135,7 @@ async def run_environments(
             for first in firsts
         ]
         described = await clients[0].policy()
-        spec = PolicySpec.model_validate(described["spec"])
+        spec = TypeAdapter(Spec).validate_python(described["spec"])
         game_of(spec)
         before = await batch_sizes(url)
         tally = Tally()

@@ -55,7 +55,7 @@ from model.observations import (
     observe_v3,
 )
 from model.spec import PolicySpec
-from model.step_spec import SLOT_BY_OP
+from model.step_spec import SLOT_BY_OP, StepSpec
 
 LOSS_AT_NOTHING = 3.0
 
@@ -71,7 +71,7 @@ class Game:
     episode_length: int
     features_per_slot: tuple[int, ...]
 
-    def is_of(self, spec: PolicySpec) -> bool:
+    def is_of(self, spec: StepSpec) -> bool:
         """Whether the policy reads and decides what this version's does."""
         if "slot" not in spec.head_names:
             return False
@@ -90,7 +90,7 @@ GAMES = (
 )
 
 
-def game_of(spec: PolicySpec) -> Game:
+def game_of(spec: StepSpec) -> Game:
     """The game this policy plays; ValueError where it is none that there are observations for."""
     for game in GAMES:
         if game.is_of(spec):
@@ -102,9 +102,9 @@ def game_of(spec: PolicySpec) -> Game:
     )
 
 
-def _interface(spec: PolicySpec) -> tuple[Any, ...]:
+def _interface(spec: StepSpec) -> tuple[Any, ...]:
     reads_blueprints = spec.blueprint_embedding_dim is not None
-    return spec.head_names, spec.head_sizes, spec.op_head, spec.has_slot_by_op, reads_blueprints
+    return spec.head_names, spec.head_sizes, spec.op_index, spec.has_slot_by_op, reads_blueprints
 
 
 @dataclass
@@ -179,7 +179,7 @@ class Seed:
 class GrowingNetwork:
     """One environment: `request` before an action, `apply` after it."""
 
-    spec: PolicySpec
+    spec: StepSpec
     random: np.random.Generator
     epoch: int = 0
     accuracy: float = 40.0
@@ -218,9 +218,9 @@ class GrowingNetwork:
 
     def illegal(self, action: Mapping[str, int]) -> list[str]:
         """The heads of an answer that are neither legal nor what they are where they must be."""
-        op = action[self.spec.op_head]
+        op = action["op"]
         if not 0 <= op < self.spec.num_ops:
-            return [self.spec.op_head]
+            return ["op"]
         wrong = []
         for head in self.spec.heads:
             mask = self.masks[head.name]

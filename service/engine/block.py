@@ -1,6 +1,6 @@
 """What a request is to the engine: a block of rows that step together, and the answer to it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -91,9 +91,9 @@ class Answer(NamedTuple):
         """The block's rows of one output."""
         return self.batch.arrays[name][self.first : self.first + self.num_rows]
 
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        """All of it that is arrays, by the names that they have on a wire."""
+    def tensors(self, states: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """All of it that is arrays, by the names that they have on a wire: `states`, the state."""
         tensors = {name: self.array(name) for name in self.batch.arrays}
         if self.state is not None:
-            tensors["state_h"], tensors["state_c"] = self.state
+            tensors |= zip(states, self.state, strict=True)
         return tensors

@@ -18,6 +18,7 @@ from service.engine.snapshots import Snapshots
 from service.engine.stepper import Stepper
 from service.engine.warm_up import WarmUp
 from service.errors import Invalid
+from service.runtime.arrays import decisions
 from service.runtime.load import with_states
 from service.settings import Settings
 
@@ -55,7 +56,7 @@ class Engine:
             num_rows=num_rows,
             batch_sizes=bucket_sizes(self.max_batch_size),
         )
-        rows = RowTable(num_rows, manifest.outputs, largest=self.max_rows)
+        rows = RowTable(num_rows, decisions(spec), largest=self.max_rows)
         self.sessions = SessionTable(
             rows,
             capacity=settings.max_sessions,

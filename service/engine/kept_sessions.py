@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.manifest import Array
-from model.spec import PolicySpec
+from model.step_spec import StepSpec
 from service.engine.rows import ONE, RowTable
 from service.engine.sessions import Past, Session, SessionTable
 from service.engine.snapshot_file import Frame, Snapshot, SnapshotError
@@ -60,7 +60,7 @@ class KeptSessions:
         runtime: Runtime,
         outputs: Sequence[Array],
         *,
-        spec: PolicySpec,
+        spec: StepSpec,
         artifact_version: str,
         max_rows: int,
         served: Callable[[], Served],
@@ -73,6 +73,7 @@ class KeptSessions:
         self._artifact_version = artifact_version
         # What the parameters, which name the version, do not say: which heads matter, floors.
         self._rules = spec.model_dump(mode="json", exclude={"name", "value_scale"})
+        self._states = [state.name for state in spec.states]
         self._shapes = {array.name: [array.dtype, *array.shape[1:]] for array in outputs}
         self._max_rows = max_rows
         self._served = served
@@ -153,7 +154,6 @@ class KeptSessions:
         names, sessions = zip(*some, strict=True)
         now_s = self._clock()
         rows = np.concatenate([session.rows for session in sessions])
-        h, c = self._runtime.read(rows)
         record = {
             "kind": "sessions",
             "names": names,
@@ -175,8 +175,7 @@ class KeptSessions:
             "episodes": np.concatenate([_episodes(session) for session in sessions]),
             "row_seed": self._rows.seed[rows],
             "row_step": self._rows.step[rows],
-            "h": h,
-            "c": c,
+            **dict(zip(self._states, self._runtime.read(rows), strict=True)),
         }
         for name, array in self._rows.last(rows).arrays.items():
             arrays[f"{OUTPUT}{name}"] = array
@@ -253,7 +252,7 @@ class KeptSessions:
         """Has rows be as those numbered `of` in a frame's arrays."""
         decided = {name: arrays[f"{OUTPUT}{name}"][of] for name in self._rows.outputs}
         self._rows.keep(rows, arrays["row_seed"][of], arrays["row_step"][of] - ONE, decided)
-        self._runtime.write(rows, (arrays["h"][of], arrays["c"][of]))
+        self._runtime.write(rows, tuple([arrays[name][of] for name in self._states]))
 
 
 _COLUMNS = (

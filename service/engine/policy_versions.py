@@ -310,7 +310,7 @@ def _rules(manifest: Manifest) -> dict[str, Any]:
     """What two artifacts of one policy have in common, whatever their weights are."""
     rules = manifest.spec.model_dump(mode="json", exclude=OF_AN_EXPORT)
     parameters = {p.name: (p.dtype, p.shape) for p in manifest.parameters}
-    return {**rules, "precision": manifest.precision, "parameters": parameters}
+    return {"family": "tamiyo", **rules, "precision": manifest.precision, "parameters": parameters}
 
 
 def _nothing() -> None:

@@ -10,7 +10,6 @@ from export.loaders.protocol import LoadedStep
 from export.manifest import Array, Manifest
 from service.errors import Invalid
 from service.runtime.arrays import Arrays, allocate
-from service.runtime.protocol import STATE_INPUTS, STATE_OUTPUTS
 
 IN_RETURNS = ("value", "q_value")
 
@@ -35,21 +34,22 @@ class Probe(NamedTuple):
         size = min(num_rows, manifest.max_batch_size)
         inputs, outputs = (allocate(arrays, size) for arrays in (manifest.inputs, manifest.outputs))
         run = step.bind(inputs, outputs)
+        states = {state.input: state.output for state in manifest.spec.states}
         errors = [0.0]
         for first in range(0, num_rows, size):
             rows = np.arange(first, first + size) % num_rows  # the last ones are padded with some
-            for name in STATE_INPUTS:
+            for name in states:
                 inputs[name][:] = self.inputs[name][rows]
             for at in range(len(self.inputs["observation"])):
                 for name, given in self.inputs.items():
-                    if name not in STATE_INPUTS:
+                    if name not in states:
                         inputs[name][:] = given[at][rows]
                 run()
                 errors += [
                     self._compared(array, outputs, manifest, at, rows, unit)
                     for array in manifest.outputs
                 ]
-                for into, out in zip(STATE_INPUTS, STATE_OUTPUTS, strict=True):
+                for into, out in states.items():
                     inputs[into][:] = outputs[out]
         return max(errors)
 

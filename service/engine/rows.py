@@ -15,7 +15,7 @@ from export.manifest import Array
 from service.engine.block import Batch
 from service.errors import Overloaded
 from service.runtime.arrays import Arrays, allocate
-from service.runtime.protocol import STATE_OUTPUTS, Rows
+from service.runtime.protocol import Rows
 
 ONE = np.array(1, dtype=np.uint64)
 MOST_LONE = 1024
@@ -34,8 +34,7 @@ class RowTable:
         self._zeros: Rows = np.full(largest, num_rows, dtype=np.intp)
         self.seed = np.zeros(num_rows + 1, dtype=np.uint64)
         self.step = np.zeros(num_rows + 1, dtype=np.uint64)
-        kept = [array for array in outputs if array.name not in STATE_OUTPUTS]
-        self.outputs: Arrays = allocate(kept, num_rows)
+        self.outputs: Arrays = allocate(outputs, num_rows)
         self._free: Rows = np.arange(num_rows - 1, -1, -1, dtype=np.intp)
         self._num_free = num_rows
         self._lone: list[Rows] = []  # free too, as arrays of one: to make one takes NumPy longer

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from model.spec import PolicySpec
+from model.step_spec import StepSpec
 from service.engine.block import Answer, Batch, Block
 from service.engine.noise_ahead import FEW, NoiseAhead
 from service.engine.rows import ONE, RowTable
@@ -60,7 +60,7 @@ class Stepper:
         runtime: Runtime,
         rows: RowTable,
         sessions: SessionTable,
-        spec: PolicySpec,
+        spec: StepSpec,
         *,
         policy_version: str,
         seed: int,

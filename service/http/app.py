@@ -10,7 +10,7 @@ from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from export.manifest import Manifest
+from export.manifest import Array, Manifest
 from service.engine.engine import Engine
 from service.errors import ServiceError
 from service.http.act import Act
@@ -46,6 +46,7 @@ from service.http.schemas import (
     Ready,
     act_request,
     act_response,
+    policy_response,
     vector_act_request,
     vector_act_response,
 )
@@ -208,11 +209,14 @@ def create_app(
     weights = WeightsCodec(manifest)
     app.include_router(policy_routes(engine, weights, keys))
 
-    def policy_response() -> PolicyResponse:
-        return PolicyResponse(
+    policy_answer = policy_response(spec)
+
+    def describe_policy() -> PolicyResponse:
+        return policy_answer(
             name=manifest.name,
             policy_version=engine.versions.current.policy_version,
             spec=spec,
+            states=[Array.of_state(of.name, of) for of in spec.states],
             runtime=engine.runtime.name,
             device=engine.runtime.device,
             precision=manifest.precision,
@@ -231,12 +235,12 @@ def create_app(
             ),
         )
 
-    served = policy_response().model_dump(mode="json")
+    served = json_content(describe_policy().model_dump(mode="json"))
 
-    @app.get("/policy", responses={200: {"content": json_content(served)}})
+    @app.get("/policy", response_model=policy_answer, responses={200: {"content": served}})
     async def policy() -> PolicyResponse:
         """What is served, and within which limits."""
-        return policy_response()
+        return describe_policy()
 
     @app.get(
         "/metrics",

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from export.manifest import Manifest, step_outputs
-from model.spec import PolicySpec
+from export.manifest import Manifest
+from model.step_spec import StepSpec
 from service.errors import (
     Disconnected,
     Forbidden,
@@ -26,7 +26,7 @@ from service.http.safetensors_codec import SCALARS
 from service.http.safetensors_file import DTYPE_NAMES
 from service.http.schemas import ErrorResponse
 from service.http.tensors import request_tensors
-from service.runtime.protocol import STATE_OUTPUTS
+from service.runtime.arrays import decisions
 
 Json = dict[str, Any]
 Responses = dict[int | str, Json]
@@ -100,12 +100,12 @@ def text_content(media_type: str, example: str) -> Json:
     return {media_type: {"schema": {"type": "string"}, "example": example}}
 
 
-def act_examples(spec: PolicySpec) -> dict[str, Json]:
+def act_examples(spec: StepSpec) -> dict[str, Json]:
     """Bodies of `POST /act` that this policy answers, as they are."""
     observation = [0.1] * spec.observation_dim
     masks = {head.name: [True] * head.size for head in spec.heads}
     if spec.num_ops > 1:
-        masks[spec.op_head][-1] = False
+        masks[spec.head_names[spec.op_index]][-1] = False
     inputs: Json = {"observation": observation, "action_mask": masks}
     if spec.blueprint_embedding_dim is not None:
         inputs["blueprint_index"] = [-1] * spec.num_slots
@@ -140,7 +140,7 @@ def act_examples(spec: PolicySpec) -> dict[str, Json]:
     }
 
 
-def act_answer(spec: PolicySpec, policy_version: str) -> Json:
+def act_answer(spec: StepSpec, policy_version: str) -> Json:
     """What the first step of an episode may be answered."""
     extra: Json = (
         {"q_value": 0.2, "contribution": [0.0] * spec.num_slots} if (spec.extra_outputs) else {}
@@ -156,7 +156,7 @@ def act_answer(spec: PolicySpec, policy_version: str) -> Json:
     }
 
 
-def infer_examples(spec: PolicySpec) -> dict[str, Json]:
+def infer_examples(spec: StepSpec) -> dict[str, Json]:
     """Bodies of `POST .../infer` that this policy answers, as they are."""
     observation = {
         "name": "observation",
@@ -202,7 +202,7 @@ def infer_answer(manifest: Manifest) -> Json:
     }
 
 
-def safetensors_request(spec: PolicySpec) -> Json:
+def safetensors_request(spec: StepSpec) -> Json:
     """The other form of a request: `content` by what its file holds, for this policy."""
     lines = [
         f"- `{name}`: {' or '.join(tensor.dtypes)} {_rows_of(tensor.shape)}"
@@ -219,19 +219,19 @@ def safetensors_request(spec: PolicySpec) -> Json:
     )
 
 
-def safetensors_answer(spec: PolicySpec) -> Json:
+def safetensors_answer(spec: StepSpec) -> Json:
     """The same of an answer."""
     of_spec = ", ".join(
         f"`{array.name}` {DTYPE_NAMES[np.dtype(array.dtype)]} {_rows_of(array.shape[1:])}"
-        for array in step_outputs(spec)
-        if array.name not in STATE_OUTPUTS
+        for array in decisions(spec)
     )
-    state = _rows_of((spec.num_layers, spec.hidden_dim))
+    states = _listed(state.tensor for state in spec.states)
+    shapes = " or ".join({_rows_of(state.shape): None for state in spec.states})
+    also = f"; of a stateless request also {' and '.join(states.rsplit(', ', 1))} F32 {shapes}"
     return _file(
-        f"One safetensors file. Tensors: {of_spec}; of a stateless request also `state_h` and "
-        f"`state_c` F32 {state}. Metadata, all strings: `session_id`, if there is one, `step`, "
-        "`policy_version`, and `heads`: the columns of `action` and `log_prob`, separated by "
-        "commas."
+        f"One safetensors file. Tensors: {of_spec}{also if states else ''}. Metadata, all strings: "
+        "`session_id`, if there is one, `step`, `policy_version`, and `heads`: the columns of "
+        "`action` and `log_prob`, separated by commas."
     )
 
 

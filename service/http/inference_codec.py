@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import to_json
 
-from export.manifest import Manifest, step_outputs
+from export.manifest import Manifest
 from service.engine.block import Answer, Block
 from service.errors import Invalid, Malformed, TooLarge, UnknownModel, short
 from service.http.codec import JSON, Request
@@ -27,7 +27,7 @@ from service.http.inference_schemas import (
 from service.http.refusal import refusal, unknown_field
 from service.http.safetensors_file import DTYPE_NAMES, DTYPES, view
 from service.http.tensors import Scalars, Tensor, TensorReader
-from service.runtime.protocol import STATE_OUTPUTS
+from service.runtime.arrays import decisions
 
 BINARY = "application/octet-stream"
 PLATFORM = "tamiyo_serve"
@@ -44,7 +44,6 @@ KINDS: dict[str, set[type]] = {
 }
 """What a number may be in JSON."""
 OBSERVATION = "observation"
-STATES = ("state_h", "state_c")
 
 
 class InferenceCodec:
@@ -62,10 +61,9 @@ class InferenceCodec:
             array.name: Tensor(
                 (DTYPE_NAMES[np.dtype(array.dtype)],), tuple(int(size) for size in array.shape[1:])
             )
-            for array in step_outputs(spec)
-            if array.name not in STATE_OUTPUTS
+            for array in decisions(spec)
         }
-        states = {name: self.reader.tensors[name] for name in STATES}
+        states = {name: self.reader.tensors[name] for name in self.reader.states}
         self.outputs = outputs | states
         masks = {f"action_mask.{head}" for head in spec.head_names}
         inputs = {name: of for name, of in self.reader.tensors.items() if name not in masks}
@@ -112,7 +110,7 @@ class InferenceCall:
 
     def write(self, block: Block, answer: Answer) -> bytes:
         asked, codec = self._asked, self._codec
-        tensors = answer.tensors()
+        tensors = answer.tensors(codec.reader.states)
         wanted = asked.outputs or [InferOutput(name=name) for name in tensors]
         outputs: list[dict[str, Any]] = []
         binary: list[bytes] = []
@@ -208,7 +206,7 @@ class InferenceCall:
             if output.name not in self._codec.outputs:
                 known = ", ".join(self._codec.outputs)
                 raise Malformed(f"`{short(output.name)}` is no output; there are {known}")
-            if output.name in STATES and not is_stateless:
+            if output.name in self._codec.reader.states and not is_stateless:
                 raise Invalid(
                     f"`{output.name}` is for stateless requests; the server keeps a session's state"
                 )

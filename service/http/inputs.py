@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.spec import PolicySpec
+from model.step_spec import StepSpec
 from service.engine.block import Given
 from service.errors import Invalid
 from service.runtime.arrays import are_all
@@ -25,7 +25,7 @@ class InputReader:
     `is_vector` says whether a sentence has a row to name. Raises Invalid.
     """
 
-    def __init__(self, spec: PolicySpec) -> None:
+    def __init__(self, spec: StepSpec) -> None:
         self._spec = spec
         ends = np.cumsum(spec.head_sizes)
         self._first_columns = ends - np.array(spec.head_sizes)
@@ -98,7 +98,7 @@ class InputReader:
     def _check_slots(
         self, slots: NDArray[np.bool_], mask: NDArray[np.bool_], is_vector: bool
     ) -> None:
-        allowed_ops = mask[:, self.columns[self._spec.op_head]]
+        allowed_ops = mask[:, self.columns[self._spec.head_names[self._spec.op_index]]]
         empty = allowed_ops & self._ops_that_need_a_slot & ~slots.any(axis=2)
         if empty.any():
             row, op = np.argwhere(empty)[0]
@@ -122,10 +122,9 @@ def finite(
     return floats
 
 
-def finite_state(names: Sequence[str], state: State, is_vector: bool) -> State:
+def finite_state(names: Sequence[str], state: Sequence[NDArray[Any]], is_vector: bool) -> State:
     """A state a client carries, in float32. Raises Invalid as `finite` does."""
-    h, c = (finite(name, part, is_vector) for name, part in zip(names, state, strict=True))
-    return h, c
+    return tuple(finite(name, part, is_vector) for name, part in zip(names, state, strict=True))
 
 
 def _place(index: Sequence[int] | NDArray[np.intp], is_vector: bool) -> str:

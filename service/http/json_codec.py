@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
 
-from model.spec import PolicySpec
+from model.step_spec import StepSpec
 from service.engine.block import Answer, Block
 from service.errors import Invalid, Malformed, short
 from service.http.codec import JSON, Request, check_rows, check_session, vector_starts
@@ -34,7 +34,7 @@ class JsonCodec:
 
     content_type = JSON
 
-    def __init__(self, spec: PolicySpec, *, max_rows: int, max_body_bytes: int) -> None:
+    def __init__(self, spec: StepSpec, *, max_rows: int, max_body_bytes: int) -> None:
         self.max_body_bytes = max_body_bytes
         self._spec = spec
         self._max_rows = max_rows
@@ -47,7 +47,6 @@ class JsonCodec:
         self._observation_shape = (1, spec.observation_dim)
         self._extra = spec.extra_outputs
         self._allowed = {head.name: [True] * head.size for head in spec.heads}
-        self._state_shape = (-1, spec.num_layers, spec.hidden_dim)
         self._own_inputs: list[tuple[str, Any, tuple[int, ...]]] = []  # that not every policy has
         if spec.blueprint_embedding_dim is not None:
             self._own_inputs.append(("blueprint_index", np.int64, (spec.num_slots,)))
@@ -107,9 +106,10 @@ class JsonCodec:
             del body["session_id"]
         for name in self._extra:
             body[name] = outputs[name].tolist() if block.is_vector else lists[name][at]
-        if answer.state is not None:
-            h, c = answer.state if block.is_vector else (part[0] for part in answer.state)
-            body["state"] = {"h": h.tolist(), "c": c.tolist()}
+        if answer.state:
+            parts = answer.state if block.is_vector else [part[0] for part in answer.state]
+            named = zip(self._spec.states, parts, strict=True)
+            body["state"] = {state.name: part.tolist() for state, part in named}
         return to_json(body)
 
     def _parse_vector(self, body: bytes | bytearray) -> Request:
@@ -132,7 +132,7 @@ class JsonCodec:
         for name in ("episode_start", "seed", *(name for name, _, _ in self._own_inputs)):
             by_row[name] = getattr(act, name)
         if act.state is not None:
-            by_row |= {"state.h": act.state.h, "state.c": act.state.c}
+            by_row |= {f"state.{name}": rows for name, rows in act.state}
         others = {name: len(rows) for name, rows in by_row.items() if isinstance(rows, list)}
         check_rows(num_rows, self._max_rows, others)
         given = self._reader.read(
@@ -186,8 +186,9 @@ class JsonCodec:
         return arrays
 
     def _state(self, state: Any, *, is_vector: bool) -> State:
-        h, c = (_array(rows).reshape(self._state_shape) for rows in (state.h, state.c))
-        return finite_state(("state.h", "state.c"), (h, c), is_vector)
+        names = [f"state.{of.name}" for of in self._spec.states]
+        rows = [_array(getattr(state, of.name)).reshape(-1, *of.shape) for of in self._spec.states]
+        return finite_state(names, rows, is_vector)
 
 
 def _check_fields(act: ActRequest | VectorActRequest) -> None:
@@ -198,7 +199,7 @@ def _check_fields(act: ActRequest | VectorActRequest) -> None:
     if act.state is not None:
         if act.state.model_extra:
             raise unknown_field("state.", act.state.model_extra)
-        for name, rows in (("h", act.state.h), ("c", act.state.c)):
+        for name, rows in act.state:
             if not rows:
                 raise Malformed(f"`state.{name}` is required")
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from math import isfinite
 
-from model.spec import PolicySpec
+from model.step_spec import StepSpec
 from service.engine.block import Answer, Block
 from service.errors import Malformed, short
 from service.http.codec import SAFETENSORS, Request
@@ -26,7 +26,7 @@ class SafetensorsCodec:
 
     content_type = SAFETENSORS
 
-    def __init__(self, spec: PolicySpec, *, max_rows: int) -> None:
+    def __init__(self, spec: StepSpec, *, max_rows: int) -> None:
         self._reader = TensorReader(spec, max_rows=max_rows)
         self._heads = ",".join(spec.head_names)
         self.max_body_bytes = LENGTH_BYTES + LARGEST_HEADER_BYTES + self._reader.largest_bytes
@@ -51,7 +51,7 @@ class SafetensorsCodec:
         }
         if block.session_id is not None:
             metadata["session_id"] = block.session_id
-        return write_file(answer.tensors(), metadata)
+        return write_file(answer.tensors(self._reader.states), metadata)
 
 
 class _Metadata:

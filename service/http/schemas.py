@@ -7,11 +7,12 @@ have; the models here are what every policy has in common.
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, create_model
-from pydantic_core import CoreSchema
+from pydantic.functional_validators import BeforeValidator
+from pydantic_core import CoreSchema, PydanticCustomError
 from typing_extensions import TypedDict
 
-from export.manifest import Parameter, Precision
-from model.spec import PolicySpec
+from export.manifest import Array, Parameter, Precision
+from model.step_spec import StepSpec
 
 Identifier = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -83,15 +84,6 @@ def _of_a_session_or_stateless(absent: dict[str, Any]) -> list[dict[str, Any]]:
             "properties": {"session_id": {"type": "null"}, **absent},
         },
     ]
-
-
-class HiddenStateBody(BaseModel):
-    """A recurrent state the client carries itself: each `[layers][hidden]`."""
-
-    model_config = _config(required=["h", "c"])
-
-    h: Annotated[list[Floats], FAIL_FAST, ABSENT]
-    c: Annotated[list[Floats], FAIL_FAST, ABSENT]
 
 
 class _AnyActRequest(BaseModel):
@@ -177,7 +169,7 @@ class ActRequest(_AnyActRequest):
         ),
     ] = None
     state: Annotated[
-        HiddenStateBody | None,
+        Any,
         Field(description="Stateless only, without `session_id`: `state` of the last answer."),
     ] = None
 
@@ -237,17 +229,17 @@ class VectorActRequest(_AnyActRequest):
         ),
     ] = None
     state: Annotated[
-        HiddenStateBody | None,
+        Any,
         Field(description="Stateless only: `state` of the last answer, `[n][layers][hidden]`."),
     ] = None
 
 
-def act_request(spec: PolicySpec) -> type[ActRequest]:
+def act_request(spec: StepSpec) -> type[ActRequest]:
     """`ActRequest` with this policy's lengths and heads, and a field for each input of its own."""
     narrower: dict[str, Any] = {
         "observation": _exactly(spec.observation_dim, Float),
         "action_mask": _action_mask(spec) | None,
-        "state": _single_state(spec) | None,
+        "state": _state(spec),
     }
     fields: dict[str, Any] = {
         name: Annotated[values, ActRequest.model_fields[name]] for name, values in narrower.items()
@@ -259,18 +251,17 @@ def act_request(spec: PolicySpec) -> type[ActRequest]:
     return create_model("ActRequest", __base__=ActRequest, __doc__=ActRequest.__doc__, **fields)
 
 
-def vector_act_request(spec: PolicySpec) -> type[VectorActRequest]:
+def vector_act_request(spec: StepSpec) -> type[VectorActRequest]:
     """`VectorActRequest` with this policy's lengths and heads, and its own inputs."""
     observation: Any = _exactly(spec.observation_dim, Float)
     masks = {head.name: _rows(_allowing_one(head.size)) for head in spec.heads}
-    states: Any = _rows(_exactly(spec.num_layers, _exactly(spec.hidden_dim, Float)))
     narrower: dict[str, Any] = {
         "observation": Annotated[list[observation], Field(min_length=1), FAIL_FAST],
         "action_mask": _by_head(
             "VectorActionMask", "What each head may choose, in each row.", masks, total=False
         )
         | None,
-        "state": _hidden_state("VectorHiddenStateBody", states) | None,
+        "state": _state(spec, is_vector=True),
     }
     fields: dict[str, Any] = {
         name: Annotated[values, VectorActRequest.model_fields[name]]
@@ -308,34 +299,45 @@ def _allowing_one(size: int) -> Any:
     return Annotated[_exactly(size, Allowed), ALLOWS_ONE]
 
 
-def _action_mask(spec: PolicySpec) -> Any:
+def _action_mask(spec: StepSpec) -> Any:
     fields = {head.name: _allowing_one(head.size) for head in spec.heads}
     return _by_head("ActionMask", "What each head may choose.", fields, total=False)
 
 
-def _hidden_state(name: str, rows: Any) -> Any:
-    fields: Any = dict.fromkeys(("h", "c"), Annotated[rows, ABSENT])
-    return create_model(name, __base__=HiddenStateBody, __doc__=HiddenStateBody.__doc__, **fields)
+def _state(spec: StepSpec, *, is_vector: bool = False) -> Any:
+    """What a client may carry itself; None alone, where the policy has no state."""
+    if not spec.states:
+        return Annotated[None, BeforeValidator(_no_state)]
+    fields: Any = {}
+    for state in spec.states:
+        values: Any = Float
+        for length in reversed(state.shape):
+            values = _exactly(length, values)
+        fields[state.name] = Annotated[_rows(values) if is_vector else values, ABSENT]
+    name = "VectorHiddenStateBody" if is_vector else "HiddenStateBody"
+    doc = "A recurrent state the client carries itself: each `[layers][hidden]`."
+    config = _config(required=[*fields])
+    return create_model(name, __config__=config, __doc__=doc, **fields) | None
 
 
-def _single_state(spec: PolicySpec) -> Any:
-    rows = _exactly(spec.num_layers, _exactly(spec.hidden_dim, Float))
-    return _hidden_state("HiddenStateBody", rows)
+def _no_state(given: Any) -> None:
+    if given is not None:
+        raise PydanticCustomError("no_state", "this policy has no state that a client could carry")
 
 
-def _blueprint(spec: PolicySpec) -> Any:
+def _blueprint(spec: StepSpec) -> Any:
     bounds = Field(json_schema_extra={"minimum": -1, "maximum": spec.num_blueprints - 1})
     return Annotated[int, bounds]
 
 
-def _blueprint_index(spec: PolicySpec) -> Any:
+def _blueprint_index(spec: StepSpec) -> Any:
     return Annotated[
         _exactly(spec.num_slots, _blueprint(spec)) | None,
         Field(description="Which blueprint each slot holds, -1 = none; without it, none in any."),
     ]
 
 
-def _slot_by_op_mask(spec: PolicySpec) -> Any:
+def _slot_by_op_mask(spec: StepSpec) -> Any:
     return Annotated[
         _exactly(spec.num_ops, _exactly(spec.num_slots, Allowed)) | None,
         Field(
@@ -355,10 +357,9 @@ class ActResponse(BaseModel):
     log_prob: dict[str, float]
     value: float
     policy_version: str
-    state: HiddenStateBody | None = None
 
 
-def act_response(spec: PolicySpec) -> type[ActResponse]:
+def act_response(spec: StepSpec) -> type[ActResponse]:
     """`ActResponse` with this policy's heads, and what else its step gives of the critic."""
     choices: dict[str, Any] = {
         head.name: Annotated[int, Field(ge=0, lt=head.size)] for head in spec.heads
@@ -370,7 +371,7 @@ def act_response(spec: PolicySpec) -> type[ActResponse]:
             _by_head("LogProb", "Of each choice; 0 where it was forced.", log_probs, total=True),
             ...,
         ),
-        "state": (_single_state(spec) | None, None),
+        **({"state": (_state(spec), None)} if spec.states else {}),
     }
     extra: dict[str, Any] = {
         "q_value": Annotated[float, Field(description="Q(s, op) in returns, of the op taken.")],
@@ -382,13 +383,12 @@ def act_response(spec: PolicySpec) -> type[ActResponse]:
     return create_model("ActResponse", __base__=ActResponse, __doc__=ActResponse.__doc__, **fields)
 
 
-def vector_act_response(spec: PolicySpec) -> type[BaseModel]:
+def vector_act_response(spec: StepSpec) -> type[BaseModel]:
     """The same for a vector: a row for each environment in every list."""
     choices: dict[str, Any] = {
         head.name: list[Annotated[int, Field(ge=0, lt=head.size)]] for head in spec.heads
     }
     log_probs: dict[str, Any] = {head.name: list[float] for head in spec.heads}
-    states: Any = _rows(_exactly(spec.num_layers, _exactly(spec.hidden_dim, Float)))
     extra: dict[str, Any] = {"q_value": list[float], "contribution": list[list[float]]}
     fields: dict[str, Any] = {
         "session_id": (str | None, None),
@@ -397,7 +397,7 @@ def vector_act_response(spec: PolicySpec) -> type[BaseModel]:
         "log_prob": (_by_head("VectorLogProb", "Of each.", log_probs, total=True), ...),
         "value": (list[float], ...),
         "policy_version": (str, ...),
-        "state": (_hidden_state("VectorHiddenStateBody", states) | None, None),
+        **({"state": (_state(spec, is_vector=True), None)} if spec.states else {}),
         **{name: (extra[name], ...) for name in spec.extra_outputs},
     }
     doc = "The decisions for a vector, a row for each environment."
@@ -430,13 +430,21 @@ class PolicyResponse(BaseModel):
 
     name: str
     policy_version: str
-    spec: PolicySpec
+    spec: StepSpec
+    states: list[Array]
     runtime: str
     device: str
     precision: Precision
     has_normalizer: bool
     parameters: list[Parameter]
     limits: Limits
+
+
+def policy_response(spec: StepSpec) -> type[PolicyResponse]:
+    """`PolicyResponse` with what a spec of this one's family has."""
+    of_family: Any = (type(spec), ...)
+    doc = PolicyResponse.__doc__
+    return create_model("PolicyResponse", __base__=PolicyResponse, __doc__=doc, spec=of_family)
 
 
 class Alive(BaseModel):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from model.spec import PolicySpec
+from model.step_spec import StepSpec
 from service.engine.block import Block
 from service.errors import Invalid, Malformed
 from service.http.codec import check_rows, check_session, vector_starts
@@ -41,17 +41,15 @@ class Scalars(NamedTuple):
     ends: bool = False
 
 
-def request_tensors(spec: PolicySpec) -> dict[str, Tensor]:
+def request_tensors(spec: StepSpec) -> dict[str, Tensor]:
     """The tensors that a request may have, by name; only `observation` is required."""
-    state = Tensor(("F32",), (spec.num_layers, spec.hidden_dim))
     tensors = {
         "observation": Tensor(("F32", "F64"), (spec.observation_dim,)),
         "action_mask": Tensor(("BOOL",), (spec.num_choices,)),
         **{f"action_mask.{head.name}": Tensor(("BOOL",), (head.size,)) for head in spec.heads},
         "episode_start": Tensor(("BOOL",), ()),
         "seed": Tensor(("U64",), ()),
-        "state_h": state,
-        "state_c": state,
+        **{state.tensor: Tensor(("F32",), state.shape) for state in spec.states},
     }
     if spec.blueprint_embedding_dim is not None:
         tensors["blueprint_index"] = Tensor(("I64",), (spec.num_slots,))
@@ -66,8 +64,9 @@ class TensorReader:
     `session` is what the wire calls the name of a session, for sentences.
     """
 
-    def __init__(self, spec: PolicySpec, *, max_rows: int, session: str = "session_id") -> None:
+    def __init__(self, spec: StepSpec, *, max_rows: int, session: str = "session_id") -> None:
         self.tensors = request_tensors(spec)
+        self.states = tuple(state.tensor for state in spec.states)
         self.dtypes = {name: tensor.dtypes for name, tensor in self.tensors.items()}
         row = sum(DTYPES[dtypes[-1]].itemsize * prod(of) for dtypes, of in self.tensors.values())
         self.largest_bytes = max_rows * row
@@ -89,7 +88,7 @@ class TensorReader:
         if scalars.seed is not None and seeds is not None:
             raise Invalid("`seed` is given twice, as one number and as a tensor")
         named = {"run": scalars.run}
-        has_state = "state_h" in tensors
+        has_state = any(name in tensors for name in self.states[:1])
         check_session(
             scalars.session_id, has_state, starts is not False, named, session=self._session
         )
@@ -151,16 +150,14 @@ class TensorReader:
             mask[:, self._reader.columns[self._masks[name]]] = tensors[name]
         return mask
 
-    @staticmethod
-    def _state(tensors: Tensors) -> State | None:
-        names = ("state_h", "state_c")
-        present = [name for name in names if name in tensors]
+    def _state(self, tensors: Tensors) -> State | None:
+        present = [name for name in self.states if name in tensors]
         if not present:
             return None
-        for name in names:
+        for name in self.states:
             if name not in present:
                 raise Malformed(f"`{name}` is required where `{present[0]}` is given")
-        return finite_state(names, (tensors["state_h"], tensors["state_c"]), is_vector=True)
+        return finite_state(self.states, [tensors[name] for name in self.states], is_vector=True)
 
 
 def check_identifier(name: str, value: str) -> str:

@@ -14,7 +14,6 @@ from service.engine.probe import Probe
 from service.errors import Invalid, short
 from service.http.inputs import InputReader, finite
 from service.http.safetensors_file import LARGEST_HEADER_BYTES, LENGTH_BYTES, read_file
-from service.runtime.protocol import STATE_INPUTS
 
 PREFIX = "probe."
 LEAST_ROWS = 32
@@ -31,6 +30,7 @@ class WeightsCodec:
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
         self._reader = InputReader(manifest.spec)
+        self._states = [state.input for state in manifest.spec.states]
         parameters = sum(
             prod(parameter.shape) * PARAMETER_DTYPES[parameter.dtype].itemsize
             for parameter in manifest.parameters
@@ -73,7 +73,7 @@ class WeightsCodec:
             if name not in arrays:
                 raise Invalid(f"`{PREFIX}{short(name)}` is nothing this policy takes or gives")
         for name, array in arrays.items():
-            lead = (num_rows,) if name in STATE_INPUTS else (num_steps, num_rows)
+            lead = (num_rows,) if name in self._states else (num_steps, num_rows)
             _check(given.get(name), array, lead)
         inputs = {array.name: given[array.name] for array in manifest.inputs}
         self._check_inputs(inputs)
@@ -81,7 +81,7 @@ class WeightsCodec:
 
     def _check_inputs(self, inputs: Tensors) -> None:
         """Raises Invalid where a step could fail on them: what is not there to be looked up."""
-        for name in (*STATE_INPUTS, "noise"):
+        for name in (*self._states, "noise"):
             finite(f"{PREFIX}{name}", inputs[name], is_vector=True)
         for at, observation in enumerate(inputs["observation"]):
             others = {

@@ -7,9 +7,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.manifest import Array
+from export.manifest import Array, step_outputs
+from model.step_spec import StepSpec
 
 Arrays = dict[str, NDArray[Any]]
+
+
+def decisions(spec: StepSpec) -> tuple[Array, ...]:
+    """What a step gives but the states."""
+    states = {state.output for state in spec.states}
+    return tuple(array for array in step_outputs(spec) if array.name not in states)
 
 
 def allocate(arrays: Sequence[Array], num_rows: int) -> Arrays:

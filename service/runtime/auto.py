@@ -23,7 +23,7 @@ from export.artifact import Artifact, open_artifact
 from export.loaders.load import FORMAT_OF
 from export.loaders.protocol import LoadedStep
 from export.manifest import Device, Manifest, bucket_sizes, step_inputs, step_outputs, timed_sizes
-from model.spec import PolicySpec
+from model.step_spec import StepSpec
 from service.runtime.arrays import Arrays, allocate, first
 from service.runtime.load import load_runtime, runs_on
 
@@ -96,7 +96,7 @@ def best(measured: Mapping[str, Measurement]) -> str:
     )
 
 
-def measure(runtime: LoadedStep, spec: PolicySpec, max_batch_size: int) -> Measurement:
+def measure(runtime: LoadedStep, spec: StepSpec, max_batch_size: int) -> Measurement:
     """Compares rows at every batch size the service uses, then times the runtime at some."""
     is_alike = rows_are_alike(runtime, spec, max_batch_size)
     given = _some_rows(spec, max_batch_size)
@@ -107,7 +107,7 @@ def measure(runtime: LoadedStep, spec: PolicySpec, max_batch_size: int) -> Measu
     return Measurement(seconds, is_alike)
 
 
-def rows_are_alike(runtime: LoadedStep, spec: PolicySpec, max_batch_size: int) -> bool:
+def rows_are_alike(runtime: LoadedStep, spec: StepSpec, max_batch_size: int) -> bool:
     """Does each row come out as it does alone, bit for bit, anywhere in a batch of any size?
 
     At each size every place of a batch is taken, and every row is in some batch: of as many rows as
@@ -126,19 +126,19 @@ def rows_are_alike(runtime: LoadedStep, spec: PolicySpec, max_batch_size: int) -
     return True
 
 
-def _some_rows(spec: PolicySpec, num_rows: int) -> Arrays:
+def _some_rows(spec: StepSpec, num_rows: int) -> Arrays:
     rng = np.random.default_rng(0)
     rows = allocate(step_inputs(spec), num_rows)
-    for name in ("observation", "state_c_in"):
-        rows[name][:] = rng.normal(size=rows[name].shape)
+    rows["observation"][:] = rng.normal(size=rows["observation"].shape)
     rows["noise"][:] = rng.gumbel(size=rows["noise"].shape)
-    rows["state_h_in"][:] = rng.uniform(-0.9, 0.9, size=rows["state_h_in"].shape)
+    for state in spec.states:
+        rows[state.input][:] = rng.uniform(-0.9, 0.9, size=rows[state.input].shape)
     return rows
 
 
 def _answers(
     runtime: LoadedStep,
-    spec: PolicySpec,
+    spec: StepSpec,
     given: Arrays,
     rows: NDArray[np.int64],
     *,

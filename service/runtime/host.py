@@ -17,46 +17,54 @@ from numpy.typing import NDArray
 
 from export.loaders.protocol import LoadedStep
 from export.manifest import Array
-from model.spec import PolicySpec
+from model.step_spec import StepSpec
 from service.runtime.arrays import Arrays, allocate, allocate_in_a_row, are_all, first
-from service.runtime.protocol import (
-    MOST_UNDER_WAY,
-    STATE_INPUTS,
-    STATE_OUTPUTS,
-    Outputs,
-    Rows,
-    State,
-)
+from service.runtime.protocol import MOST_UNDER_WAY, Outputs, Rows, State
+
+Pairs = tuple[tuple[NDArray[np.float32], NDArray[np.float32]], ...]
+"""Of each state the array of all rows, and a batch's."""
 
 
 class HostStates:
-    """`num_rows` rows of `(h, c)`, and after them the one that is always zero.
+    """`num_rows` rows of each of the policy's states, and after them the one that is always zero.
 
     The arrays are as large as the address space allows to promise: only rows once used take memory.
     """
 
-    def __init__(self, spec: PolicySpec, num_rows: int) -> None:
-        shape = (num_rows + 1, spec.num_layers, spec.hidden_dim)
+    def __init__(self, spec: StepSpec, num_rows: int) -> None:
         self.zero_row = num_rows
-        self.h = np.zeros(shape, dtype=np.float32)
-        self.c = np.zeros(shape, dtype=np.float32)
+        self.specs = spec.states
+        self.arrays: State = tuple(
+            [np.zeros((num_rows + 1, *state.shape), dtype=np.float32) for state in spec.states]
+        )
 
-    def gather(self, rows: Rows, h: NDArray[np.float32], c: NDArray[np.float32]) -> None:
-        """Copies the rows' states into the first rows of `h` and `c`."""
-        num = len(rows)
-        if num == 1:  # NumPy copies a lone row several times faster by its number
-            h[0], c[0] = self.h[rows[0]], self.c[rows[0]]
-        else:  # "clip": a row out of range, which there is none of, would cost a buffer
-            self.h.take(rows, axis=0, out=h[:num], mode="clip")
-            self.c.take(rows, axis=0, out=c[:num], mode="clip")
+    def beside(self, state: State) -> Pairs:
+        """Its arrays with a batch's, paired once: to pair them takes as long as a lone row."""
+        return tuple(zip(self.arrays, state, strict=True))
 
-    def scatter(self, rows: Rows, h: NDArray[np.float32], c: NDArray[np.float32]) -> None:
-        """Sets the rows' states to the first rows of `h` and `c`."""
-        num = len(rows)
-        if num == 1:
-            self.h[rows[0]], self.c[rows[0]] = h[0], c[0]
-        else:
-            self.h[rows], self.c[rows] = h[:num], c[:num]
+
+def gather(rows: Rows, pairs: Pairs) -> None:
+    """Copies the rows' states into the first rows of the batch's."""
+    num = len(rows)
+    if num == 1:  # NumPy copies a lone row several times faster by its number
+        row = rows[0]
+        for array, of_batch in pairs:
+            of_batch[0] = array[row]
+    else:  # "clip": a row out of range, which there is none of, would cost a buffer
+        for array, of_batch in pairs:
+            array.take(rows, axis=0, out=of_batch[:num], mode="clip")
+
+
+def scatter(rows: Rows, pairs: Pairs) -> None:
+    """Sets the rows' states to the first rows of the batch's."""
+    num = len(rows)
+    if num == 1:
+        row = rows[0]
+        for array, of_batch in pairs:
+            array[row] = of_batch[0]
+    else:
+        for array, of_batch in pairs:
+            array[rows] = of_batch[:num]
 
 
 Steps = tuple[Callable[[], None], ...]
@@ -67,6 +75,8 @@ class _BatchSize(NamedTuple):
     inputs: Arrays
     outputs: Arrays
     floats: NDArray[np.float32]
+    decided: Arrays
+    pairs: Pairs
 
 
 class _Lane:
@@ -75,21 +85,28 @@ class _Lane:
     def __init__(
         self,
         number: int,
+        states: HostStates,
         inputs: Sequence[Array],
         outputs: Sequence[Array],
         batch_sizes: Sequence[int],
     ) -> None:
         self.number = number
         batch = allocate(inputs, max(batch_sizes))
-        self.h, self.c = (batch[name] for name in STATE_INPUTS)
-        self.inputs = {name: array for name, array in batch.items() if name not in STATE_INPUTS}
-        self.batch_sizes = [
-            _BatchSize(first(batch, size), *allocate_in_a_row(outputs, size))
-            for size in batch_sizes
-        ]
+        self.inputs, self.pairs = _apart(batch, states, [of.input for of in states.specs])
+        self.batch_sizes = []
+        for size in batch_sizes:
+            given, floats = allocate_in_a_row(outputs, size)
+            apart = _apart(given, states, [of.output for of in states.specs])
+            self.batch_sizes.append(_BatchSize(first(batch, size), given, floats, *apart))
 
     def bind(self, loaded: LoadedStep) -> Steps:
         return tuple(loaded.bind(size.inputs, size.outputs) for size in self.batch_sizes)
+
+
+def _apart(arrays: Arrays, states: HostStates, names: Sequence[str]) -> tuple[Arrays, Pairs]:
+    """A batch's arrays that are no states, and the others, which have these names."""
+    others = {name: array for name, array in arrays.items() if name not in names}
+    return others, states.beside(tuple([arrays[name] for name in names]))
 
 
 class HostRuntime:
@@ -118,7 +135,7 @@ class HostRuntime:
         self._by_num_rows = [0]  # which of the batch sizes a batch of so many rows takes
         for at, size in enumerate(sizes):
             self._by_num_rows += [at] * (size + 1 - len(self._by_num_rows))
-        lanes = [_Lane(number, inputs, outputs, sizes) for number in range(MOST_UNDER_WAY)]
+        lanes = [_Lane(number, states, inputs, outputs, sizes) for number in range(MOST_UNDER_WAY)]
         self._lanes = deque(lanes)
         self._steps = [lane.bind(loaded) for lane in lanes]  # by the lane's number
         self._outputs: Outputs | None = None  # of a step that was waited for
@@ -132,7 +149,7 @@ class HostRuntime:
     def launch(self, read_rows: Rows, write_rows: Rows, *, beside_s: float = inf) -> None:
         lane = self._lanes[0]
         at = self._by_num_rows[len(read_rows)]
-        self._states.gather(read_rows, lane.h, lane.c)
+        gather(read_rows, lane.pairs)
         step, batch_size = self._steps[lane.number][at], lane.batch_sizes[at]
         if self._step_s[at] < beside_s and not self._under_way:
             self._outputs = self._run(step, batch_size, write_rows)
@@ -164,14 +181,13 @@ class HostRuntime:
         write_rows: Rows,
         begin: Callable[[], None] = lambda: None,
     ) -> Outputs:
-        _, outputs, floats = batch_size
+        _, outputs, floats, decided, pairs = batch_size
         begin()
         step()
-        h, c = (outputs[name] for name in STATE_OUTPUTS)
-        self._states.scatter(write_rows, h, c)
+        scatter(write_rows, pairs)
         num = len(write_rows)
         # Copies: answers are written from them when others have been launched.
-        arrays = {name: a[:num].copy() for name, a in outputs.items() if name not in STATE_OUTPUTS}
+        arrays = {name: array[:num].copy() for name, array in decided.items()}
         if are_all(np.isfinite(floats)):  # as a rule; padding is what former batches were
             return Outputs(arrays)
         parts = [a[:num].reshape(num, -1) for a in outputs.values() if a.dtype == np.float32]
@@ -179,10 +195,10 @@ class HostRuntime:
         return Outputs(arrays, None if finite.all() else finite)
 
     def read(self, rows: Rows) -> State:
-        return self._states.h[rows], self._states.c[rows]
+        return tuple([array[rows] for array in self._states.arrays])
 
     def write(self, rows: Rows, state: State) -> None:
-        self._states.scatter(rows, *state)
+        scatter(rows, self._states.beside(state))
 
     def prepare(self, loaded: LoadedStep) -> Callable[[], None]:
         # On arrays of its own: those that it will have are in use.

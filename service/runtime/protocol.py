@@ -12,12 +12,8 @@ from export.loaders.protocol import LoadedStep
 Rows = NDArray[np.intp]
 """Numbers of state rows, one for each row of a batch."""
 
-State = tuple[NDArray[np.float32], NDArray[np.float32]]
-"""`(h, c)`, each `[rows, layers, hidden]`."""
-
-STATE_INPUTS = ("state_h_in", "state_c_in")
-STATE_OUTPUTS = ("state_h_out", "state_c_out")
-
+State = tuple[NDArray[np.float32], ...]
+"""`[rows, ...]` of each of the spec's states, in its order: none, for a policy without memory."""
 
 MOST_UNDER_WAY = 2
 """Batches that may be launched and not collected yet: one that runs, and one that follows it."""

@@ -22,9 +22,19 @@ import pytest
 from numpy.typing import NDArray
 
 from export.loaders.protocol import RenewableStep
-from export.manifest import Manifest, step_inputs, step_outputs
+from export.manifest import (
+    File,
+    Manifest,
+    Parameter,
+    Parity,
+    Source,
+    step_inputs,
+    step_outputs,
+)
 from export.parameters import Parameters
+from model.sb3.spec import SB3Spec
 from model.spec import PolicySpec
+from model.step_spec import StepSpec
 from service.engine import kept_sessions
 from service.engine.batcher import Batcher
 from service.engine.block import Answer, Block
@@ -38,6 +48,7 @@ from service.errors import Overloaded, ServiceError
 from service.http.app import create_app
 from service.http.keys import Keys
 from service.metrics import Metrics
+from service.runtime.arrays import decisions
 from service.runtime.host import HostRuntime, HostStates, _Lane
 from service.runtime.protocol import Outputs, Rows, State
 from service.settings import Settings
@@ -92,8 +103,9 @@ class FakeClock:
 class SummingRuntime:
     """A policy in NumPy: `h` is the sum of `observation[0]` so far, `c` how often it stepped.
 
-    The value is the sum; each head takes its allowed choice with the most noise and gives that
-    noise as its log-prob. Every row depends on that row alone.
+    A critic's own are twice as much. The value is the sum, and without a state `observation[0]`;
+    each head takes its allowed choice with the most noise and gives that noise as its log-prob.
+    Every row depends on that row alone.
 
     `failure` is raised where it is set; `gate` must be set before a call returns; `spoil` may
     write to the outputs.
@@ -102,7 +114,7 @@ class SummingRuntime:
     name = "summing"
     device = "cpu"
 
-    def __init__(self, spec: PolicySpec) -> None:
+    def __init__(self, spec: StepSpec) -> None:
         self.spec = spec
         self.batch_sizes: list[int] = []
         self.failure: Exception | None = None
@@ -130,11 +142,14 @@ class SummingRuntime:
 
     def _step(self, inputs: Arrays, outputs: Arrays) -> None:
         observation = inputs["observation"]
-        h, c = outputs["state_h_out"], outputs["state_c_out"]
-        h[:] = inputs["state_h_in"] + observation[:, :1, None]
-        c[:] = inputs["state_c_in"] + np.float32(1)
+        total = observation[:, 0]
+        for at, state in enumerate(self.spec.states):
+            more = np.float32(1) if at % 2 else observation[:, :1, None]
+            outputs[state.output][:] = inputs[state.input] + more * np.float32(at // 2 + 1)
+            if at == 0:
+                total = outputs[state.output][:, 0, 0]
         is_poison = observation[:, -1] == np.float32(POISON)
-        outputs["value"][:] = np.where(is_poison, np.nan, h[:, 0, 0]) * self.scale
+        outputs["value"][:] = np.where(is_poison, np.nan, total) * self.scale
         masked = np.where(inputs["action_mask"], inputs["noise"], -np.inf)
         heads = np.split(masked, np.cumsum(self.spec.head_sizes)[:-1], axis=1)
         outputs["action"][:] = np.stack([head.argmax(1) for head in heads], axis=1)
@@ -142,7 +157,7 @@ class SummingRuntime:
 
 
 def single(
-    spec: PolicySpec,
+    spec: StepSpec,
     x: float = 1.0,
     session_id: str | None = None,
     *,
@@ -161,7 +176,7 @@ def single(
 
 
 def vector(
-    spec: PolicySpec,
+    spec: StepSpec,
     xs: Sequence[float],
     session_id: str | None = None,
     *,
@@ -269,7 +284,7 @@ class Bench:
 
     def __init__(
         self,
-        spec: PolicySpec,
+        spec: StepSpec,
         *,
         capacity: int = 8,
         idle_timeout_s: float = 60.0,
@@ -306,7 +321,7 @@ class Bench:
         )
         if isinstance(self.runtime, Device) and turns is not None:
             self.runtime.turns = turns
-        self.rows = RowTable(self.num_rows, step_outputs(spec), largest=largest)
+        self.rows = RowTable(self.num_rows, decisions(spec), largest=largest)
         self.sessions = SessionTable(
             self.rows,
             capacity=capacity,
@@ -448,6 +463,32 @@ class Bench:
         if isinstance(answer, ServiceError):
             raise answer
         return answer
+
+
+def manifest_of(spec: PolicySpec | SB3Spec, name: str = "tiny") -> Manifest:
+    """Of an artifact that has no formats: what is served of it is a fake's."""
+    nothing = File(file="policy.safetensors", sha256="0" * 64, bytes=0)
+    return Manifest(
+        schema_version=2,
+        name=name,
+        spec=spec,
+        precision="fp32",
+        device="cpu",
+        has_normalizer=False,
+        max_batch_size=64,
+        inputs=step_inputs(spec),
+        outputs=step_outputs(spec),
+        parameters=(Parameter(name="scale", dtype="float32", shape=(1,)),),
+        parameters_sha256="0" * 64,
+        weights=nothing,
+        formats={},
+        reports=(),
+        parity=Parity(
+            atol=1e-5, rtol=1e-5, min_greedy_agreement=0.0, batch_sizes=(1,), steps=1, formats={}
+        ),
+        source=Source(kind="preset", name=name),
+        versions={},
+    )
 
 
 class Served(NamedTuple):

@@ -12,22 +12,27 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from pydantic_settings import CliApp
 
 from export.manifest import Manifest
+from model.sb3.spec import SB3Spec
 from model.spec import PolicySpec
+from model.step_spec import StepSpec
 from service.artifact import find_artifact
 from service.engine import stepper
 from service.http.keys import Keys
 from service.server import serve
 from service.settings import Settings
-from tests.service.fakes import Arrays, SummingRuntime
+from tests.running_server import RunningServer, running
+from tests.service.fakes import Arrays, SummingRuntime, manifest_of
 
 
 class GatedRuntime(SummingRuntime):
-    def __init__(self, spec: PolicySpec, mode: str) -> None:
+    def __init__(self, spec: StepSpec, mode: str) -> None:
         super().__init__(spec)
         self.waits_in_warm_up = mode == "warm-up"
         self.is_free = mode == "free"
@@ -47,6 +52,15 @@ class GatedRuntime(SummingRuntime):
             step()
 
         return run
+
+
+@contextmanager
+def serving(spec: PolicySpec | SB3Spec, directory: Path) -> Iterator[RunningServer]:
+    """The fake policy of a spec, whose steps do not wait; of an artifact made in `directory`."""
+    manifest_of(spec).write(directory)
+    command = [sys.executable, "-m", "tests.service.gated_server", "free"]
+    with running([*command, "--artifact", str(directory), "--port", "0"]) as server:
+        yield server
 
 
 def main() -> int:

@@ -17,7 +17,9 @@ from export.loaders.protocol import LoadedStep, RenewableStep
 from export.manifest import Manifest, step_inputs, step_outputs
 from export.weights import pack, pack_weights
 from model.policy import FactoredRecurrentActorCritic
+from model.sb3.spec import SB3Spec
 from model.spec import PolicySpec
+from model.step_spec import StepSpec
 from service.bench.batch_sizes import ranges
 from service.bench.load import Session
 from service.bench.pool import POOL_SIZE, Pool
@@ -25,10 +27,12 @@ from service.bench.replay import Differences, replay
 from service.bench.wire import Arrays, JsonWire, wire_of
 from service.runtime.arrays import allocate
 from service.runtime.load import load_runtime
-from service.runtime.protocol import STATE_INPUTS, STATE_OUTPUTS
 from tamiyo_client.noise import gumbel_noise, row_seed
 from tests.random_inputs import random_policy
 from tests.running_server import ROOT, RunningServer, clean_environment, running_server
+from tests.service.fakes import SummingRuntime
+from tests.service.gated_server import serving
+from tests.specs import TINY_LSTMS, TINY_MLPS
 
 TIMEOUT_S = 60.0
 MAX_BATCH_SIZE = 8
@@ -140,7 +144,7 @@ def runtime(onnx_artifact: Path) -> RenewableStep:
     return load_runtime(onnx_artifact, manifest, name="onnx", device="cpu", num_threads=1)
 
 
-def trajectory(pool: Pool, runtime: LoadedStep, spec: PolicySpec, seed: int) -> Session:
+def trajectory(pool: Pool, runtime: LoadedStep, spec: StepSpec, seed: int) -> Session:
     """What a right server answers to five steps."""
     session = Session(f"env-{seed}", seed)
     inputs, decided = allocate(step_inputs(spec), 1), allocate(step_outputs(spec), 1)
@@ -153,8 +157,8 @@ def trajectory(pool: Pool, runtime: LoadedStep, spec: PolicySpec, seed: int) -> 
             np.array([seed], np.uint64), np.array([step], np.uint64), spec.num_choices
         )
         step_once()
-        for given, carried in zip(STATE_INPUTS, STATE_OUTPUTS, strict=True):
-            inputs[given][:] = decided[carried]
+        for state in spec.states:
+            inputs[state.input][:] = decided[state.output]
         session.pool_index.append(at)
         answer = {
             "action": dict(zip(spec.head_names, decided["action"][0].tolist(), strict=True)),
@@ -265,8 +269,8 @@ def vector_outputs(
         for name, array in pool.by_name().items():
             inputs[name][:] = array[(5 + step + rows) % POOL_SIZE]
         inputs["noise"][:] = gumbel_noise(seeds, steps, spec.num_choices)
-        for given, carried in zip(STATE_INPUTS, STATE_OUTPUTS, strict=True):
-            inputs[given][:] = np.where(starts[:, None, None], 0.0, decided[carried])
+        for state in spec.states:
+            inputs[state.input][:] = np.where(starts[:, None, None], 0.0, decided[state.output])
         step_once()
         steps += np.uint64(1)
         told.append({name: decided[name].copy() for name in ("action", "log_prob", "value")})
@@ -340,3 +344,29 @@ def test_replay_finds_a_row_whose_seed_is_off(
 def test_sizes_are_named_by_their_range() -> None:
     sizes = {"1.0": 3.0, "2.0": 0.0, "4.0": 5.0, "+Inf": 1.0}
     assert ranges(sizes) == {"1": 3.0, "3-4": 5.0, "5-": 1.0}
+
+
+any_family = pytest.mark.parametrize("of", [TINY_MLPS, TINY_LSTMS], ids=lambda of: of.name)
+
+
+@any_family
+@pytest.mark.parametrize("arguments", [(), ("--rows", "3", *FILES)], ids=["json", "safetensors"])
+def test_a_policy_of_any_family_is_loaded(
+    of: SB3Spec, arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    with serving(of, tmp_path) as server:
+        done = bench("--url", server.address, "--envs", 3, "--seconds", 0.3, "--json", *arguments)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["answers"] > 0
+    assert figures["errors"] == {}
+
+
+@any_family
+def test_replay_carries_whatever_the_policy_does(of: SB3Spec) -> None:
+    runtime, pool = SummingRuntime(of), Pool.random(of, 0)
+    sessions = [trajectory(pool, runtime, of, seed) for seed in range(3)]
+    wire = wire_of("json", of, pool, None)
+    assert replay(sessions, pool, wire, {VERSION: runtime}, of) == Differences(15, 0, 0, 0.0)
+    sessions[0].answers[2] = sessions[0].answers[1]
+    assert replay(sessions, pool, wire, {VERSION: runtime}, of).differing == 1

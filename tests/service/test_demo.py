@@ -24,11 +24,14 @@ from model.lifecycle import (
     TRAINING,
     WAIT,
 )
+from model.sb3.spec import SB3Spec
 from model.spec import PolicySpec
 from service.demo.environment import GrowingNetwork
 from service.http.json_codec import JsonCodec
 from tests.random_inputs import random_policy
 from tests.running_server import running_server
+from tests.service.gated_server import serving
+from tests.specs import TINY_LSTMS, TINY_MLPS
 
 TIMEOUT_S = 60
 V1 = PolicySpec.tamiyo_v1(feature_dim=12, hidden_dim=10)
@@ -259,3 +262,12 @@ def test_policy_the_demo_cannot_play_is_refused_in_a_sentence(artifact: Path) ->
         done = demo("--url", server.address)
     assert done.returncode == 2
     assert "the demo plays Tamiyo V1" in done.stderr
+
+
+@pytest.mark.parametrize("of", [TINY_MLPS, TINY_LSTMS], ids=lambda of: of.name)
+def test_policy_of_another_family_is_refused_in_a_sentence(of: SB3Spec, tmp_path: Path) -> None:
+    with serving(of, tmp_path) as server:
+        done = demo("--url", server.address)
+    assert done.returncode == 2
+    assert f"demo: the policy '{of.name}' reads {of.observation_dim} features" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -13,7 +13,6 @@ from export.manifest import Manifest, step_inputs, step_outputs
 from model.spec import PolicySpec
 from service.engine.probe import Probe
 from service.errors import Invalid
-from service.runtime.protocol import STATE_INPUTS, STATE_OUTPUTS
 from tests.loaded_step import allocated
 from tests.service.fakes import SummingRuntime
 
@@ -33,9 +32,10 @@ def probe_of(spec: PolicySpec) -> tuple[Arrays, Arrays]:
     rng = np.random.default_rng(2)
     inputs, outputs = allocated(step_inputs(spec), ROWS), allocated(step_outputs(spec), ROWS)
     run = SummingRuntime(spec).bind(inputs, outputs)
-    for name in STATE_INPUTS:
+    states = {state.input: state.output for state in spec.states}
+    for name in states:
         inputs[name][:] = rng.normal(size=inputs[name].shape)
-    given = {name: inputs[name].copy() for name in STATE_INPUTS}
+    given = {name: inputs[name].copy() for name in states}
     steps: list[Arrays] = []
     for _ in range(STEPS):
         for name in ("observation", "noise"):
@@ -43,7 +43,7 @@ def probe_of(spec: PolicySpec) -> tuple[Arrays, Arrays]:
         inputs["action_mask"][:] = True
         run()
         steps.append({name: array.copy() for name, array in (inputs | outputs).items()})
-        for into, out in zip(STATE_INPUTS, STATE_OUTPUTS, strict=True):
+        for into, out in states.items():
             inputs[into][:] = outputs[out]
     stacked = {name: np.stack([step[name] for step in steps]) for name in steps[0]}
     return {n: stacked[n] for n in inputs} | given, {n: stacked[n] for n in outputs}

@@ -4,24 +4,23 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from export.manifest import step_outputs
 from model.spec import PolicySpec
 from service.engine.rows import RowTable
 from service.errors import Overloaded
-from service.runtime.arrays import Arrays, allocate
-from service.runtime.protocol import STATE_OUTPUTS, Rows
+from service.runtime.arrays import Arrays, allocate, decisions
+from service.runtime.protocol import Rows
 
 NUM_ROWS = 10
 
 
 @pytest.fixture
 def rows(spec: PolicySpec) -> RowTable:
-    return RowTable(NUM_ROWS, step_outputs(spec), largest=NUM_ROWS)
+    return RowTable(NUM_ROWS, decisions(spec), largest=NUM_ROWS)
 
 
-def decisions(spec: PolicySpec, num_rows: int, first: int = 0) -> Arrays:
+def numbered(spec: PolicySpec, num_rows: int, first: int = 0) -> Arrays:
     """Of a step, each row's its own."""
-    decided = allocate(step_outputs(spec), num_rows)
+    decided = allocate(decisions(spec), num_rows)
     for array in decided.values():
         array[:] = np.arange(first, first + num_rows).reshape(-1, *[1] * (array.ndim - 1))
     return decided
@@ -88,7 +87,7 @@ def test_what_is_kept_of_a_step_is_read_again_and_lies_in_no_other_row(
     for array in (*rows.outputs.values(), rows.seed, rows.step):
         array[:] = 77
     seeds, steps = words(2**64 - 1, 5, 6)[:num], words(3, 2**40, 5)[:num]
-    decided = decisions(spec, num, first=10)
+    decided = numbered(spec, num, first=10)
     rows.keep(np.array(at), seeds, steps, decided)
     for array in decided.values():
         array[:] = 0
@@ -96,7 +95,7 @@ def test_what_is_kept_of_a_step_is_read_again_and_lies_in_no_other_row(
     assert rows.seed[at].tolist() == seeds.tolist()
     assert rows.step[at].tolist() == (steps + words(1)).tolist()
     kept = rows.last(np.array(at)).arrays
-    assert kept.keys() == decided.keys() - set(STATE_OUTPUTS)
+    assert kept.keys() == decided.keys()
     for name, array in kept.items():
         expected = np.zeros_like(array) + np.arange(10, 10 + num).reshape(
             -1, *[1] * (array.ndim - 1)
@@ -107,9 +106,9 @@ def test_what_is_kept_of_a_step_is_read_again_and_lies_in_no_other_row(
 
 
 def test_what_was_read_is_a_copy(rows: RowTable, spec: PolicySpec) -> None:
-    rows.keep(np.array([1]), words(0), words(0), decisions(spec, 1, first=5))
+    rows.keep(np.array([1]), words(0), words(0), numbered(spec, 1, first=5))
     last = rows.last(np.array([1]))
-    rows.keep(np.array([1]), words(0), words(0), decisions(spec, 1, first=6))
+    rows.keep(np.array([1]), words(0), words(0), numbered(spec, 1, first=6))
     assert last.arrays["value"].tolist() == [5]
 
 
@@ -120,7 +119,7 @@ class Reservations(RuleBasedStateMachine):
 
     @initialize()
     def all_free(self) -> None:
-        self.rows = RowTable(NUM_ROWS, step_outputs(self.spec), largest=NUM_ROWS)
+        self.rows = RowTable(NUM_ROWS, decisions(self.spec), largest=NUM_ROWS)
         self.reserved: list[Rows] = []
 
     @rule(number=st.integers(1, NUM_ROWS))

@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from model.spec import PolicySpec
+from model.step_spec import StepSpec
 from service.engine.block import Block
 from service.errors import (
     Invalid,
@@ -24,6 +24,7 @@ from service.errors import (
 )
 from tamiyo_client.noise import gumbel_noise, row_seed
 from tests.service.fakes import Bench, Stepped, single, vector
+from tests.specs import TINY_LSTMS, TINY_MLPS, TINY_V1
 
 CAPACITY = 8
 MAX_BATCH_SIZE = 4
@@ -57,7 +58,7 @@ class Request:
         more = (self.starts, self.seeds) if self.is_vector else ()
         return (self.xs, self.poison, self.deterministic, *more)
 
-    def block(self, spec: PolicySpec, step: int | None) -> Block:
+    def block(self, spec: StepSpec, step: int | None) -> Block:
         starts = self.starts_all if self.starts_all or not any(self.starts) else self.starts
         fields: dict[str, Any] = {
             "deterministic": self.deterministic,
@@ -137,8 +138,12 @@ REPLAY = "replay"
 
 @dataclass
 class Model:
-    """What is promised: who is live, the least recently used first, and who was lost."""
+    """What is promised: who is live, the least recently used first, and who was lost.
 
+    A policy that `remembers` nothing knows the last observation alone; its noise tells steps apart.
+    """
+
+    remembers: bool = True
     live: dict[str, Run] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)
 
@@ -187,7 +192,7 @@ class Model:
                 environment.num_episodes += 1
                 environment.seed = self.seed(run, request, row, environment.num_episodes)
                 environment.step, environment.sum = 0, 0.0
-            environment.sum += x
+            environment.sum = x + (environment.sum if self.remembers else 0.0)
             environment.step += 1
         run.next_step += 1
         run.last_content = request.content()
@@ -209,7 +214,7 @@ class Model:
 
 
 class SessionContract(RuleBasedStateMachine):
-    spec: PolicySpec
+    spec: StepSpec
 
     @initialize(turns=st.sampled_from([None, 2]))
     def an_empty_server(self, turns: int | None) -> None:
@@ -220,7 +225,7 @@ class SessionContract(RuleBasedStateMachine):
             buckets=(1, 2, MAX_BATCH_SIZE),
             turns=turns,
         )
-        self.model = Model()
+        self.model = Model(remembers=bool(self.spec.states))
         self.held: Counter[str] = Counter()  # by those that the machine says wait
         self.unseeded: set[tuple[str, tuple[float, ...]]] = set()
 
@@ -391,11 +396,21 @@ class SessionContract(RuleBasedStateMachine):
         assert self.bench.sessions.num_rows == self.model.num_rows() <= CAPACITY
 
 
-def test_any_sequence_of_requests_keeps_the_promises_of_sessions(spec: PolicySpec) -> None:
+@pytest.mark.parametrize(
+    ("spec", "max_examples"),
+    [
+        pytest.param(TINY_V1, 80, id="two arrays"),
+        pytest.param(TINY_MLPS, 30, id="no state"),
+        pytest.param(TINY_LSTMS, 30, id="four arrays"),
+    ],
+)
+def test_any_sequence_of_requests_keeps_the_promises_of_sessions(
+    spec: StepSpec, max_examples: int
+) -> None:
     class OnThisSpec(SessionContract):
         pass
 
     OnThisSpec.spec = spec
     case = OnThisSpec.TestCase
-    case.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+    case.settings = settings(max_examples=max_examples, stateful_step_count=30, deadline=None)
     case().runTest()

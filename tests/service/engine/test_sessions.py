@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.manifest import step_outputs
 from model.spec import PolicySpec
 from service.engine.block import Block
 from service.engine.rows import RowTable
 from service.engine.sessions import Session, SessionTable, Turn, derived_seed, first_seeds
 from service.errors import Invalid, Overloaded, SessionLost, StepConflict, UnknownSession
+from service.runtime.arrays import decisions
 from tamiyo_client.noise import row_seed
 from tests.service.fakes import FakeClock, single, vector
 
@@ -33,7 +33,7 @@ class Table:
     def __init__(self, spec: PolicySpec, capacity: int = CAPACITY) -> None:
         self.spec = spec
         self.clock = FakeClock()
-        self.rows = RowTable(NUM_ROWS, step_outputs(spec), largest=NUM_ROWS)
+        self.rows = RowTable(NUM_ROWS, decisions(spec), largest=NUM_ROWS)
         self.sessions = SessionTable(
             self.rows, capacity=capacity, idle_timeout_s=IDLE_S, seed=SEED, clock=self.clock
         )

@@ -256,7 +256,7 @@ def test_stateless_blocks_use_the_same_rows_again(bench: Bench, spec: PolicySpec
     state = bench.only(single(spec, 1.0)).state
     for _ in range(20):
         state = bench.only(single(spec, 1.0, state=state)).state
-    assert np.count_nonzero(bench.states.h.any(axis=(1, 2))) <= 2
+    assert np.count_nonzero(bench.states.arrays[0].any(axis=(1, 2))) <= 2
 
 
 def test_stateless_blocks_may_share_a_batch(bench: Bench, spec: PolicySpec) -> None:

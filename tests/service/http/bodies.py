@@ -5,24 +5,24 @@ from typing import Any
 
 import httpx
 
-from model.spec import PolicySpec
+from model.step_spec import StepSpec
 
 Json = dict[str, Any]
 
 
-def observation(spec: PolicySpec, x: float = 1.0) -> list[float]:
+def observation(spec: StepSpec, x: float = 1.0) -> list[float]:
     return [x] + [0.0] * (spec.observation_dim - 1)
 
 
-def body(spec: PolicySpec, x: float = 1.0, **fields: Any) -> Json:
+def body(spec: StepSpec, x: float = 1.0, **fields: Any) -> Json:
     return {"observation": observation(spec, x)} | fields
 
 
-def vector_body(spec: PolicySpec, xs: Sequence[float], **fields: Any) -> Json:
+def vector_body(spec: StepSpec, xs: Sequence[float], **fields: Any) -> Json:
     return {"observation": [observation(spec, x) for x in xs]} | fields
 
 
-def raw(spec: PolicySpec, first: str) -> bytes:
+def raw(spec: StepSpec, first: str) -> bytes:
     """A body whose first observed value is written as `first`, JSON or not."""
     return f'{{"observation": [{first}{", 0" * (spec.observation_dim - 1)}]}}'.encode()
 

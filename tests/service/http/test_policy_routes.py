@@ -20,9 +20,9 @@ from safetensors.numpy import save
 from export.manifest import Manifest, Parameter, step_inputs, step_outputs
 from export.parameters import Parameters
 from model.spec import PolicySpec
+from model.step_spec import StepSpec
 from service.engine.engine import Engine
 from service.http.weights_codec import WeightsCodec
-from service.runtime.protocol import STATE_INPUTS, STATE_OUTPUTS
 from service.settings import Settings
 from tests.loaded_step import allocated
 from tests.named_version import version_of
@@ -73,7 +73,7 @@ def version(scale: float) -> str:
     return version_of(parameters_of(scale))
 
 
-def push_body(spec: PolicySpec, scale: float, *, probed: float | None = None) -> bytes:
+def push_body(spec: StepSpec, scale: float, *, probed: float | None = None) -> bytes:
     """Scale and a probe, of a policy with that scale, or with `probed`."""
     probe: dict[str, list[NDArray[Any]]] = {}
     inputs = allocated(step_inputs(spec), ROWS)
@@ -82,7 +82,7 @@ def push_body(spec: PolicySpec, scale: float, *, probed: float | None = None) ->
     run = step.bind(inputs, outputs)
     rng = np.random.default_rng(1)
     inputs["action_mask"][:] = True
-    first = {name: inputs[name].copy() for name in STATE_INPUTS}
+    first = {name: inputs[name].copy() for name in (s.input for s in spec.states)}
     for _ in range(STEPS):
         inputs["observation"][:, 0] = rng.integers(1, 5, ROWS)
         inputs["noise"][:] = rng.normal(size=inputs["noise"].shape)
@@ -90,8 +90,8 @@ def push_body(spec: PolicySpec, scale: float, *, probed: float | None = None) ->
         for name, array in (inputs | outputs).items():
             if name not in first:
                 probe.setdefault(name, []).append(array.copy())
-        for into, out in zip(STATE_INPUTS, STATE_OUTPUTS, strict=True):
-            inputs[into][:] = outputs[out]
+        for state in spec.states:
+            inputs[state.input][:] = outputs[state.output]
     tensors = first | {name: np.stack(arrays) for name, arrays in probe.items()}
     return save(
         {**parameters_of(scale), **{f"probe.{name}": tensor for name, tensor in tensors.items()}}

@@ -21,10 +21,12 @@ from export.exporter import export_policy
 from export.manifest import Manifest, bucket_sizes, timed_sizes
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
+from model.step_spec import StepSpec
 from service.runtime.auto import Measurement, best, choose_runtime, measure, rows_are_alike
 from service.runtime.load import load_runtime, runs_on
 from tests.running_server import running_server
 from tests.service.fakes import Arrays, SummingRuntime
+from tests.specs import TINY_LSTMS, TINY_MLPS, TINY_V1
 
 BATCH_SIZES = (1, 2, 4)
 
@@ -76,7 +78,7 @@ def test_machine_code_runs_on_the_device_it_was_made_for_and_others_move(
 class DependsOnItsBatch(SummingRuntime):
     """A policy whose rows are worth a little more in some places of some batches."""
 
-    def __init__(self, spec: PolicySpec, more: Callable[[Arrays], NDArray[Any] | float]) -> None:
+    def __init__(self, spec: StepSpec, more: Callable[[Arrays], NDArray[Any] | float]) -> None:
         super().__init__(spec)
         self.more = more
 
@@ -125,6 +127,19 @@ def test_one_place_of_one_batch_size_is_enough(
         spec, lambda inputs: (places(inputs) == place) * float(len(places(inputs)) == size)
     )
     assert not rows_are_alike(runtime, spec, 64)
+
+
+@pytest.mark.parametrize("of", [TINY_MLPS, TINY_V1, TINY_LSTMS], ids=lambda of: of.name)
+def test_rows_are_compared_and_timed_in_states_that_are_not_zero(of: StepSpec) -> None:
+    are_zero: list[bool] = []
+
+    def look(inputs: Arrays) -> float:
+        are_zero.extend(not inputs[state.input].all() for state in of.states)
+        return 0.0
+
+    assert measure(DependsOnItsBatch(of, look), of, 2).rows_are_alike
+    assert bool(are_zero) == bool(of.states)
+    assert not any(are_zero)
 
 
 @pytest.mark.parametrize("row", [0, 21, 42, 63])

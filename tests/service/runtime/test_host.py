@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from export.manifest import step_inputs, step_outputs
 from model.spec import PolicySpec
-from service.runtime.host import HostRuntime, HostStates
-from service.runtime.protocol import STATE_INPUTS, STATE_OUTPUTS, Outputs, Rows
+from service.runtime.host import HostRuntime, HostStates, gather, scatter
+from service.runtime.protocol import Outputs, Rows
 from tests.service.fakes import POISON, TIMEOUT_S, Arrays, SummingRuntime
 
 NUM_ROWS = 12
@@ -37,7 +37,8 @@ class Host:
             batch_sizes=BATCH_SIZES,
         )
         rows = np.arange(NUM_ROWS, dtype=np.float32)[:, None, None]
-        self.states.h[:-1], self.states.c[:-1] = 100 + rows, 200 + rows
+        self.h_rows, self.c_rows = self.states.arrays
+        self.h_rows[:-1], self.c_rows[:-1] = 100 + rows, 200 + rows
 
     def step(self, read: list[int], write: list[int], xs: list[float]) -> Outputs:
         self.runtime.inputs["observation"][: len(xs), 0] = xs
@@ -47,8 +48,8 @@ class Host:
 
     def h(self) -> list[float]:
         """Of each row, the zero one last; all of a row's are alike."""
-        assert (self.states.h == self.states.h[:, :1, :1]).all()
-        of_rows: list[float] = self.states.h[:, 0, 0].tolist()
+        assert (self.h_rows == self.h_rows[:, :1, :1]).all()
+        of_rows: list[float] = self.h_rows[:, 0, 0].tolist()
         return of_rows
 
 
@@ -64,7 +65,8 @@ def host(spec: PolicySpec) -> Host:
 def test_states_begin_as_zeros_with_one_row_more_that_stays_so(spec: PolicySpec) -> None:
     states = HostStates(spec, NUM_ROWS)
     assert states.zero_row == NUM_ROWS
-    for array in (states.h, states.c):
+    assert len(states.arrays) == 2
+    for array in states.arrays:
         assert array.shape == (NUM_ROWS + 1, spec.num_layers, spec.hidden_dim)
         assert array.dtype == np.float32
         assert not array.any()
@@ -80,7 +82,7 @@ def test_rows_are_gathered_in_order_and_nothing_beyond_them(
     host = Host(spec)
     shape = (10, spec.num_layers, spec.hidden_dim)
     h, c = np.full(shape, -1, np.float32), np.full(shape, -2, np.float32)
-    host.states.gather(rows_of(rows), h, c)
+    gather(rows_of(rows), host.states.beside((h, c)))
     rest = 10 - len(rows)
     assert h[:, 0, -1].tolist() == [100 + row for row in rows] + [-1] * rest
     assert c[:, 0, -1].tolist() == [200 + row for row in rows] + [-2] * rest
@@ -91,12 +93,12 @@ def test_rows_are_scattered_in_order_and_no_others(spec: PolicySpec, rows: list[
     host = Host(spec)
     shape = (10, spec.num_layers, spec.hidden_dim)
     h = np.arange(10, dtype=np.float32)[:, None, None] + np.zeros(shape, np.float32)
-    host.states.scatter(rows_of(rows), h, -h)
+    scatter(rows_of(rows), host.states.beside((h, -h)))
     expected_h = [float(rows.index(row)) if row in rows else 100 + row for row in range(NUM_ROWS)]
     expected_c = [-float(rows.index(row)) if row in rows else 200 + row for row in range(NUM_ROWS)]
     assert host.h() == [*expected_h, 0]
-    assert host.states.c[:-1, 0, -1].tolist() == expected_c
-    assert not host.states.c[-1].any()
+    assert host.c_rows[:-1, 0, -1].tolist() == expected_c
+    assert not host.c_rows[-1].any()
 
 
 def test_the_zero_row_may_be_read_by_many_at_once(host: Host) -> None:
@@ -108,7 +110,7 @@ def test_the_zero_row_may_be_read_by_many_at_once(host: Host) -> None:
 def test_a_step_writes_its_rows_and_leaves_those_it_read(host: Host) -> None:
     host.step([3, 4], [7, 6], [10, 20])
     assert host.h() == [100, 101, 102, 103, 104, 105, 124, 113, 108, 109, 110, 111, 0]
-    assert host.states.c[[7, 6], 0, 0].tolist() == [204, 205]
+    assert host.c_rows[[7, 6], 0, 0].tolist() == [204, 205]
 
 
 @st.composite
@@ -133,7 +135,7 @@ def test_any_steps_equal_sums_kept_by_hand_and_never_touch_the_zero_row(
         for row, value in zip(write, values, strict=True):
             sums[row] = value
         assert host.h() == [*sums, 0]
-        assert not host.states.c[-1].any()
+        assert not host.c_rows[-1].any()
 
 
 @pytest.mark.parametrize(
@@ -157,8 +159,9 @@ def test_padding_is_what_former_batches_were_and_reaches_nobody(host: Host) -> N
 def test_inputs_and_outputs_are_all_but_the_states_as_the_manifest_names_them(
     host: Host, spec: PolicySpec
 ) -> None:
-    inputs = [a.name for a in step_inputs(spec) if a.name not in STATE_INPUTS]
-    outputs = [a.name for a in step_outputs(spec) if a.name not in STATE_OUTPUTS]
+    states = {name for state in spec.states for name in (state.input, state.output)}
+    inputs = [array.name for array in step_inputs(spec) if array.name not in states]
+    outputs = [array.name for array in step_outputs(spec) if array.name not in states]
     assert list(host.runtime.inputs) == inputs
     assert list(host.step([0], [1], [0.0]).arrays) == outputs
     assert {len(array) for array in host.runtime.inputs.values()} == {max(BATCH_SIZES)}
@@ -222,11 +225,11 @@ def test_states_read_are_copies_and_states_written_are_read_again(host: Host) ->
 
 
 def test_warming_up_runs_every_size_and_touches_no_state(host: Host) -> None:
-    states = host.states.h.copy(), host.states.c.copy()
+    states = host.h_rows.copy(), host.c_rows.copy()
     host.runtime.warm_up()
     assert sorted(host.loaded.batch_sizes) == [1, 1, 1, 2, 2, 2, 4, 4, 4, 8, 8, 8]
-    assert np.array_equal(host.states.h, states[0])
-    assert np.array_equal(host.states.c, states[1])
+    assert np.array_equal(host.h_rows, states[0])
+    assert np.array_equal(host.c_rows, states[1])
 
 
 def test_warming_up_ends_once_it_is_not_wanted(host: Host) -> None:
@@ -335,7 +338,7 @@ def test_a_launch_that_fails_leaves_the_batch_under_way_its_arrays(
 
     gated.launch([0, 1], [2, 3], [10, 20], beside_s=0.0)
     with monkeypatch.context() as patch:
-        patch.setattr(gated.host.states, "gather", fail)
+        patch.setattr("service.runtime.host.gather", fail)
         with pytest.raises(MemoryError):
             gated.launch([4, 5], [6, 7], [1, 1])
     gated.launch([4, 5], [6, 7], [1000, 2000])
