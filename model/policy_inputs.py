@@ -127,7 +127,9 @@ def check_in_range(heads: HeadTable, action: Tensor) -> None:
 
 
 def check_state(spec: StepSpec, state: State, batch_size: int) -> None:
-    """Each of its arrays is `[B, ...]` as the spec has it."""
+    """Each of its arrays is `[B, ...]` as the spec has it, and there are no others."""
+    if len(state) != len(spec.states):
+        raise ValueError(f"state has {len(state)} arrays, expected {len(spec.states)}")
     for of_spec, part in zip(spec.states, state, strict=True):
         check_shape(f"state {of_spec.name}", part, (batch_size, *of_spec.shape))
 

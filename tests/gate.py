@@ -3,19 +3,19 @@
 import torch
 
 from export.comparison import ParityRun
+from export.families import Normalizer
 from export.loaders.torch_step import TorchStep
 from export.manifest import Precision, step_inputs, step_outputs
 from export.parity import Gate
 from export.process import plain_process
 from export.weights import pack_weights
-from model.normalizer import ObservationNormalizer
-from model.policy import FactoredRecurrentActorCritic
+from model.actor_critic import ActorCritic
 from tests.loaded_step import TensorStep
 
 
 def gate_of(
-    policy: FactoredRecurrentActorCritic,
-    normalizer: ObservationNormalizer | None = None,
+    policy: ActorCritic,
+    normalizer: Normalizer | None = None,
     *,
     precision: Precision = "fp32",
     max_batch_size: int = 7,
