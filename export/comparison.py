@@ -102,12 +102,9 @@ class ParityRun:
         self._count(has_choice & moment.is_free[:, None], action == best, moment)
 
     def finish(self) -> None:
-        """Raises ParityError where too few free decisions, or greedy ones, are the policy's own."""
-        if self.tolerance.atol < LARGEST_SLACK and self.uncertain > self.rows / 2:
-            raise ParityError(
-                f"rounding in float32 alone moves most of the policy's answers by more than "
-                f"{LARGEST_SLACK:g}, as in a chaotic network; no artifact can be told from another"
-            )
+        """Raises ParityError where too few free decisions, or greedy ones, are the policy's own,
+        and where no more can be said of most rows than that they may be anything."""
+        self._refuse_chaos()
         least = self.tolerance.min_greedy_agreement
         for share, which in (
             (self.greedy_agreement, "free greedy decisions"),
@@ -143,7 +140,15 @@ class ParityRun:
         )
 
     def _fault(self, sentence: str) -> None:
+        self._refuse_chaos()
         raise ParityError(sentence)
+
+    def _refuse_chaos(self) -> None:
+        if self.tolerance.atol < LARGEST_SLACK and self.uncertain > self.rows / 2:
+            raise ParityError(
+                f"rounding in float32 alone moves most of the policy's answers by more than "
+                f"{LARGEST_SLACK:g}, as in a chaotic network; no artifact can be told from another"
+            )
 
     def _compare(
         self,

@@ -18,11 +18,6 @@ from model.sb3.checkpoint import SB3Checkpoint, load_sb3
 from model.sb3.network import Network, expected_shapes
 from model.sb3.spec import Recurrence
 
-RECORDED = Path(__file__).resolve().parents[4] / "shared" / "sb3"
-needs_recorded = pytest.mark.skipif(
-    not RECORDED.is_dir(), reason=f"no recorded models: {RECORDED.parent.name}/sb3 is absent"
-)
-
 PATH = Path("model.zip")
 RECURRENT = "sb3_contrib.common.recurrent.policies"
 MASKABLE = "sb3_contrib.common.maskable.policies"

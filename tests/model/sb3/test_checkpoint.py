@@ -22,11 +22,9 @@ from model.sb3.spec import ObservationPart, Recurrence, SB3Spec
 from model.step_spec import HeadSpec
 from tests.model.sb3.saved_models import (
     PATH,
-    RECORDED,
     data,
     loaded,
     model,
-    needs_recorded,
     pickled,
     refusal,
     state_dict,
@@ -34,6 +32,7 @@ from tests.model.sb3.saved_models import (
     with_declared_size,
     zipped,
 )
+from tests.sb3.recorded import RECORDED, needs_recorded
 
 ROOT = Path(__file__).resolve().parents[3]
 TIMEOUT_S = 120

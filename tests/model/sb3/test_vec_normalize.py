@@ -20,13 +20,10 @@ from model.sb3.normalizer import VecNormalizer
 from model.sb3.spec import ObservationPart
 from model.sb3.vec_normalize import LARGEST, MOST_BYTES, MOST_JSON_BYTES, load_statistics
 from tests.model.sb3.trained import box, flat, parts_of, vec_env, vec_normalize, with_moments
+from tests.sb3.recorded import RECORDED, needs_recorded
 
 ROOT = Path(__file__).resolve().parents[3]
-RECORDED = ROOT.parent / "shared" / "sb3"
 PICKLE = RECORDED / "rppo_vecnorm_vecnormalize.pkl"
-needs_recorded = pytest.mark.skipif(
-    not RECORDED.is_dir(), reason=f"no recorded models: {RECORDED.parent.name}/sb3 is absent"
-)
 
 ULPS = 4
 """Of float32; SB3 computes in float64 and rounds once."""
