@@ -22,7 +22,6 @@ from model.sb3.vec_normalize import LARGEST, MOST_BYTES, MOST_JSON_BYTES, load_s
 from tests.model.sb3.trained import box, flat, parts_of, vec_env, vec_normalize, with_moments
 from tests.sb3.recorded import RECORDED, needs_recorded
 
-ROOT = Path(__file__).resolve().parents[3]
 PICKLE = RECORDED / "rppo_vecnorm_vecnormalize.pkl"
 
 ULPS = 4
