@@ -78,6 +78,24 @@ def version_of(artifact: Path) -> str:
     return Manifest.read(artifact).policy_version
 
 
+def test_a_policy_without_a_state_is_one_model(
+    onnx_artifacts: dict[str, Path], repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert to_triton(onnx_artifacts["mlps"], repository) == 0
+    assert sorted(tree(repository)) == ["mlps/1/model.onnx", "mlps/config.pbtxt"]
+    assert capsys.readouterr().out.startswith(f"{repository} has mlps, version 1\n")
+
+
+def test_each_state_of_four_is_kept_by_its_name(
+    onnx_artifacts: dict[str, Path], repository: Path
+) -> None:
+    assert to_triton(onnx_artifacts["lstms"], repository) == 0
+    config = (repository / "lstms_seq" / "config.pbtxt").read_text()
+    for name in ("h", "c", "critic_h", "critic_c"):
+        pair = f'input_name: "state_{name}_in" output_name: "state_{name}_out"'
+        assert f"{pair} data_type: TYPE_FP32 dims: [ 2, 10 ]" in config
+
+
 FILES = [
     *("tiny/1/model.onnx", "tiny/config.pbtxt"),
     *("tiny_seq/1/model.onnx", "tiny_seq/config.pbtxt"),
