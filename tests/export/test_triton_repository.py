@@ -21,6 +21,7 @@ from export.signature import sign
 from export.triton.comparison import GraphError
 from export.triton.graph import sequence_graph
 from export.triton.repository import Model, place, publish
+from tests.specs import TINY_V1
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 120
@@ -343,11 +344,15 @@ def no_graph(content: bytes) -> bytes:
     return content[: len(content) // 2]
 
 
+def with_start(content: bytes) -> bytes:
+    return sequence_graph(content, TINY_V1)
+
+
 @pytest.mark.parametrize(
     ("replaced", "says"),
     [
         (no_graph, "policy.onnx: cannot be loaded: "),
-        (sequence_graph, "policy.onnx: input 5 'START' is one too many, expected 5"),
+        (with_start, "policy.onnx: input 5 'START' is one too many, expected 5"),
     ],
 )
 def test_a_graph_that_is_not_the_step_s_is_refused_though_its_hash_is_right(
