@@ -10,6 +10,7 @@ are played by `evaluate_policy` and, of the same seeds, through the service: ret
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import numpy.typing as npt
+import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -114,21 +116,23 @@ def service(artifact: Path) -> Iterator[str]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
-            ready = next(line for line in process.stdout if "ready: " in line)
-            yield next(word for word in ready.split() if word.startswith("http://"))
+            lines = (re.search(r"ready: .*(http://[^/\s]+)", line) for line in process.stdout)
+            yield next(found[1] for found in lines if found)
         finally:
             process.terminate()
+            process.communicate()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, default=Path("artifacts/recall"), metavar="DIR")
     parser.add_argument("--episodes", type=int, default=100)
-    parser.add_argument("--train-steps", type=int, default=20_000)
+    parser.add_argument("--train-steps", type=int, default=6000)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     checkpoint, artifact = options.output / "model.zip", options.output / "artifact"
 
+    torch.set_num_threads(1)  # for layers as small as these, more wait for each other
     model = trainer()
     untrained = trainers_returns(model, options.episodes)
     model.learn(options.train_steps)
