@@ -83,9 +83,10 @@ def trainers_returns(model: Any, num_episodes: int) -> list[float]:
     """Of each episode in the order they end, by Stable-Baselines3 itself."""
     envs = DummyVecEnv([Recall] * NUM_ENVS)
     envs.seed(SEED)
-    returns, _ = evaluate_policy(
+    evaluated: Any = evaluate_policy(
         model, envs, num_episodes, deterministic=True, return_episode_rewards=True, warn=False
     )
+    returns, _ = evaluated
     return [float(of_episode) for of_episode in returns]
 
 
