@@ -1,4 +1,4 @@
-"""What docs/stable-baselines3.md says to type, with a MaskablePPO and environments that have masks."""
+"""What docs/stable-baselines3.md says to type, with a MaskablePPO and environments with masks."""
 
 import re
 import shlex
@@ -31,10 +31,10 @@ BLOCKS = re.findall(
 
 
 class Lights(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
-    """Each step some choices are dark, one of each head is lit at least; the brightest are worth it."""
+    """Each step some choices are dark, and may not be taken; the others are worth their light."""
 
     observation_space = gymnasium.spaces.Box(-1.0, 1.0, (sum(SIZES),))
-    action_space = gymnasium.spaces.MultiDiscrete(SIZES)
+    action_space = gymnasium.spaces.MultiDiscrete(list(SIZES))
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -56,7 +56,7 @@ class Lights(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         return self._mask
 
     def _next(self) -> NDArray[np.float32]:
-        self._shown = np.float32(self.np_random.integers(-4, 5, sum(SIZES)) / 4)
+        self._shown = (self.np_random.integers(-4, 5, sum(SIZES)) / 4).astype(np.float32)
         self._mask = self.np_random.random(sum(SIZES)) < 0.5
         self._mask[[0, SIZES[0]]] |= [not part.any() for part in np.split(self._mask, SIZES[:1])]
         return self._shown
@@ -68,7 +68,7 @@ def block(language: str, containing: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path]]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """The model, and the directory that model.zip and its artifact lie in."""
     directory = tmp_path_factory.mktemp("masked")
     names: dict[str, Any] = {"make_env": Lights}
@@ -78,7 +78,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Pat
         export, _ = block("sh", "-m service").splitlines()
         patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'client'}")
         subprocess.run([sys.executable, *shlex.split(export)[1:]], check=True, timeout=TIMEOUT_S)
-    yield names["model"], directory / "artifacts" / "model"
+    return names["model"], directory / "artifacts" / "model"
 
 
 @pytest.fixture(scope="module")
