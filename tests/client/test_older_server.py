@@ -22,9 +22,9 @@ def test_two_states_are_its_h_and_c() -> None:
         patience=Patience(),
         failover=False,
     )
-    state = (np.ones((NUM_ROWS, 1, 4)), np.zeros((NUM_ROWS, 1, 4)))
+    ones = np.ones((NUM_ROWS, 1, 4), np.float32)
     shown = np.zeros((NUM_ROWS, 3))
-    call = calls.act_from(state, shown, None, step=1, deterministic=False, seeds=None)
+    call = calls.act_from((ones, 0 * ones), shown, None, step=1, deterministic=False, seeds=None)
     asked = next(call)
     assert isinstance(asked, Send)
     assert (asked.method, asked.url) == ("GET", "http://older:8000/policy")
