@@ -1,5 +1,6 @@
 """What Stable-Baselines3 made of random observations, in a process of its own; read as data."""
 
+import math
 import os
 import subprocess
 import sys
@@ -28,6 +29,8 @@ ALGORITHMS = {
 """Where the class is that saved a policy of this name."""
 TRAINERS = {"stable_baselines3": "stable-baselines3", "sb3_contrib": "sb3-contrib"}
 PATIENCE_S = 300.0
+MOST_NUMBERS = 3_000_000
+"""Of a recording, which `read_npz` has room for."""
 LAST = 4096
 """Bytes of what the process said that are read, for its last line."""
 LONGEST_LINE = 300
@@ -56,8 +59,21 @@ class Recording(NamedTuple):
     states: dict[str, Tensor]
 
 
-def record(model: bytes, statistics: bytes | None, spec: SB3Spec, draw: Draw) -> Recording:
+def record(
+    model: bytes,
+    statistics: bytes | None,
+    spec: SB3Spec,
+    draw: Draw,
+    *,
+    patience_s: float = PATIENCE_S,
+) -> Recording:
     """Runs the pickles in both. ArtifactError where that fails, or gives something else."""
+    numbers = draw.steps * draw.environments * sum(map(math.prod, _shapes(spec).values()))
+    if numbers > MOST_NUMBERS:
+        raise ArtifactError(
+            f"{draw.steps} steps of {draw.environments} environments are {numbers:,} numbers, and "
+            f"{MOST_NUMBERS:,} are recorded at most; give fewer --steps or --environments"
+        )
     module, algorithm = ALGORITHMS[spec.name]
     with tempfile.TemporaryDirectory(prefix="crosscheck-") as name:
         directory = Path(name)
@@ -69,11 +85,11 @@ def record(model: bytes, statistics: bytes | None, spec: SB3Spec, draw: Draw) ->
         files["--record"] = directory / "record.npz"
         options: dict[str, object] = {"--module": module, "--algorithm": algorithm, **files}
         options |= {f"--{field}": value for field, value in draw._asdict().items()}
-        _run(options, directory)
+        _run(options, directory, patience_s)
         return _read(files["--record"], spec, draw)
 
 
-def _run(options: Mapping[str, object], directory: Path) -> None:
+def _run(options: Mapping[str, object], directory: Path, patience_s: float) -> None:
     """Nothing of this process but its user: no input, environment, search path or folder."""
     words = [word for option, value in options.items() for word in (option, str(value))]
     with tempfile.TemporaryFile() as stderr:
@@ -85,11 +101,11 @@ def _run(options: Mapping[str, object], directory: Path) -> None:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
-                timeout=PATIENCE_S,
+                timeout=patience_s,
             )
         except subprocess.TimeoutExpired:
             raise ArtifactError(
-                f"stable_baselines3 took longer than {PATIENCE_S:.0f} s; fewer --steps or "
+                f"stable_baselines3 took longer than {patience_s:g} s; fewer --steps or "
                 "--environments take less"
             ) from None
         if done.returncode != 0:
@@ -112,13 +128,12 @@ def _failure(code: int, errors: bytes) -> str:
 def _read(path: Path, spec: SB3Spec, draw: Draw) -> Recording:
     if not path.is_file():
         raise ArtifactError("stable_baselines3 ended without an answer")
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
     try:
-        with path.open("rb") as file:
-            arrays = read_npz(file.read(MOST_BYTES + 1))
+        arrays = read_npz(content)
     except CheckpointError as error:
-        raise ArtifactError(
-            f"what stable_baselines3 gave {error}; fewer --steps or --environments give less"
-        ) from error
+        raise ArtifactError(f"what stable_baselines3 gave {error}") from error
     shapes = _shapes(spec)
     expected = {name: (draw.steps, draw.environments, *shape) for name, shape in shapes.items()}
     got = {name: array.shape for name, array in arrays.items()}
