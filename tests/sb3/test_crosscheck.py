@@ -15,21 +15,30 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 
 from export.__main__ import main
-from export.crosscheck.recording import Draw, record
+from export.comparison import ParityError
+from export.crosscheck.comparison import compare
+from export.crosscheck.recording import Draw, Recording, record
 from export.exporter import export_policy
-from export.manifest import ArtifactError, Manifest, Source
+from export.judge import Judge
+from export.manifest import ArtifactError, FormatParity, Manifest, Source
+from export.process import plain_process
 from model.sb3.checkpoint import load_sb3
 from model.sb3.policy import SB3Policy
 from model.sb3.spec import SB3Spec
+from tests.loaded_step import load_from
+from tests.model.sb3.trained import Still, vec_env
 from tests.random_inputs import random_policy
 from tests.sb3.recorded import needs_recorded, zip_file
 from tests.specs import TINY_V1
 
-pytest.importorskip("sb3_contrib", reason="sb3-contrib is in the extra `heavy`")
+sb3_contrib: Any = pytest.importorskip("sb3_contrib", reason="sb3-contrib is in the extra `heavy`")
+stable_baselines3: Any = pytest.importorskip("stable_baselines3")
 
 pytestmark = needs_recorded
 
@@ -89,6 +98,66 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
         return printed.err.splitlines()[-1]
 
     return run
+
+
+class Acting(Still):
+    action_space: Any
+
+    def __init__(self, observation: spaces.Space[Any], action: spaces.Space[Any]) -> None:
+        super().__init__(observation)
+        self.action_space = action
+
+
+FAR_OFF = {"mean": np.array([1e4, -50.0, 0.5]), "var": np.array([9.0, 1e4, 1e-4])}
+SPACES: dict[str, tuple[str, spaces.Space[Any], spaces.Space[Any]]] = {
+    "bernoulli": (
+        "PPO",
+        spaces.Dict(
+            {
+                "bits": spaces.MultiBinary(3),
+                "counts": spaces.Box(0, 255, (2,), np.uint8),
+                "far": spaces.Box(-np.inf, np.inf, (2, 2), np.float32),
+                "kind": spaces.Discrete(3),
+            }
+        ),
+        spaces.MultiBinary(3),
+    ),
+    "starts-elsewhere": (
+        "A2C",
+        spaces.MultiDiscrete([3, 2]),
+        spaces.Discrete(4, start=np.int64(-1)),
+    ),
+    "statistics": (
+        "RecurrentPPO",
+        spaces.Box(-np.inf, np.inf, (3,), np.float64),
+        spaces.MultiDiscrete([3, 5, 2]),
+    ),
+}
+
+
+@pytest.mark.parametrize("which", SPACES)
+def test_a_policy_of_other_spaces_agrees(which: str, tmp_path: Path) -> None:
+    """Weights as drawn, but for what starts too small to see."""
+    algorithm, observation, action = SPACES[which]
+    env: Any = vec_env.DummyVecEnv([lambda: Acting(observation, action)])
+    given: tuple[str, ...] = ()
+    if which == "statistics":
+        env = vec_env.VecNormalize(env, clip_obs=4.0)
+        env.obs_rms.mean, env.obs_rms.var = FAR_OFF["mean"], FAR_OFF["var"]
+        env.save(str(tmp_path / "vec.pkl"))
+        given = ("--normaliser", str(tmp_path / "vec.pkl"))
+    lstm = "Lstm" if algorithm == "RecurrentPPO" else ""
+    policy = "MultiInputPolicy" if isinstance(observation, spaces.Dict) else f"Mlp{lstm}Policy"
+    trainer = getattr(sb3_contrib if lstm else stable_baselines3, algorithm)
+    kwargs: dict[str, Any] = {"ortho_init": False, **({"lstm_hidden_size": 9} if lstm else {})}
+    made = trainer(policy, env, policy_kwargs=kwargs, seed=3, device="cpu")
+    model, artifact = tmp_path / "model.zip", str(tmp_path / "artifact")
+    made.save(model)
+    if not given:
+        given = ("--normaliser", "identity")
+    assert main(["--checkpoint", str(model), "--output", artifact, *SMALL, *given]) == 0
+    command = ["crosscheck", str(model), "--artifact", artifact, "--run-pickles"]
+    assert main([*command, "--seed", "5", *given]) == 0
 
 
 def manifest_with(artifact: Path, output: Path, change: Callable[[dict[str, Any]], None]) -> Path:
@@ -285,3 +354,52 @@ def test_the_same_seed_draws_the_same(artifact: Path) -> None:
     assert torch.equal(one.observation, same.observation)
     assert torch.equal(one.action_mask, same.action_mask)
     assert not torch.equal(one.observation, other.observation)
+
+
+@pytest.fixture(scope="module")
+def recurrent(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recording, SB3Spec, Path]:
+    """An artifact with every state there is, and what its trainer made of a few observations."""
+    model = zip_file("rppo_multidiscrete_sepcritic")
+    artifact = exported(model, tmp_path_factory.mktemp("recurrent") / "artifact")
+    spec = spec_of(artifact)
+    return record(model.read_bytes(), None, spec, Draw(4, 3, 0)), spec, artifact
+
+
+def compared(recording: Recording, spec: SB3Spec, artifact: Path) -> FormatParity:
+    content = Manifest.read(artifact).weights.read(artifact)
+    judge = Judge(content, spec, torch.device("cpu"))
+    with plain_process():
+        return compare({"onnx": load_from(artifact, "onnx")}, recording, judge, 8)["onnx"]
+
+
+def test_what_agrees_agrees_in_every_choice(
+    recurrent: tuple[Recording, SB3Spec, Path],
+) -> None:
+    parity = compared(*recurrent)
+    assert parity.rows == 4 * 3 * (1 + max(recurrent[1].head_sizes))
+    assert parity.action_agreement == 1.0
+    assert max(parity.max_error.values()) < 1e-5
+
+
+@pytest.mark.parametrize("field", ["log_prob", "value", "h", "c", "critic_h", "critic_c"])
+def test_another_number_shows_though_it_is_the_last(
+    field: str, recurrent: tuple[Recording, SB3Spec, Path]
+) -> None:
+    recording, spec, artifact = recurrent
+    states = {name: array.clone() for name, array in recording.states.items()}
+    wrong = recording._replace(
+        states=states, log_prob=recording.log_prob.clone(), value=recording.value.clone()
+    )
+    array = states[field] if field in states else getattr(wrong, field)
+    array.view(-1)[-1] += 1e-3
+    named = f"state_{field}_out" if field in states else field
+    with pytest.raises(ParityError, match=rf"^onnx does not .*: {named}\[2.* step 3\)$"):
+        compared(wrong, spec, artifact)
+
+
+def test_another_action_of_predict_shows(recurrent: tuple[Recording, SB3Spec, Path]) -> None:
+    recording, spec, artifact = recurrent
+    action = recording.action.clone()
+    action[-1, -1, -1] ^= 1
+    with pytest.raises(ParityError, match=r"'action_2', row 2 is .*predict\(\) takes .*\(step 3\)"):
+        compared(recording._replace(action=action), spec, artifact)
