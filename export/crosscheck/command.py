@@ -41,6 +41,8 @@ def run(options: argparse.Namespace) -> int:
         fail(str(error))
     except ParityError as error:
         fail(f"{options.artifact}: {error}", code=1)
+    except OSError as error:
+        fail(f"{error.filename or 'the temporary directory'}: cannot be written ({error.strerror})")
 
 
 def _crosscheck(options: argparse.Namespace) -> int:

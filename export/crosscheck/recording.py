@@ -75,7 +75,7 @@ def record(
             f"{MOST_NUMBERS:,} are recorded at most; give fewer --steps or --environments"
         )
     module, algorithm = ALGORITHMS[spec.name]
-    with tempfile.TemporaryDirectory(prefix="crosscheck-") as name:
+    with tempfile.TemporaryDirectory(prefix="crosscheck-", ignore_cleanup_errors=True) as name:
         directory = Path(name)
         files = {"--model": directory / "model.zip"}
         files["--model"].write_bytes(model)
