@@ -406,3 +406,11 @@ def test_another_action_of_predict_shows(recurrent: tuple[Recording, SB3Spec, Pa
     action[-1, -1, -1] ^= 1
     with pytest.raises(ParityError, match=r"predict.* 'action_2', row 2, .*\(step 3\)$"):
         compared(recording._replace(action=action), spec, artifact)
+
+
+def test_the_help_names_it_and_what_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, words in ((["--help"], "export crosscheck"), (["crosscheck", "--help"], "runs")):
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        assert exit_.value.code == 0
+        assert words in capsys.readouterr().out
