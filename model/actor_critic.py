@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from model.heads import Choices, HeadTable
-from model.policy_inputs import Masks, check_shape, refuse_gradient
+from model.policy_inputs import (
+    Masks,
+    allowed_choices,
+    check_allowed,
+    check_shape,
+    check_state,
+    refuse_gradient,
+)
 from model.recurrence import LayerParameters, State
 from model.step_spec import StepSpec
 
@@ -56,6 +63,30 @@ class ActorCritic(nn.Module):
         `observation` is `[B, D]`. Raises ValueError for a wrong shape or dtype, and for a mask
         that allows nothing, naming head and row. The last is one read from the device; a compiled
         or exported step leaves it out, since no graph can hold it.
+        """
+        check_shape("observation", observation, (None, self.spec.observation_dim))
+        batch_size = observation.shape[0]
+        if state is None:
+            state = self.initial_state(batch_size)
+        else:
+            check_state(self.spec, state, batch_size)
+        lead = observation.shape[:-1]
+        allowed, slot_by_op = allowed_choices(self.spec, self.heads, masks, lead)
+        if not torch.compiler.is_compiling():
+            check_allowed(self.spec, self.heads, allowed, slot_by_op)
+        return self.scores(observation, state, allowed, slot_by_op, blueprint_index)
+
+    def scores(
+        self,
+        observation: Tensor,
+        state: State,
+        allowed: Tensor,
+        slot_by_op: Tensor | None,
+        blueprint_index: Tensor | None,
+    ) -> Scores:
+        """`step_scores` of what was checked: the family's own part of it.
+
+        `allowed` is bool `[B, heads, width]`, `slot_by_op` `[B, ops, slots]` if it is given.
         """
         raise NotImplementedError
 

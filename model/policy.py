@@ -156,25 +156,15 @@ class FactoredRecurrentActorCritic(ActorCritic):
         predicted: Tensor = self.get_submodule("contribution_predictor")(output.detach())
         return predicted.float()
 
-    def step_scores(
+    def scores(
         self,
         observation: Tensor,
-        state: State | None = None,
-        masks: Masks | None = None,
-        *,
-        blueprint_index: Tensor | None = None,
+        state: State,
+        allowed: Tensor,
+        slot_by_op: Tensor | None,
+        blueprint_index: Tensor | None,
     ) -> Scores:
-        check_shape("observation", observation, (None, self.observation_dim))
-        batch_size = observation.shape[0]
-        if state is None:
-            state = self.initial_state(batch_size)
-        else:
-            check_state(self.spec, state, batch_size)
-        lead = observation.shape[:-1]
-        allowed, slot_by_op = allowed_choices(self.spec, self.heads, masks, lead)
         features = self.features(observation, blueprint_index)
-        if not torch.compiler.is_compiling():
-            check_allowed(self.spec, self.heads, allowed, slot_by_op)
         y, state = self.lstm.step(features, state)
         logits, value, y = self._decode(y)
         choices = self.heads.choices(self.heads.spread(logits), allowed, slot_by_op)

@@ -6,13 +6,11 @@ or two LSTMs make of it. Facts: sb3-contrib 2.9.2, `RecurrentActorCriticPolicy.f
 
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 
 from model.actor_critic import ActorCritic, Scores
 from model.heads import HeadTable
 from model.linear import Linear
-from model.policy_inputs import Masks, allowed_choices, check_allowed, check_shape, check_state
 from model.recurrence import LSTM, LayerParameters, State
 from model.sb3.spec import SB3Spec
 
@@ -51,25 +49,16 @@ class SB3Policy(ActorCritic):
         self.action_net = Linear((width, *spec.actor_layers)[-1], spec.num_choices)
         self.value_net = Linear((width, *spec.critic_layers)[-1], 1)
 
-    def step_scores(
+    def scores(
         self,
         observation: Tensor,
-        state: State | None = None,
-        masks: Masks | None = None,
-        *,
-        blueprint_index: Tensor | None = None,
+        state: State,
+        allowed: Tensor,
+        slot_by_op: Tensor | None,
+        blueprint_index: Tensor | None,
     ) -> Scores:
         if blueprint_index is not None:
             raise ValueError("blueprint_index is given, and this policy reads none")
-        check_shape("observation", observation, (None, self.spec.observation_dim))
-        batch_size = observation.shape[0]
-        if state is None:
-            state = self.initial_state(batch_size)
-        else:
-            check_state(self.spec, state, batch_size)
-        allowed, _ = allowed_choices(self.spec, self.heads, masks, observation.shape[:-1])
-        if not torch.compiler.is_compiling():
-            check_allowed(self.spec, self.heads, allowed, None)
         actor, critic, state = self._recur(observation, state)
         actor = self.mlp_extractor["policy_net"](actor)
         critic = self.mlp_extractor["value_net"](critic)
