@@ -49,6 +49,7 @@ class ParityRun:
         self.greedy_equal = 0
         self.max_error: dict[str, float] = {}
         self.error_by_step: list[float] = []
+        self.judged = 0
         self.uncertain = 0
         self._sums: dict[str, Tensor] = {}
 
@@ -59,7 +60,8 @@ class ParityRun:
         states = states_out(self.judge.spec, scores.state)
         for (name, expected), slack in zip(states.items(), answer.slack.states, strict=True):
             self._compare(name, outputs[name], expected, moment, slack)
-        self.uncertain += int(answer.slack.is_large().sum())
+        self.judged += len(outputs["value"])
+        self.uncertain += int(answer.slack.is_large(scores.value).sum())
         of_value = 0.0 if answer.slack.value is None else answer.slack.value
         self._compare("value", outputs["value"], scores.value, moment, of_value)
         action = outputs["action"]
@@ -71,13 +73,12 @@ class ParityRun:
             self._compare(name, outputs[name], expected, moment)
         noise = heads.spread(moment.noise)
         best = scores.choices.choose(noise).action
-        lower, upper = self.judge.log_prob_bounds(
+        bounds = self.judge.log_prob_bounds(
             moment, answer, op, atol=tolerance.atol, rtol=tolerance.rtol
         )
         _, allowed = scores.choices.given(op)
         matters = heads.relevant(op)
-        taken = (upper + noise).gather(-1, action.unsqueeze(-1)).squeeze(-1)
-        short = (lower + noise).amax(-1) - taken
+        short = _short(bounds.lower + noise, bounds.upper + noise, action)
         is_best = short <= tolerance.atol  # False for NaN
         wrong = ~torch.where(matters, is_best, action == heads.forced(allowed))
         if wrong.any():
@@ -87,8 +88,14 @@ class ParityRun:
                 f"{int(action[row, head])}, expected {int(best[row, head])}{_where(moment, row)}"
             )
         log_prob = outputs["log_prob"]
-        bounds = [heads.log_prob_of(bound, action) for bound in (lower, upper)]
-        self._compare("log_prob", log_prob, log_prob.nan_to_num().clamp(*bounds), moment)
+        lower, upper = (heads.log_prob_of(bound, action) for bound in bounds)
+        if heads.has_floors:  # which jump: all between is as right
+            expected, slack = log_prob.nan_to_num().clamp(lower, upper), torch.zeros(())
+        else:
+            expected, slack = (lower + upper) / 2, (upper - lower) / 2
+            middle = (bounds.lower + bounds.upper) / 2 + noise
+            short = _short(middle, middle, action)
+        self._compare("log_prob", log_prob, expected, moment, slack)
         uncertain = ~matters & (log_prob != 0)
         if uncertain.any():
             row, head = first(uncertain)
@@ -144,7 +151,7 @@ class ParityRun:
         raise ParityError(sentence)
 
     def _refuse_chaos(self) -> None:
-        if self.tolerance.atol < LARGEST_SLACK and self.uncertain > self.rows / 2:
+        if self.tolerance.atol < LARGEST_SLACK and self.uncertain > self.judged / 2:
             raise ParityError(
                 f"rounding in float32 alone moves most of the policy's answers by more than "
                 f"{LARGEST_SLACK:g}, as in a chaotic network; no artifact can be told from another"
@@ -184,6 +191,11 @@ class ParityRun:
         self.equal += int((free & equal).sum())
         self.greedy_free += int(greedy.sum())
         self.greedy_equal += int((greedy & equal).sum())
+
+
+def _short(best: Tensor, taken: Tensor, action: Tensor) -> Tensor:
+    """By how much the score of what was taken is less than the best, `[rows, heads]`."""
+    return best.amax(-1) - taken.gather(-1, action.unsqueeze(-1)).squeeze(-1)
 
 
 def _cell(name: str, moment: Moment, index: tuple[int, ...]) -> str:

@@ -35,6 +35,7 @@ LIFT = 4096.0
 
 FAR = 1e30
 FAR_WITHOUT_NORMALIZER = 1e8
+NEAR = 10.0
 SATURATION = 20.0
 LONGEST_MEMORY = 200.0
 """A cell that never forgets gains at most 1 a step: this is two hundred of them."""
@@ -227,6 +228,13 @@ class EpisodeMaker:
         scale, mean = self.normalizer.scale().cpu(), self.normalizer.mean.cpu()
         # What is far stays far where a feature never moved.
         return torch.where(observation.abs() >= far, observation, observation * scale + mean)
+
+    def near(self, observation: Tensor) -> Tensor:
+        """The same, no feature further off than ten deviations, or ten without statistics."""
+        if self.normalizer is None:
+            return observation.clamp(-NEAR, NEAR)
+        scale, mean = self.normalizer.scale().cpu(), self.normalizer.mean.cpu()
+        return mean + scale * ((observation - mean) / scale).clamp(-NEAR, NEAR)
 
     def _masks(self, num_rows: int) -> Tensor:
         """From one choice allowed to all, and often all but one."""

@@ -41,12 +41,14 @@ class Slack(NamedTuple):
     logits: Tensor | None = None
     value: Tensor | None = None
 
-    def is_large(self) -> Tensor:
-        """Which rows may be further off than that, bool `[B]`; none, where there is nothing."""
+    def is_large(self, value: Tensor, most: float = LARGEST_SLACK) -> Tensor:
+        """Which rows may be further off than `most`, bool `[B]`: in relation to the `value` `[B]`
+        that is computed, where it is more than 1. None, where there is no slack."""
         if self.logits is None or self.value is None:
-            return torch.zeros(())
-        parts = [self.logits, self.value[:, None], *(of.flatten(1) for of in self.states)]
-        return torch.cat(parts, dim=1).amax(1) > LARGEST_SLACK
+            return torch.zeros_like(value, dtype=torch.bool)
+        of_value = self.value / value.abs().clamp(min=1.0)
+        parts = [self.logits, of_value[:, None], *(of.flatten(1) for of in self.states)]
+        return torch.cat(parts, dim=1).amax(1) > most
 
 
 class FloatError(Protocol):

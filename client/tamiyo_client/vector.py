@@ -145,7 +145,8 @@ class VectorPolicyClient(_Vector, Blocking):
 
         `state` is an opaque handle: None begins anew, and else it has to be the last answer's. Of a
         policy without memory it is None always.
-        Raises TypeError for a dict of observations, which no policy served here reads.
+        Raises TypeError for a dict of observations: a policy of one reads it flat, as
+        gymnasium's `FlattenObservation` lays it out.
         """
         return self._transport.run(
             self._calls.predict(observation, state, episode_start, deterministic, action_masks)

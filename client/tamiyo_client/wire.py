@@ -103,7 +103,10 @@ class Act:
 def one_array(observations: npt.ArrayLike | Mapping[str, npt.ArrayLike]) -> Array:
     """The observations as they are. Raises TypeError for a dict of them."""
     if isinstance(observations, Mapping):
-        raise TypeError("the policy reads one array of observations, and this is a dict of them")
+        raise TypeError(
+            "the policy reads one array of observations, and this is a dict of them: flatten it, "
+            "as gymnasium.wrappers.FlattenObservation does"
+        )
     return np.asarray(observations)
 
 

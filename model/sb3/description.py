@@ -213,7 +213,7 @@ def _space(attributes: Mapping[str, object], name: str, said: str | None) -> tup
 
 def _refuse_other_steps(attributes: Mapping[str, object], kwargs: Mapping[str, object]) -> None:
     """What else would change a step."""
-    if attributes.get("use_sde", False) is not False or kwargs.get("use_sde", False) is not False:
+    if attributes.get("use_sde") not in (None, False) or kwargs.get("use_sde") not in (None, False):
         raise CheckpointError("it explores by gSDE, and continuous actions are not exported")
     if kwargs.get("squash_output", False) is not False:
         raise CheckpointError("it squashes its output, and continuous actions are not exported")

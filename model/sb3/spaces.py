@@ -4,7 +4,6 @@ Facts: 2.9.2's `preprocess_obs`, `FlattenExtractor` and `CombinedExtractor`.
 """
 
 import math
-from itertools import pairwise
 
 from model.checkpoint_file import CheckpointError, short
 from model.sb3.space_text import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space
@@ -17,21 +16,19 @@ NO_ONE_HOT = "and the trainer makes no one-hot of what does not"
 def flat_observation(space: Space) -> tuple[int, tuple[ObservationPart, ...]]:
     """How many numbers the network reads, and of which parts.
 
-    Raises CheckpointError for images, for choices that do not start at 0, which the trainer makes
-    no one-hot of, and for a Dict that is not in its keys' order.
+    A Dict's parts are in its own order, which is that of its sorted keys unless it was made of an
+    OrderedDict. Raises CheckpointError for images, and for choices that do not start at 0, which
+    the trainer makes no one-hot of.
     """
     if not isinstance(space, Dict):
         part = _part(None, space)
         return part.size, (part,)
-    keys = [key for key, _ in space.spaces]
-    if not keys:
+    if not space.spaces:
         raise CheckpointError("its observation space is a Dict of nothing")
-    for key, following in pairwise(keys):
-        if key >= following:
-            raise CheckpointError(
-                f"its observation space has {short(key)} before {short(following)}, and Dicts "
-                "are read in the order of their keys"
-            )
+    keys = [key for key, _ in space.spaces]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise CheckpointError(f"its observation space has {short(key)} twice")
     parts = tuple(_part(key, inner) for key, inner in space.spaces)
     return sum(part.size for part in parts), parts
 

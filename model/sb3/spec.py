@@ -36,8 +36,8 @@ Activation = Literal[
 
 
 class ObservationPart(BaseModel):
-    """A stretch of the observation, flattened from one space: of a Dict by its key, in the keys'
-    sorted order; the only one, without a key, of any other space.
+    """A stretch of the observation, flattened from one space: of a Dict by its key, in the Dict's
+    own order; the only one, without a key, of any other space.
 
     `box` is a Box's numbers, row by row; `one_hot` a Discrete's, a MultiDiscrete's side by side,
     and `bits` a MultiBinary's.

@@ -245,10 +245,21 @@ def _json(content: bytes) -> Mapping[str, object]:
             f"is JSON of {len(content):,} bytes, which is read up to {MOST_JSON_BYTES:,}"
         )
     try:
-        entries = json.loads(content)
+        entries = json.loads(content, object_pairs_hook=_distinct)
+    except CheckpointError:
+        raise
     except (ValueError, RecursionError) as error:
         raise CheckpointError("cannot be read as JSON") from error
     assert isinstance(entries, dict), "it begins with a brace"
+    return entries
+
+
+def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CheckpointError(f"has two entries {short(twice)}")
     return entries
 
 
@@ -293,17 +304,16 @@ def _laid_out(value: object) -> object:
 
     Not for a pickle's lists, which may hold themselves.
     """
-    numbers: list[float] = []
     waiting = [value] if isinstance(value, list) else []
     while waiting:
         first = waiting.pop()
         if isinstance(first, list):
             waiting += reversed(first)
-        elif type(first) in (int, float):
-            numbers.append(first)
-        else:
+        elif type(first) not in (int, float):
             return value
+    if not isinstance(value, list):
+        return value
     try:
-        return np.array(numbers, np.float64) if isinstance(value, list) else value
-    except OverflowError:
+        return np.array(value, np.float64).ravel()
+    except (OverflowError, ValueError):  # or its lists are of different lengths
         return value

@@ -311,6 +311,8 @@ def npy() -> bytes:
         (b'{"mean": ' + b"[" * 200_000, "cannot be read as JSON"),
         (b'{"mean": "\xff"}', "cannot be read as JSON"),
         (b'{"mean": ' + b"9" * 5000 + b"}", "cannot be read as JSON"),
+        (b'{"mean": [1, 2], "var": [1, 2], "mean": [3, 4]}', "has two entries 'mean'"),
+        (mean_and_var(mean=[[1], [1, 2]]), "has a mean that is something else than numbers"),
         ({"var": [1, 2]}, "has no mean"),
         ({"mean": [1, 2]}, "has no var"),
         (

@@ -65,6 +65,8 @@ WEIGHTS_ARE_TENSORS = "and weights are tensors by name"
         (lambda: torch_saved({"a": torch.ones(1)})[:-30], "is a damaged or truncated zip"),
         (lambda: deflated(torch_saved({"a": torch.zeros(10**6)})), "unpacks to more than its own "
          "size"),
+        (lambda: torch_saved({"a": torch.zeros(1).expand(2000)}), "its tensors have more "
+         "numbers than the file"),
         (lambda: torch_saved({"a": torch.zeros(1).expand(10**7, 10**7)}), "its tensors have more "
          "numbers than the file"),
         (lambda: torch_saved([torch.ones(1)]), "holds a list, not weights by name"),
