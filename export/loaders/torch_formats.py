@@ -149,8 +149,8 @@ def load_eager(content: bytes, device: str) -> Loaded:
         return step
 
     def enlivened(parameters: Mapping[str, Tensor]) -> Live:
-        own = {**program.state_dict, **program.constants, **parameters}
-        own = {name: tensor.clone() for name, tensor in own.items()}
+        named = {**program.module().state_dict(), **parameters}
+        own = {name: tensor.clone() for name, tensor in named.items()}
         return Live(renewed(own), own)
 
     return Loaded(renewed({}), *program_arrays(program), renewed, enlivened)
@@ -158,7 +158,9 @@ def load_eager(content: bytes, device: str) -> Loaded:
 
 def load_compiled(content: bytes, device: str) -> Loaded:
     eager = load_eager(content, device)
-    return eager._replace(call=torch.compile(eager.call, dynamic=True), renewed=None, enlivened=None)
+    return eager._replace(
+        call=torch.compile(eager.call, dynamic=True), renewed=None, enlivened=None
+    )
 
 
 def check_names(parameters: Iterable[str], own: Container[str]) -> None:

@@ -1,7 +1,6 @@
 """States in a device's memory. Importing this module imports torch."""
 
 import torch
-from torch import Tensor
 
 from model.step_spec import StepSpec
 from service.runtime.protocol import Rows, State

@@ -81,10 +81,6 @@ def tensors(layout: Layout, buffer: Tensor) -> dict[str, Tensor]:
     return {
         field.name: buffer[:, field.offset : field.offset + field.num_bytes]
         .view(getattr(torch, field.dtype))
-        .unflatten(1, field.shape)
-        if field.shape
-        else buffer[:, field.offset : field.offset + field.num_bytes]
-        .view(getattr(torch, field.dtype))
-        .squeeze(1)
+        .view(len(buffer), *field.shape)
         for field in layout.fields
     }

@@ -56,10 +56,22 @@ def with_states(
     loaded: LoadedStep, manifest: Manifest, *, num_rows: int, batch_sizes: Sequence[int]
 ) -> Runtime:
     """The loaded step, and `num_rows` rows of states where it runs best."""
-    states = HostStates(manifest.spec, num_rows)
+    if loaded.device == "cuda" and loaded.name != "onnx":  # which keeps its own arrays there
+        from service.runtime.cuda_device import CudaDevice
+        from service.runtime.device_runtime import DeviceRuntime
+
+        return DeviceRuntime(
+            loaded,
+            CudaDevice(),
+            spec=manifest.spec,
+            num_rows=num_rows,
+            inputs=manifest.inputs,
+            outputs=manifest.outputs,
+            batch_sizes=batch_sizes,
+        )
     return HostRuntime(
         loaded,
-        states,
+        HostStates(manifest.spec, num_rows),
         inputs=manifest.inputs,
         outputs=manifest.outputs,
         batch_sizes=batch_sizes,

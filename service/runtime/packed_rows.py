@@ -52,7 +52,7 @@ class Layout:
     def views(self, buffer: NDArray[np.uint8]) -> Arrays:
         """What a buffer `[rows, row_bytes]` holds, `[rows, ...]` by name; they share its memory."""
         return {
-            field.name: _view(buffer, field).reshape(len(buffer), *field.shape, copy=False)
+            field.name: _view(buffer, field).reshape(len(buffer), *field.shape)
             for field in self.fields
         }
 

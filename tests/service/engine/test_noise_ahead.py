@@ -32,10 +32,16 @@ def numbers(values: Sequence[int]) -> NDArray[np.uint64]:
     return np.array(values, dtype=np.uint64)
 
 
+def of_nothing(num_rows: int) -> NDArray[np.float32]:
+    """Among what else a batch's rows bring, as the runtime may have them."""
+    rows = np.full((num_rows, NUM_COLUMNS + 3), np.nan, dtype=np.float32)
+    return rows[:, 1 : 1 + NUM_COLUMNS]
+
+
 def taken(
     ahead: NoiseAhead, rows: Sequence[int], seeds: Sequence[int], steps: Sequence[int]
 ) -> NDArray[np.float32]:
-    out = np.full((len(rows), NUM_COLUMNS), np.nan, dtype=np.float32)
+    out = of_nothing(len(rows))
     ahead.take(np.array(rows), numbers(seeds), numbers(steps), out)
     return out
 
@@ -43,8 +49,11 @@ def taken(
 def taken_each(
     ahead: NoiseAhead, seeds: Sequence[int], steps: Sequence[int]
 ) -> NDArray[np.float32]:
-    out = np.full((len(seeds), NUM_COLUMNS), np.nan, dtype=np.float32)
+    out = of_nothing(len(seeds))
     ahead.take_each(numbers(seeds), numbers(steps), out)
+    by_itself = np.full((len(seeds), NUM_COLUMNS), np.nan, dtype=np.float32)
+    ahead.take_each(numbers(seeds), numbers(steps), by_itself)
+    assert np.array_equal(out, by_itself)
     return out
 
 
