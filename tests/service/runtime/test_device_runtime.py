@@ -20,9 +20,12 @@ from export.parameters import Parameters
 from model.sb3.spec import SB3Spec
 from model.spec import PolicySpec
 from model.step_spec import StepSpec
+from service.runtime.arrays import Arrays, allocate, first
+from service.runtime.auto import measure
 from service.runtime.cpu_device import CpuDevice
 from service.runtime.device_runtime import Device, DeviceRuntime
 from service.runtime.host import HostRuntime, HostStates
+from service.runtime.keeping_step import KeepingStep
 from service.runtime.load import load_runtime
 from service.runtime.protocol import Outputs, Rows, Runtime, State
 from tests.random_inputs import random_policy
@@ -288,6 +291,33 @@ def test_another_artifact_s_step_is_captured_beside_the_one_that_serves(
         both.run(8)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_it_can_be_measured_as_any_loaded_step(
+    policy: str, artifacts: Callable[[str], Path], rng: np.random.Generator
+) -> None:
+    spec, loaded = POLICIES[policy], loaded_from(artifacts(policy), "torchscript")
+    keeping = KeepingStep(on_device(loaded, spec), spec)
+    given = allocate(step_inputs(spec), 3)
+    for array in given.values():
+        if array.dtype == np.float32:
+            array[:] = rng.normal(size=array.shape)
+    outputs, wide = allocate(step_outputs(spec), 3), allocate(step_outputs(spec), 4)
+    for _ in range(2):
+        loaded.bind(padded(given, 4), wide)()
+        keeping.bind(given, outputs)()
+        check_same(tuple(first(wide, 3).values()), tuple(outputs.values()))
+    measured = measure(keeping, spec, 4)
+    assert tuple(measured.seconds) == (1, 2, 4)
+
+
+def padded(arrays: Arrays, num_rows: int) -> Arrays:
+    """With rows more like the last."""
+    missing = num_rows - len(arrays["observation"])
+    return {
+        name: np.concatenate([array, *[array[-1:]] * missing]) for name, array in arrays.items()
+    }
+
+
 class Sums(NamedTuple):
     """A policy of tensors: the value is the sum of `observation[0]` so far."""
 
@@ -295,7 +325,7 @@ class Sums(NamedTuple):
     fail: list[Exception]
 
     def step(self) -> TorchStep:
-        return TorchStep("sums", self, step_inputs(self.spec), step_outputs(self.spec))
+        return TorchStep("sums", self.__call__, step_inputs(self.spec), step_outputs(self.spec))
 
     def __call__(self, *given: Tensor) -> list[Tensor]:
         if self.fail:
