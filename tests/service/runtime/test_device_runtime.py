@@ -261,6 +261,7 @@ def test_new_weights_serve_from_the_next_launch_on_and_the_old_come_back(
         each.warm_up()
     assert counting.num_captured == len(SIZES)
     half, twice = [own.with_parameters(parameters_of(artifact, scale)) for scale in (0.5, 2.0)]
+    before_any = answer_of(own, spec)
     captures = []
     for following in (half, twice, half, own, twice, own):
         before = counting.num_captured
@@ -270,8 +271,16 @@ def test_new_weights_serve_from_the_next_launch_on_and_the_old_come_back(
             adopt()
         both.run(8)
         captures.append((counting.num_captured - before) // len(SIZES))
+    check_same(answer_of(own, spec), before_any)  # the others were written elsewhere
     # Nobody gets at those in machine code's own file, to write to them or to read them.
     assert captures == ([1, 0, 0, 1, 1, 1] if runtime == "aoti" else [0] * 6)
+
+
+def answer_of(loaded: TorchStep, spec: StepSpec) -> tuple[NDArray[Any], ...]:
+    """What it makes of one row."""
+    inputs, outputs = allocate(step_inputs(spec), 1), allocate(step_outputs(spec), 1)
+    loaded.bind(inputs, outputs)()
+    return tuple(outputs.values())
 
 
 def test_another_artifact_s_step_is_captured_beside_the_one_that_serves(
@@ -441,6 +450,18 @@ def test_what_steps_gave_is_kept_however_many_follow(slow: Slow) -> None:
         slow.let_go()
         given.append(slow.runtime.collect().arrays["value"])
     assert [values.tolist() for values in given] == [[100 + number] for number in range(6)]
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_every_row_that_is_not_finite_is_named(slow: Slow, number: float) -> None:
+    slow.launch([0, 1, 2], [3, 4, 5], [1.0, number, 1.0])
+    slow.let_go()
+    is_finite = slow.runtime.collect().is_finite
+    assert is_finite is not None
+    assert is_finite.tolist() == [True, False, True]
+    slow.launch([0], [3], [1.0])
+    slow.let_go()
+    assert slow.runtime.collect().is_finite is None
 
 
 def test_states_are_read_and_written_beside_the_batch_under_way(slow: Slow) -> None:
