@@ -272,6 +272,9 @@ def test_new_weights_serve_from_the_next_launch_on_and_the_old_come_back(
         both.run(8)
         captures.append((counting.num_captured - before) // len(SIZES))
     check_same(answer_of(own, spec), before_any)  # the others were written elsewhere
+    before_any = answer_of(half, spec)
+    on_device(half, spec).prepare(twice)()
+    check_same(answer_of(half, spec), before_any)
     # Nobody gets at those in machine code's own file, to write to them or to read them.
     assert captures == ([1, 0, 0, 1, 1, 1] if runtime == "aoti" else [0] * 6)
 
