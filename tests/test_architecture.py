@@ -32,6 +32,11 @@ NEEDS_TORCH = {
     "export.loaders.machine",
     "export.loaders.torch_formats",
     "export.loaders.torch_step",
+    "service.runtime.cpu_device",
+    "service.runtime.cuda_device",
+    "service.runtime.device_runtime",
+    "service.runtime.device_states",
+    "service.runtime.device_step",
 }
 NEEDS_RAY = {"service.ray_app", "service.ray_router"}
 

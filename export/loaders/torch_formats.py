@@ -17,18 +17,22 @@ from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
 from export.loaders.arrays import FileArray, check_arrays
-from export.loaders.torch_step import Renewed, TorchStep, dtype_name
+from export.loaders.torch_step import Enlivened, Live, Renewed, TorchStep, dtype_name
 from export.loaders.torch_warnings import torch_speaks_of_itself
 from export.manifest import Array, ArtifactError, Device
 
 
 class Loaded(NamedTuple):
-    """A step of tensors, and the arrays of its file. `renewed` makes one with other parameters."""
+    """A step of tensors, and the arrays of its file.
+
+    `renewed` makes one with other parameters, `enlivened` one whose parameters can be written.
+    """
 
     call: Callable[..., Any]
     inputs: list[FileArray]
     outputs: list[FileArray]
     renewed: Renewed | None
+    enlivened: Enlivened | None
 
 
 def load_torch_step(
@@ -49,7 +53,15 @@ def load_torch_step(
     loaded = LOADERS[name](content, device)
     check_arrays("input", loaded.inputs, inputs)
     check_arrays("output", loaded.outputs, outputs)
-    return TorchStep(name, loaded.call, inputs, outputs, device, renewed=loaded.renewed)
+    return TorchStep(
+        name,
+        loaded.call,
+        inputs,
+        outputs,
+        device,
+        renewed=loaded.renewed,
+        enlivened=loaded.enlivened,
+    )
 
 
 @torch_speaks_of_itself()
@@ -61,13 +73,18 @@ def load_torchscript(content: bytes, device: str) -> Loaded:
     """
 
     @torch_speaks_of_itself()
-    def renewed(parameters: Mapping[str, Tensor]) -> Callable[..., Any]:
+    def enlivened(parameters: Mapping[str, Tensor]) -> Live:
         step = torch.jit.load(io.BytesIO(content), map_location=device)  # type: ignore[no-untyped-call]
         own = {**dict(step.named_parameters()), **dict(step.named_buffers())}
         check_names(parameters, own)
         with torch.no_grad():
             for name, parameter in parameters.items():
                 own[name].copy_(parameter)
+        return Live(step, own)
+
+    @torch_speaks_of_itself()
+    def renewed(parameters: Mapping[str, Tensor]) -> Callable[..., Any]:
+        step: Any = enlivened(parameters).call
         is_frozen = not hasattr(step, "training")  # in an older artifact's file
         frozen: Callable[..., Any] = step if is_frozen else torch.jit.freeze(step)
         return frozen
@@ -78,7 +95,7 @@ def load_torchscript(content: bytes, device: str) -> Loaded:
     is_tuple = isinstance(returned.type, torch.TupleType)
     num_outputs = len(returned.type.elements()) if is_tuple else 1
     inputs = [FileArray(argument.name) for argument in schema.arguments[1:]]
-    return Loaded(step, inputs, [FileArray()] * num_outputs, renewed)
+    return Loaded(step, inputs, [FileArray()] * num_outputs, renewed, enlivened)
 
 
 @torch_speaks_of_itself()
@@ -88,26 +105,37 @@ def load_aoti(content: bytes, device: str) -> Loaded:
     import torch._inductor
     from torch.utils._pytree import treespec_loads
 
-    @torch_speaks_of_itself()
-    def renewed(parameters: Mapping[str, Tensor]) -> Callable[..., Any]:
+    def opened(parameters: Mapping[str, Tensor], *, is_live: bool) -> Any:
         # The loader unpacks from a path; what it opens is what was hashed, in a directory of ours.
         with tempfile.TemporaryDirectory(prefix="tamiyo-aoti-") as directory:
             package = Path(directory) / "policy.pt2"
             package.write_bytes(content)
-            step = torch._inductor.aoti_load_package(str(package))
+            # Threads that take care of one another cannot be captured (pytorch#148601).
+            step = torch._inductor.aoti_load_package(str(package), run_single_threaded=is_live)
         if parameters:
             check_names(parameters, step.get_constant_fqns())
-            step.load_constants(dict(parameters), check_full_update=False)
+            step.load_constants(dict(parameters), check_full_update=False, user_managed=is_live)
         return step
+
+    @torch_speaks_of_itself()
+    def renewed(parameters: Mapping[str, Tensor]) -> Callable[..., Any]:
+        step: Callable[..., Any] = opened(parameters, is_live=False)
+        return step
+
+    @torch_speaks_of_itself()
+    def enlivened(parameters: Mapping[str, Tensor]) -> Live:
+        # Those in the package cannot be got at: only others can be written.
+        own = {name: parameter.clone() for name, parameter in parameters.items()}
+        return Live(opened(own, is_live=True), own)
 
     step: Any = renewed({})
     metadata = step.get_metadata()
     if "inputs" in metadata:
         said = (FileArray.read(metadata["inputs"]), FileArray.read(metadata["outputs"]))
-        return Loaded(step, *said, renewed)
+        return Loaded(step, *said, renewed, enlivened)
     taken, given = map(treespec_loads, step.loader.get_call_spec())
     inputs, outputs = [FileArray()] * taken.num_leaves, [FileArray()] * given.num_leaves
-    return Loaded(step, inputs, outputs, renewed)
+    return Loaded(step, inputs, outputs, renewed, enlivened)
 
 
 @torch_speaks_of_itself()
@@ -120,12 +148,19 @@ def load_eager(content: bytes, device: str) -> Loaded:
         step.load_state_dict(parameters, strict=False, assign=True)
         return step
 
-    return Loaded(renewed({}), *program_arrays(program), renewed)
+    def enlivened(parameters: Mapping[str, Tensor]) -> Live:
+        named = {**program.module().state_dict(), **parameters}
+        own = {name: tensor.clone() for name, tensor in named.items()}
+        return Live(renewed(own), own)
+
+    return Loaded(renewed({}), *program_arrays(program), renewed, enlivened)
 
 
 def load_compiled(content: bytes, device: str) -> Loaded:
     eager = load_eager(content, device)
-    return eager._replace(call=torch.compile(eager.call, dynamic=True), renewed=None)
+    return eager._replace(
+        call=torch.compile(eager.call, dynamic=True), renewed=None, enlivened=None
+    )
 
 
 def check_names(parameters: Iterable[str], own: Container[str]) -> None:

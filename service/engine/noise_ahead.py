@@ -84,7 +84,7 @@ class NoiseAhead:
     def take_each(
         self, seeds: NDArray[np.uint64], steps: NDArray[np.uint64], out: NDArray[np.float32]
     ) -> None:
-        """The same for single environments, `FEW` at most; `out` is contiguous."""
+        """The same for single environments, `FEW` at most."""
         windows: list[_Window] = []
         rows: list[NDArray[np.float32]] = []
         missing: list[int] = []
@@ -98,7 +98,10 @@ class NoiseAhead:
                 rows.append(out[at])
                 missing.append(at)
         self._num_drawn += len(rows)
-        np.concatenate(rows, out=out.reshape(-1))
+        if out.flags.c_contiguous:
+            np.concatenate(rows, out=out.reshape(-1))
+        else:  # in a batch's rows, beside what else they bring
+            out[:] = np.concatenate(rows).reshape(out.shape)
         if missing:
             self._make(missing, windows, seeds, steps, out)
 

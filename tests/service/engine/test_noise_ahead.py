@@ -32,10 +32,16 @@ def numbers(values: Sequence[int]) -> NDArray[np.uint64]:
     return np.array(values, dtype=np.uint64)
 
 
+def of_nothing(num_rows: int) -> NDArray[np.float32]:
+    """By themselves, or among what else a batch's rows bring."""
+    rows = np.full((num_rows, NUM_COLUMNS + num_rows % 2), np.nan, dtype=np.float32)
+    return rows[:, :NUM_COLUMNS]
+
+
 def taken(
     ahead: NoiseAhead, rows: Sequence[int], seeds: Sequence[int], steps: Sequence[int]
 ) -> NDArray[np.float32]:
-    out = np.full((len(rows), NUM_COLUMNS), np.nan, dtype=np.float32)
+    out = of_nothing(len(rows))
     ahead.take(np.array(rows), numbers(seeds), numbers(steps), out)
     return out
 
@@ -43,7 +49,7 @@ def taken(
 def taken_each(
     ahead: NoiseAhead, seeds: Sequence[int], steps: Sequence[int]
 ) -> NDArray[np.float32]:
-    out = np.full((len(seeds), NUM_COLUMNS), np.nan, dtype=np.float32)
+    out = of_nothing(len(seeds))
     ahead.take_each(numbers(seeds), numbers(steps), out)
     return out
 

@@ -1,0 +1,58 @@
+"""The GPU: all that is said to CUDA. Importing this module imports torch."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+
+class CudaDevice:
+    """A `Device` on the GPU that is current where it is made.
+
+    All work is on one stream, so that no two pieces of it run at once: they share the memory that
+    graphs were captured with, and the workspaces of CUDA's libraries.
+    """
+
+    def __init__(self) -> None:
+        torch.set_float32_matmul_precision("highest")  # no TF32
+        self.torch_device = torch.device("cuda", torch.cuda.current_device())
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        # One for good: captures share memory only where they are on one stream.
+        self._capturing = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+        self._waiting = ThreadPoolExecutor(1, "device")
+
+    def host_buffer(self, num_rows: int, row_bytes: int) -> Tensor:
+        # Page-locked, or copies would be neither one piece nor beside the caller.
+        return torch.zeros((num_rows, row_bytes), dtype=torch.uint8, pin_memory=True)
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads go on serving: what they ask of CUDA is none of this capture's business.
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._capturing, capture_error_mode="thread_local"
+        ):
+            run()
+        return graph.replay
+
+    def submit(self, work: Callable[[], None]) -> Future[None]:
+        failure: Exception | None = None
+        with torch.cuda.stream(self._stream):
+            try:
+                work()
+            except Exception as error:  # what was begun is waited for all the same
+                failure = error
+            # Who waits for a blocking one sleeps: the loop and its clients need the core.
+            ended = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            ended.record()
+        return self._waiting.submit(_wait, ended, failure)
+
+    def settle(self) -> None:
+        torch.cuda.current_stream().synchronize()
+
+
+def _wait(ended: torch.cuda.Event, failure: Exception | None) -> None:
+    ended.synchronize()  # without the interpreter's lock; raises what the GPU met
+    if failure is not None:
+        raise failure

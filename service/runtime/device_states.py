@@ -1,0 +1,38 @@
+"""States in a device's memory. Importing this module imports torch."""
+
+import torch
+
+from model.step_spec import StepSpec
+from service.runtime.protocol import Rows, State
+
+
+class DeviceStates:
+    """`num_rows` rows of each of the policy's states, and two after them.
+
+    The first is always zero. The other is scrap: padding writes to it, and nobody reads it.
+    """
+
+    def __init__(self, spec: StepSpec, num_rows: int, device: torch.device) -> None:
+        self.zero_row = num_rows
+        self.scrap_row = num_rows + 1
+        self.specs = spec.states
+        self.tensors = tuple(
+            [torch.zeros((num_rows + 2, *state.shape), device=device) for state in spec.states]
+        )
+
+    @torch.inference_mode()
+    def read(self, rows: Rows) -> State:
+        """Copies of the states in these rows, on the host."""
+        return tuple(
+            [
+                tensor.index_select(0, torch.from_numpy(rows).to(tensor.device)).numpy(force=True)
+                for tensor in self.tensors
+            ]
+        )
+
+    @torch.inference_mode()
+    def write(self, rows: Rows, state: State) -> None:
+        """Sets the states in these rows."""
+        for tensor, of_rows in zip(self.tensors, state, strict=True):
+            index = torch.from_numpy(rows).to(tensor.device)
+            tensor.index_copy_(0, index, torch.from_numpy(of_rows).to(tensor.device))
