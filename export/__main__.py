@@ -2,7 +2,8 @@
 
 `python -m export verify DIR` checks an artifact again, anywhere; `inspect DIR` says what it is;
 `push --checkpoint FILE --to URL` has a running service take newer weights; `triton DIR --repository
-REPOSITORY` writes what Triton loads.
+REPOSITORY` writes what Triton loads; `crosscheck MODEL.zip --artifact DIR` compares an artifact
+with Stable-Baselines3 itself.
 
 Exit codes: 0 every requested format passed its parity check, or the weights serve; 1 one did not,
 and there is no artifact, or the service refused; 2 bad input; 130 interrupted, 143 terminated. One
@@ -16,7 +17,14 @@ from contextlib import contextmanager
 from export.console import fail
 from export.inspection import show_artifact
 from export.manifest import ArtifactError
-from export.options import export_parser, inspect_parser, push_parser, triton_parser, verify_parser
+from export.options import (
+    crosscheck_parser,
+    export_parser,
+    inspect_parser,
+    push_parser,
+    triton_parser,
+    verify_parser,
+)
 
 PARSERS = {
     "export": export_parser,
@@ -24,6 +32,7 @@ PARSERS = {
     "inspect": inspect_parser,
     "push": push_parser,
     "triton": triton_parser,
+    "crosscheck": crosscheck_parser,
 }
 EXTRA = "torch"
 BROUGHT_BY_EXTRA = {"jinja2", "onnx", "onnxscript", "torch"}
@@ -52,6 +61,10 @@ def _run(command: str, arguments: Sequence[str]) -> int:
             from export.triton.command import run as run_triton
 
             return run_triton(options)
+        if command == "crosscheck":
+            from export.crosscheck.command import run as run_crosscheck
+
+            return run_crosscheck(options)
         from export.commands import run
 
         return run(command, options)

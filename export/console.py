@@ -43,7 +43,11 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 
 def summarize(
-    manifest: Manifest, parity: Mapping[str, FormatParity], report: Report | None = None
+    manifest: Manifest,
+    parity: Mapping[str, FormatParity],
+    report: Report | None = None,
+    *,
+    judge: str = "eager",
 ) -> None:
     table = Table("format", "file", "size", "error", "equal", box=None, pad_edge=False)
     sizes = [] if report is None else [size for size in SHOWN if size <= manifest.max_batch_size]
@@ -62,5 +66,5 @@ def summarize(
         )
     with printing():
         Console(soft_wrap=True, highlight=False).print(table)
-    legend = "error: largest of any output; equal: share of free actions that are eager's"
+    legend = f"error: largest of any output; equal: share of free actions that are {judge}'s"
     say(legend + ("; B: times as fast as eager at that batch size" if sizes else ""))

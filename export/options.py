@@ -17,6 +17,8 @@ PRESETS: dict[str, Callable[[], PolicySpec]] = {
 IDENTITY = "identity"
 MOST_SEQUENCES = 2**31 - 1
 """What Triton's configuration has room for."""
+MOST_ROWS = 4096
+"""Of steps, and of environments, that are compared with another program."""
 
 EXAMPLES = """examples:
   python -m export --checkpoint best.pt --output artifacts/best
@@ -27,6 +29,7 @@ EXAMPLES = """examples:
   python -m export inspect artifacts/best
   python -m export push --checkpoint newer.pt --to http://127.0.0.1:8000
   python -m export triton artifacts/best --repository models
+  python -m export crosscheck model.zip --artifact artifacts/model --run-pickles
 """
 
 
@@ -242,6 +245,52 @@ def triton_parser() -> Parser:
     return parser
 
 
+def crosscheck_parser() -> Parser:
+    parser = Parser(
+        prog="python -m export crosscheck",
+        description="Compares an artifact with what stable_baselines3, where that is installed, "
+        "makes of the model.zip it was exported from. That runs the pickles in the zip.",
+    )
+    parser.add_argument(
+        "model", type=Path, metavar="MODEL.zip", help="what the artifact was exported from"
+    )
+    parser.add_argument("--artifact", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--run-pickles",
+        action="store_true",
+        help="let stable_baselines3 run the code in the zip, and in VecNormalize's .pkl, in a "
+        "process of its own; without it nothing is compared. Only for files that you trust",
+    )
+    parser.add_argument(
+        "--normaliser",
+        metavar=f"FILE|{IDENTITY}",
+        help="the .pkl of VecNormalize that the artifact was exported with",
+    )
+    parser.add_argument(
+        "--formats",
+        type=_formats,
+        metavar="LIST",
+        help="which to compare (default: all that run on a CPU)",
+    )
+    parser.add_argument(
+        "--steps", type=_count, default=24, metavar="N", help="to carry states for (default 24)"
+    )
+    parser.add_argument(
+        "--environments", type=_count, default=8, metavar="N", help="side by side (default 8)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=_seed,
+        default=0,
+        metavar="N",
+        help="draws observations, masks and where episodes start (default 0)",
+    )
+    parser.add_argument(
+        "--trusted", type=Path, metavar="KEY.pub", help="refuse what this key has not signed"
+    )
+    return parser
+
+
 def chosen_formats(formats: tuple[str, ...] | None, precision: Precision) -> tuple[str, ...] | None:
     """`all` is every format that has the precision; None is left to `export_policy`."""
     if formats == ("all",):
@@ -289,6 +338,12 @@ def _batch_size(text: str) -> int:
 def _max_sequences(text: str) -> int:
     if not _is_number(text) or not 1 <= int(text) <= MOST_SEQUENCES:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MOST_SEQUENCES}")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not _is_number(text) or not 1 <= int(text) <= MOST_ROWS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MOST_ROWS}")
     return int(text)
 
 

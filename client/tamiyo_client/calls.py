@@ -15,6 +15,9 @@ from tamiyo_client.exchange import Call, Patience
 from tamiyo_client.session import Session
 from tamiyo_client.wire import ActionMasks, State, VectorAct
 
+STATES_BEFORE_THEY_WERE_SAID = ({"name": "h"}, {"name": "c"})
+"""Of every policy that such a server can have."""
+
 
 class SessionHandle(NamedTuple):
     """What `predict` gives for a state. That is on the server; this says which one it is."""
@@ -149,7 +152,9 @@ class VectorCalls:
 
     def _state_names(self) -> Call[list[str]]:
         if self._states is None:
-            self._states = [state["name"] for state in (yield from self.policy())["states"]]
+            described = yield from self.policy()
+            states = described.get("states", STATES_BEFORE_THEY_WERE_SAID)
+            self._states = [state["name"] for state in states]
         return self._states
 
     def _handle(self) -> SessionHandle:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from export.loaders.load import load_step
 from export.loaders.protocol import LoadedStep
 from export.manifest import Array, Manifest
-from export.triton.graph import START, STATES
+from export.triton.graph import START, carried
 
 STEPS = 6
 STARTING_SHARE = 0.3
@@ -65,7 +65,7 @@ def _compare(
             told[name][...] = given[name][...] = array
         starts = rng.random(num_rows) < STARTING_SHARE if at else np.ones(num_rows, dtype=np.bool_)
         given[START.name][:, 0] = starts
-        for name, output in STATES.items():
+        for name, output in carried(manifest.spec).items():
             told[name][...] = given[name][...] = expected[output]
             told[name][starts], given[name][starts] = 0.0, np.nan
         run()
@@ -94,6 +94,6 @@ def _drawn(manifest: Manifest, num_rows: int, rng: np.random.Generator) -> Array
             drawn[array.name] = rng.random(shape) < ALLOWED_SHARE
         elif array.dtype == "int64":
             drawn[array.name] = rng.integers(-1, manifest.spec.num_blueprints, shape)
-        elif array.name not in STATES:
+        elif array.name not in carried(manifest.spec):
             drawn[array.name] = rng.normal(size=shape)
     return drawn

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from export.manifest import Array, Device, Manifest, bucket_sizes
-from export.triton.graph import START, STATES
+from export.triton.graph import START, carried
 
 SEQUENCE_IDLE_US = 600_000_000
 """As long as the service keeps a session by default. Triton's own default is one second."""
@@ -41,17 +41,18 @@ def sequence_config(manifest: Manifest, name: str, device: Device, *, max_sequen
     it, and would not load the model.
     """
     shapes = {array.name: _kind(array) for array in manifest.inputs}
+    states = carried(manifest.spec)
     return _rendered(
         manifest,
         name,
         device,
-        inputs=[array for array in manifest.inputs if array.name not in STATES],
-        outputs=[array for array in manifest.outputs if array.name not in STATES.values()],
+        inputs=[array for array in manifest.inputs if array.name not in states],
+        outputs=[array for array in manifest.outputs if array.name not in states.values()],
         warmup_sizes=[],
         idle_us=SEQUENCE_IDLE_US,
         max_sequences=max_sequences,
         start=START,
-        states=[(name, output, shapes[name]) for name, output in STATES.items()],
+        states=[(name, output, shapes[name]) for name, output in states.items()],
     )
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from export.artifact import Artifact
 from export.inspection import origin
-from export.manifest import ArtifactError, Device
+from export.manifest import ArtifactError, Device, Manifest
 from export.triton.comparison import check_sequence_graph, load_graph
 from export.triton.config import sequence_config, stateless_config
 from export.triton.graph import START, sequence_graph
@@ -29,7 +29,8 @@ def export_to_triton(
     max_sequences: int,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Published:
-    """Writes `name`, the artifact's ONNX file as it is, and `name`_seq, whose state Triton keeps.
+    """Writes `name`, the artifact's ONNX file as it is, and `name`_seq, whose state Triton keeps;
+    of a policy without a state the first alone.
 
     By default the name and the device are the artifact's own. Raises ArtifactError where the
     artifact is damaged or has no onnx, GraphError where the second graph does not do what the first
@@ -50,21 +51,17 @@ def export_to_triton(
     on_stage("checking the hashes")
     contents = {file.file: artifact.read(file) for file in manifest.files}
     content = contents[manifest.formats["onnx"].file]
-    on_stage("comparing both graphs")
-    try:
-        step = load_graph(content, manifest.inputs, manifest)
-        edited = sequence_graph(content)
-        sequence_step = load_graph(edited, (*manifest.inputs, START), manifest)
-        check_sequence_graph(step, sequence_step, manifest)
-    except ArtifactError as error:
-        raise ArtifactError(f"{directory}: {error}") from error
+    models = [Model(name, stateless_config(manifest, name, device), content)]
+    if manifest.spec.states:
+        on_stage("comparing both graphs")
+        try:
+            edited = _compared(content, manifest)
+        except ArtifactError as error:
+            raise ArtifactError(f"{directory}: {error}") from error
+        sequence_name = f"{name}{SEQUENCE_SUFFIX}"
+        config = sequence_config(manifest, sequence_name, device, max_sequences=max_sequences)
+        models.append(Model(sequence_name, config, edited))
     on_stage("writing the repository")
-    sequence_name = f"{name}{SEQUENCE_SUFFIX}"
-    config = sequence_config(manifest, sequence_name, device, max_sequences=max_sequences)
-    models = (
-        Model(name, stateless_config(manifest, name, device), content),
-        Model(sequence_name, config, edited),
-    )
     version = publish(
         models,
         repository,
@@ -72,3 +69,12 @@ def export_to_triton(
         source=origin(manifest.source),
     )
     return Published(tuple(model.name for model in models), version)
+
+
+def _compared(content: bytes, manifest: Manifest) -> bytes:
+    """The graph whose state Triton keeps, once it has done what the step does."""
+    step = load_graph(content, manifest.inputs, manifest)
+    edited = sequence_graph(content, manifest.spec)
+    sequence_step = load_graph(edited, (*manifest.inputs, START), manifest)
+    check_sequence_graph(step, sequence_step, manifest)
+    return edited

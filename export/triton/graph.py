@@ -8,23 +8,26 @@ from onnx import TensorProto, helper
 
 from export.loaders.load import first_line
 from export.manifest import Array, ArtifactError
+from model.step_spec import StepSpec
 
 START = Array(name="START", dtype="bool", shape=("batch", 1))
 """True in the rows of sequences that start. Triton asks for `[batch, 1]` of any control."""
 
 
-STATES = {"state_c_in": "state_c_out", "state_h_in": "state_h_out"}
-"""Each input that carries a state, `[batch, layers, hidden]`, and the output it is carried on from.
+def carried(spec: StepSpec) -> dict[str, str]:
+    """Each input that carries a state, `[batch, layers, hidden]`, and the output it goes on from.
 
-Triton pairs them by the order of their names (triton-inference-server/server#8586), as these do.
-"""
+    Triton pairs them by the order of their names (triton-inference-server/server#8586): so do
+    these.
+    """
+    return {state.input: state.output for state in sorted(spec.states, key=lambda of: of.input)}
 
 
-def sequence_graph(content: bytes) -> bytes:
+def sequence_graph(content: bytes, spec: StepSpec) -> bytes:
     """The ONNX model of a step, with START as its last input.
 
-    In a row that starts each of STATES is zeros to the rest of the graph, whatever it holds: NaN
-    times zero would be NaN, so it is chosen and not multiplied.
+    In a row that starts each of its states is zeros to the rest of the graph, whatever it holds:
+    NaN times zero would be NaN, so it is chosen and not multiplied.
     Raises ArtifactError where the result is no model as the ONNX standard has it.
     """
     model = onnx.load_from_string(content)
@@ -34,7 +37,7 @@ def sequence_graph(content: bytes) -> bytes:
     starts, zero, axis = (f"{START.name}.{what}" for what in ("rows", "zero", "axis"))
     graph.initializer.append(helper.make_tensor(zero, TensorProto.FLOAT, [], [0.0]))
     graph.initializer.append(helper.make_tensor(axis, TensorProto.INT64, [1], [2]))
-    begun = {name: f"{START.name}.{name}" for name in STATES}
+    begun = {name: f"{START.name}.{name}" for name in carried(spec)}
     for node in graph.node:
         node.input[:] = [begun.get(name, name) for name in node.input]
     nodes = [

@@ -16,7 +16,7 @@ from export.triton.graph import START, sequence_graph
 Edit = Callable[[Any], None]
 
 
-@pytest.fixture(params=["v1", "v2"])
+@pytest.fixture(params=["v1", "v2", "lstms"])
 def graph(
     request: pytest.FixtureRequest, onnx_artifacts: dict[str, Path]
 ) -> tuple[bytes, Manifest]:
@@ -86,7 +86,7 @@ def starts_by_a_product(graph: Any) -> None:
 
 
 def mixes_the_states_up(graph: Any) -> None:
-    first, second = nodes(graph, "Where")
+    first, second, *_ = nodes(graph, "Where")
     first.input[2], second.input[2] = second.input[2], first.input[2]
 
 
@@ -101,7 +101,7 @@ def starts_all_rows_with_the_first(graph: Any) -> None:
 
 def test_the_graph_is_the_step_with_rows_that_may_start(graph: tuple[bytes, Manifest]) -> None:
     content, manifest = graph
-    check(content, sequence_graph(content), manifest)
+    check(content, sequence_graph(content, manifest.spec), manifest)
 
 
 @pytest.mark.parametrize(
@@ -121,12 +121,12 @@ def test_a_graph_that_does_anything_else_is_stopped(
 ) -> None:
     content, manifest = graph
     with pytest.raises(GraphError, match=r"with START the step gives another .* \(batch size \d"):
-        check(content, edited(sequence_graph(content), edit), manifest)
+        check(content, edited(sequence_graph(content, manifest.spec), edit), manifest)
 
 
 def test_no_weight_and_no_other_array_changes(graph: tuple[bytes, Manifest]) -> None:
     before = onnx.load_from_string(graph[0])
-    after = onnx.load_from_string(sequence_graph(graph[0]))
+    after = onnx.load_from_string(sequence_graph(graph[0], graph[1].spec))
     names = [array.name for array in before.graph.input]
     assert [array.name for array in after.graph.input] == [*names, "START"]
     assert list(after.graph.output) == list(before.graph.output)
@@ -146,4 +146,4 @@ def test_a_graph_without_the_input_is_not_taken_for_one(graph: tuple[bytes, Mani
 
 def test_a_graph_that_has_the_input_already_is_refused(graph: tuple[bytes, Manifest]) -> None:
     with pytest.raises(ArtifactError, match="its ONNX graph takes no START"):
-        sequence_graph(sequence_graph(graph[0]))
+        sequence_graph(sequence_graph(graph[0], graph[1].spec), graph[1].spec)

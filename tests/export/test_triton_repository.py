@@ -21,6 +21,7 @@ from export.signature import sign
 from export.triton.comparison import GraphError
 from export.triton.graph import sequence_graph
 from export.triton.repository import Model, place, publish
+from tests.specs import TINY_V1
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 120
@@ -76,6 +77,24 @@ def refusal(
 
 def version_of(artifact: Path) -> str:
     return Manifest.read(artifact).policy_version
+
+
+def test_a_policy_without_a_state_is_one_model(
+    onnx_artifacts: dict[str, Path], repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert to_triton(onnx_artifacts["mlps"], repository) == 0
+    assert sorted(tree(repository)) == ["mlps/1/model.onnx", "mlps/config.pbtxt"]
+    assert capsys.readouterr().out.startswith(f"{repository} has mlps, version 1\n")
+
+
+def test_each_state_of_four_is_kept_by_its_name(
+    onnx_artifacts: dict[str, Path], repository: Path
+) -> None:
+    assert to_triton(onnx_artifacts["lstms"], repository) == 0
+    config = (repository / "lstms_seq" / "config.pbtxt").read_text()
+    for name in ("h", "c", "critic_h", "critic_c"):
+        pair = f'input_name: "state_{name}_in" output_name: "state_{name}_out"'
+        assert f"{pair} data_type: TYPE_FP32 dims: [ 2, 10 ]" in config
 
 
 FILES = [
@@ -325,11 +344,15 @@ def no_graph(content: bytes) -> bytes:
     return content[: len(content) // 2]
 
 
+def with_start(content: bytes) -> bytes:
+    return sequence_graph(content, TINY_V1)
+
+
 @pytest.mark.parametrize(
     ("replaced", "says"),
     [
         (no_graph, "policy.onnx: cannot be loaded: "),
-        (sequence_graph, "policy.onnx: input 5 'START' is one too many, expected 5"),
+        (with_start, "policy.onnx: input 5 'START' is one too many, expected 5"),
     ],
 )
 def test_a_graph_that_is_not_the_step_s_is_refused_though_its_hash_is_right(

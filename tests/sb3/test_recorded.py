@@ -164,6 +164,22 @@ def test_every_format_is_the_trainer_s(artifact: Path, name: str, format_name: s
     assert distance(*_with(of_file(artifact, format_name), steps(name))) < ATOL
 
 
+def test_the_crosscheck_with_the_trainer_itself_agrees(
+    artifact: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sb3_contrib", reason="sb3-contrib is in the extra `heavy`")
+    statistics = statistics_of(name)
+    given = () if statistics is None else ("--normaliser", str(statistics))
+    command = ["crosscheck", str(zip_file(name)), "--artifact", str(artifact), "--run-pickles"]
+    assert main([*command, *given]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith("export: running the pickles in ")
+    _, *rows = (line.split() for line in printed.out.splitlines())
+    for row, format_name in zip(rows, FORMAT_KINDS, strict=False):
+        assert row[0] == format_name
+        assert float(row[-2]) < ATOL
+
+
 def _with(side: tuple[Side, SB3Spec], recorded: list[Step]) -> tuple[Side, list[Step], SB3Spec]:
     return side[0], recorded, side[1]
 
