@@ -92,14 +92,6 @@ class Settings(BaseSettings):
             "artifact was checked with.",
         ),
     ] = 64
-    fixed_batch: Annotated[
-        bool,
-        Field(
-            description="Every step is padded to --max-batch-size: on a GPU the last bits of an "
-            "answer then do not depend on how many rows ride along, and few rows cost as much as "
-            "many."
-        ),
-    ] = False
     max_rows: Annotated[
         int,
         Field(
