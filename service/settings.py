@@ -92,6 +92,14 @@ class Settings(BaseSettings):
             "artifact was checked with.",
         ),
     ] = 64
+    pad_batches: Annotated[
+        bool,
+        Field(
+            description="Runs every batch as large as the largest: then no answer depends on what "
+            "else is in its batch, whatever a GPU's libraries or torch's do, and a lone step takes "
+            "as long as a full one."
+        ),
+    ] = False
     max_rows: Annotated[
         int,
         Field(

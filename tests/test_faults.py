@@ -198,11 +198,14 @@ class Environment:
         await self._connection.send(self._form.request(body), share)
 
 
-def alone(artifact: Path, made: list[Script]) -> list[list[bytes]]:
-    """Each session's answers without any other, any batch or any fault."""
+def alone(
+    artifact: Path, made: list[Script], *, name: str = "onnx", **settings: Any
+) -> list[list[bytes]]:
+    """Each session's answers without any other, any batch or any fault, with states on the host."""
     manifest = Manifest.read(artifact)
-    runtime = load_runtime(artifact, manifest, name="onnx", device="cpu", num_threads=1)
-    with AppClient(Served.make(manifest, runtime, Settings(artifact=artifact))) as client:
+    runtime = load_runtime(artifact, manifest, name=name, device="cpu", num_threads=1)
+    served = Served.make(manifest, runtime, Settings(artifact=artifact, **settings))
+    with AppClient(served) as client:
         return [[answer_of(client, script.form, body) for body in script.bodies] for script in made]
 
 
@@ -263,7 +266,12 @@ ReachedAt = Callable[[Path], AbstractContextManager[Reached]]
 
 
 def check_under_faults(
-    reached_at: ReachedAt, artifact: Path, made: list[Script], *, at_least: int
+    reached_at: ReachedAt,
+    artifact: Path,
+    made: list[Script],
+    *,
+    at_least: int,
+    alone: Callable[[Path, list[Script]], list[list[bytes]]] = alone,
 ) -> None:
     """Every session is told what it is told alone, and each fault came so often at least."""
     with reached_at(artifact) as (address, servers):

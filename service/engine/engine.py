@@ -54,7 +54,11 @@ class Engine:
             loaded,
             manifest,
             num_rows=num_rows,
-            batch_sizes=bucket_sizes(self.max_batch_size),
+            batch_sizes=(
+                (self.max_batch_size,)
+                if settings.pad_batches
+                else bucket_sizes(self.max_batch_size)
+            ),
         )
         rows = RowTable(num_rows, decisions(spec), largest=self.max_rows)
         self.sessions = SessionTable(

@@ -24,8 +24,9 @@ from export.loaders.load import FORMAT_OF
 from export.loaders.protocol import LoadedStep
 from export.manifest import Device, Manifest, bucket_sizes, step_inputs, step_outputs, timed_sizes
 from model.step_spec import StepSpec
-from service.runtime.arrays import Arrays, allocate, first
-from service.runtime.load import load_runtime, runs_on
+from service.runtime.arrays import Arrays, allocate, decisions, first
+from service.runtime.keeping_step import KeepingStep
+from service.runtime.load import keeps_states_there, load_runtime, runs_on, with_states
 
 logger = logging.getLogger(__name__)
 
@@ -97,12 +98,18 @@ def best(measured: Mapping[str, Measurement]) -> str:
 
 
 def measure(runtime: LoadedStep, spec: StepSpec, max_batch_size: int) -> Measurement:
-    """Compares rows at every batch size the service uses, then times the runtime at some."""
+    """Compares rows at every batch size the service uses, then times the runtime at some.
+
+    What keeps its states is timed without those being brought and taken away.
+    """
     is_alike = rows_are_alike(runtime, spec, max_batch_size)
-    given = _some_rows(spec, max_batch_size)
+    given, outputs_of = _some_rows(spec, max_batch_size), step_outputs(spec)
+    if isinstance(runtime, KeepingStep):
+        given = {name: array for name, array in given.items() if name in runtime.inputs}
+        outputs_of = decisions(spec)
     seconds = {}
     for batch_size in timed_sizes(max_batch_size):
-        outputs = allocate(step_outputs(spec), batch_size)
+        outputs = allocate(outputs_of, batch_size)
         seconds[batch_size] = _shortest_s(runtime.bind(first(given, batch_size), outputs))
     return Measurement(seconds, is_alike)
 
@@ -186,13 +193,18 @@ def main() -> int:
     parser.add_argument("max_batch_size", type=int)
     given = parser.parse_args()
     manifest = open_artifact(given.directory, sha256=given.manifest_sha256).manifest
-    runtime = load_runtime(
+    runtime: LoadedStep = load_runtime(
         given.directory,
         manifest,
         name=given.name,
         device=given.device,
         num_threads=given.num_threads,
     )
+    if keeps_states_there(runtime):
+        sizes = bucket_sizes(given.max_batch_size)
+        there = with_states(runtime, manifest, num_rows=2 * sizes[-1], batch_sizes=sizes)
+        there.warm_up()
+        runtime = KeepingStep(there, manifest.spec)
     measured = measure(runtime, manifest.spec, given.max_batch_size)
     sys.stdout.write(json.dumps(measured))
     return 0

@@ -52,11 +52,16 @@ def load_runtime(
         raise ArtifactError(f"{directory}: {error}") from error
 
 
+def keeps_states_there(loaded: LoadedStep) -> bool:
+    """Whether states live on the step's device: in torch's formats on a GPU."""
+    return loaded.device == "cuda" and loaded.name != "onnx"
+
+
 def with_states(
     loaded: LoadedStep, manifest: Manifest, *, num_rows: int, batch_sizes: Sequence[int]
 ) -> Runtime:
     """The loaded step, and `num_rows` rows of states where it runs best."""
-    if loaded.device == "cuda" and loaded.name != "onnx":  # which keeps its own arrays there
+    if keeps_states_there(loaded):
         from service.runtime.cuda_device import CudaDevice
         from service.runtime.device_runtime import DeviceRuntime
 

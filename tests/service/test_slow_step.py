@@ -101,9 +101,13 @@ class Client:
 
 @contextmanager
 def gated(
-    artifact: Path, spec: PolicySpec, *flags: str, mode: str = "gated"
+    artifact: Path,
+    spec: PolicySpec,
+    *flags: str,
+    mode: str = "gated",
+    program: str = "tests.service.gated_server",
 ) -> Iterator[GatedServer]:
-    command = [sys.executable, "-m", "tests.service.gated_server", mode]
+    command = [sys.executable, "-m", program, mode]
     with running([*command, "--artifact", str(artifact), "--port", "0", *flags]) as server:
         slow = GatedServer(server, spec)
         try:
