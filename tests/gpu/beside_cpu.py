@@ -1,5 +1,7 @@
 """The device's runtime beside the host's, which steps on the CPU: the same launches for both."""
 
+from functools import partial
+
 import numpy as np
 
 from export.loaders.torch_step import TorchStep
@@ -30,7 +32,9 @@ class BesideCpu(Both):
         self.runtimes[1] = device
         self.write(self.all_rows)
         tolerance = TOLERANCES[precision]
-        self._within = {"atol": tolerance.atol, "rtol": tolerance.rtol}
+        self._check_close = partial(
+            np.testing.assert_allclose, atol=tolerance.atol, rtol=tolerance.rtol
+        )
         self.num_rows = self.num_other = 0
 
     def collect(self) -> Outputs:
@@ -47,7 +51,7 @@ class BesideCpu(Both):
         self.num_other += int(np.count_nonzero(is_other & fine))
         alike = fine & ~is_other
         for name, array in host.arrays.items():
-            np.testing.assert_allclose(device.arrays[name][alike], array[alike], **self._within)
+            self._check_close(device.arrays[name][alike], array[alike])
         return device
 
     def check_states(self) -> None:
@@ -59,6 +63,6 @@ class BesideCpu(Both):
         for one, other in zip(host, device, strict=True):
             fine = np.isfinite(one).reshape(len(rows), -1).all(axis=1)
             assert np.isfinite(other).reshape(len(rows), -1).all(axis=1).tolist() == fine.tolist()
-            np.testing.assert_allclose(other[fine], one[fine], **self._within)
+            self._check_close(other[fine], one[fine])
             assert not other[-1].any()
         assert self.num_other <= 1 + MOST_OTHER_ACTIONS * self.num_rows

@@ -16,6 +16,7 @@ from tests.gpu.device import DEVICE, HAS_GPU
 from tests.random_inputs import random_policy
 from tests.sb3.policies import random_sb3
 from tests.specs import TINY_LSTMS, TINY_MLPS, TINY_V1, TINY_V2
+from tests.test_faults import MODEL
 
 POLICIES: dict[str, PolicySpec | SB3Spec] = {
     spec.name: spec for spec in (TINY_V1, TINY_V2, TINY_MLPS, TINY_LSTMS)
@@ -47,7 +48,11 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
-    of_cuda = [each.nodeid.rpartition("::")[2] for each in skipped if "CUDA only" in str(each)]
+    of_cuda = [
+        each.nodeid.rpartition("::")[2].partition("[")[0]
+        for each in skipped
+        if "CUDA only" in each.longreprtext
+    ]
     for note in config.stash[NOTES]:
         terminalreporter.write_line(f"gpu: {note}")
     if HAS_GPU:
@@ -55,7 +60,9 @@ def pytest_terminal_summary(
     elif config.getoption("--rehearse"):
         terminalreporter.write_line("gpu: a rehearsal on the CPU; nothing ran on a GPU")
         if of_cuda:
-            terminalreporter.write_line(f"gpu: CUDA only, not run: {', '.join(of_cuda)}")
+            terminalreporter.write_line(
+                f"gpu: CUDA only, not run: {', '.join(dict.fromkeys(of_cuda))}"
+            )
     elif skipped:
         terminalreporter.write_line("gpu: skipped, as no GPU is visible here; nothing was run")
 
@@ -85,7 +92,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
                 made_policy(POLICIES[policy]),
                 None,
                 directory,
-                name=policy,
+                name=MODEL,
                 formats=formats.split(","),
                 device=device,
                 precision=precision,
