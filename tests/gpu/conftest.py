@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from export.exporter import export_policy
-from export.formats import FormatError, check_formats
+from export.formats import FormatError
 from export.manifest import Device, Precision
 from model.actor_critic import ActorCritic
 from model.sb3.spec import SB3Spec
@@ -83,21 +83,20 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     ) -> Path:
         key = (policy, formats, precision, device)
         if key not in made:
-            try:
-                check_formats(formats.split(","), precision, torch.device(device))
-            except FormatError as error:
-                pytest.skip(str(error))
             directory = tmp_path_factory.mktemp("gpu") / policy
-            export_policy(
-                made_policy(POLICIES[policy]),
-                None,
-                directory,
-                name=MODEL,
-                formats=formats.split(","),
-                device=device,
-                precision=precision,
-                max_batch_size=LARGEST,
-            )
+            try:
+                export_policy(
+                    made_policy(POLICIES[policy]),
+                    None,
+                    directory,
+                    name=MODEL,
+                    formats=formats.split(","),
+                    device=device,
+                    precision=precision,
+                    max_batch_size=LARGEST,
+                )
+            except FormatError as error:  # no bf16 products here, say, or no compiler
+                pytest.skip(str(error))
             made[key] = directory
         return made[key]
 
