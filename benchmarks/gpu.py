@@ -1,6 +1,6 @@
 """The step, the engine and HTTP on a GPU, at 1 to 4,096 rows, against eager torch and the CPU.
 
-    python -m benchmarks.gpu [--rehearse] [--output DIR]
+    python -m benchmarks.gpu [--rehearse] [--policies v1 v2] [--output DIR]
 
 For V1 and V2, fp32 and bf16, and each of torch's formats: the usual policy in eager torch, the
 captured step alone on what is on the device already, a batch with its two copies (all three in
@@ -131,18 +131,13 @@ def steps(
         )
 
 
-def settings_of(plan: Plan, artifact: Path) -> Settings:
-    largest = max(plan.rows)
-    return Settings(
-        artifact=artifact, max_batch_size=largest, max_rows=largest, max_waiting=4 * largest
-    )
-
-
 async def through_the_engine(
     plan: Plan, artifact: Path, loaded: TorchStep, points: Sequence[Point]
 ) -> None:
     """Sessions of so many rows in a closed loop, without HTTP."""
-    engine = Engine(Manifest.read(artifact), loaded, settings_of(plan, artifact))
+    most = max(plan.rows)
+    settings = Settings(artifact=artifact, max_batch_size=most, max_rows=most)
+    engine = Engine(Manifest.read(artifact), loaded, settings)
     engine.start()
     assert engine.warm_up.done is not None
     await engine.warm_up.done
@@ -219,6 +214,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rehearse", action="store_true", help="small, on the CPU as a device")
+    parser.add_argument("--policies", nargs="*", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--output", type=Path, default=Path("gpu-figures"), help="(%(default)s)")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each figure (%(default)s)")
     options = parser.parse_args()
@@ -234,6 +230,7 @@ def main() -> int:
         points = [
             point
             for case in plan.cases
+            if case.policy in options.policies
             for runtime in case.runtimes
             for point in measured(plan, case, runtime, Path(directory))
         ]
