@@ -235,9 +235,8 @@ def main() -> int:
             for point in measured(plan, case, runtime, Path(directory))
         ]
     when = datetime.now(UTC).strftime("%Y-%m-%d")
-    name = f"{machine.gpu or machine.cpu}, torch {machine.torch}, {when}"
-    if options.rehearse:
-        name = f"A rehearsal of small policies, on no GPU: {name}"
+    kind = "A rehearsal of small policies, on no GPU: " if options.rehearse else ""
+    name = f"{kind}{machine.gpu or machine.cpu}, torch {machine.torch}, {when}"
     options.output.mkdir(parents=True, exist_ok=True)
     figures = {"machine": machine.model_dump(), "date": when, "is_rehearsal": options.rehearse}
     figures["points"] = [asdict(point) for point in points]
