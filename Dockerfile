@@ -23,6 +23,21 @@ RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb
     && python -m pip --python /opt/venv/bin/python install --no-cache-dir \
         --constraint constraints.txt --requirement requirements.txt
 
+# What the tests and benchmarks of a mounted checkout take on a GPU: deploy/verify.sh runs them in it.
+FROM venv-cuda AS gpu-test
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
+RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*project['optional-dependencies']['dev'], sep='\n')" > requirements.txt \
+    && python -m pip --python /opt/venv/bin/python install --no-cache-dir \
+        --constraint constraints.txt --requirement requirements.txt
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONPATH=/src:/src/client \
+    PYTHONDONTWRITEBYTECODE=1
+ENTRYPOINT ["python"]
+
 # The project beside its dependencies, so that an upgrade of it fetches a small layer.
 FROM ${BASE_IMAGE} AS project
 ARG PIP_INDEX_URL

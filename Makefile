@@ -11,11 +11,12 @@ ARTIFACT := artifacts/$(PRESET)
 HOST ?= 127.0.0.1
 PORT ?= 8000
 REPLICAS ?=
+REHEARSE ?=
 TARGET ?= cuda
 IMAGE ?= tamiyo-serve:$(TARGET)
 DOCKER ?= docker
 
-.PHONY: help install serve cluster test check image test-image format lock clean
+.PHONY: help install serve cluster test check image test-image test-gpu format lock clean
 
 help:
 	@echo "make serve    install, export a default policy if there is none, serve it on $(HOST):$(PORT);"
@@ -25,6 +26,7 @@ help:
 	@echo "make check    formatting, lint and types only"
 	@echo "make image    build the image for GPU hosts with docker; TARGET=cpu: the small one without torch"
 	@echo "make test-image   run the tests of tests/image against the image TARGET=cpu with docker"
+	@echo "make test-gpu     run the tests of tests/gpu on a GPU, or skip them; REHEARSE=1: on the CPU, as far as that goes"
 	@echo "make format   rewrite the sources as the formatter wants them"
 	@echo "make lock     re-pin constraints.txt from pyproject.toml, in a fresh environment"
 	@echo "make clean    remove the environment, the default artifacts and all caches"
@@ -72,6 +74,10 @@ image:
 
 test-image: $(TESTING)
 	IMAGE=tamiyo-serve:cpu ENGINE=$(DOCKER) $(BIN)/python -m pytest -m image tests/image
+
+# Without a GPU they say so and are skipped.
+test-gpu: $(TESTING)
+	$(BIN)/python -m pytest -m gpu $(if $(REHEARSE),--rehearse) tests/gpu
 
 format: $(TESTING)
 	$(BIN)/ruff format .

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Is this host ready to serve? Builds the image, exports a policy on the GPU behind the parity gate,
-# serves it, acts, measures, stops it under load, and prints a verdict. Takes docker and, but for
-# --cpu, an NVIDIA GPU with the NVIDIA Container Toolkit; leaves nothing running and only the image.
+# serves it, acts, measures, stops it under load, runs tests/gpu and benchmarks.gpu, and prints a
+# verdict. Takes docker and, but for --cpu, an NVIDIA GPU with the NVIDIA Container Toolkit; leaves
+# nothing running, only images, and the figures in FIGURES (gpu-figures).
 #
 #   deploy/verify.sh [--cpu] [-- BUILD-ARGUMENTS]      e.g.  deploy/verify.sh -- --build-arg BASE_IMAGE=...
 #
@@ -15,11 +16,12 @@ target=cuda
 case ${1:-} in
 "") ;;
 --) shift ;;
-*) sed -n 's/^# \?//; 2,8p' "$0" >&2; exit 2 ;;
+*) sed -n 's/^# \?//; 2,9p' "$0" >&2; exit 2 ;;
 esac
 image=tamiyo-serve:$target
 port=${PORT:-8000}
 seconds=${SECONDS_OF_LOAD:-10}
+figures=${FIGURES:-gpu-figures}
 work=$(mktemp -d)
 hardened=(--read-only --cap-drop all --security-opt no-new-privileges)
 gpus=()
@@ -143,6 +145,24 @@ if [ "$target" = cuda ]; then
   "$docker" run --rm --env TAMIYO_DEVICE=cuda "$image" >"$work/refused" 2>&1
   code=$?
   verdict $((code == 2 ? 0 : 1)) "asked for the GPU, it refuses" "$(tail -n 1 "$work/refused")"
+fi
+
+# In an image that has what they take; the checkout is mounted beside it.
+on_the_gpu() { # on_the_gpu MODULE ARGUMENTS
+  "$docker" run --rm "${gpus[@]}" --volume "$PWD:/src:ro" --volume "$work/figures:/figures" \
+    tamiyo-serve:gpu-test -m "$@"
+}
+if [ "$target" = cuda ]; then
+  echo "tests and figures on the GPU"
+  mkdir "$work/figures"
+  "$docker" build --target gpu-test --tag tamiyo-serve:gpu-test "$@" . >"$work/build.log" 2>&1
+  verdict $? "their image builds" "$(tail -n 1 "$work/build.log")"
+  on_the_gpu pytest -p no:cacheprovider -m gpu tests/gpu >"$work/tests" 2>&1 && grep -q '^gpu: ran on ' "$work/tests"
+  verdict $? "tests/gpu" "$(tail -n 1 "$work/tests")"
+  grep -E '^(gpu: |FAILED |ERROR )' "$work/tests" | sed 's/^/        /'
+  on_the_gpu benchmarks.gpu --output /figures >"$work/benchmarks" 2>&1 && [ -s "$work/figures/gpu.md" ]
+  verdict $? "benchmarks.gpu" "$(tail -n 1 "$work/benchmarks")"
+  mkdir -p "$figures" && cp "$work/tests" "$work/benchmarks" "$work"/figures/* "$figures" 2>/dev/null
 fi
 
 if [ "$failed" = 0 ]; then

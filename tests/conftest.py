@@ -20,6 +20,12 @@ settings.register_profile("explore", deadline=None, max_examples=5000)
 settings.load_profile("repeatable")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rehearse", action="store_true", help="tests/gpu: without a GPU, run on the CPU"
+    )
+
+
 @pytest.fixture(scope="session")
 def spec() -> PolicySpec:
     """Tiny, and with no two dimensions equal, so that a mix-up cannot pass."""
