@@ -20,6 +20,7 @@ from export.judge import states_out
 from export.manifest import Precision, Spec
 from export.parity import TOLERANCES
 from export.process import plain_process
+from export.rounded_policy import round_products
 from export.weights import RebuiltPolicy, pack, pack_weights
 from model.actor_critic import ActorCritic, Scores
 from model.recurrence import State
@@ -187,16 +188,21 @@ def _probe(own: RebuiltPolicy, spec: StepSpec, precision: Precision) -> dict[str
     )
     steps: list[dict[str, Tensor]] = []
     first = {of.input: array for of, array in zip(spec.states, state, strict=True)}
-    follow = family_of(own.policy.spec).float_error(*own, "fp32")
+    follow = family_of(own.policy.spec).float_error(*own, precision)
+    shown = own
+    if (
+        precision == "bf16"
+    ):  # what the server runs rounds its products, and so does what it is shown
+        shown = own._replace(policy=round_products(copy.deepcopy(own.policy)))
     for number in range(STEPS):
         moment = maker.moment(ROWS, number)
-        scores = _scores(own, moment, state, maker)
+        scores = _scores(shown, moment, state, maker)
         slack = follow(moment.observation, state, tuple(map(torch.zeros_like, state)))
-        is_far = slack.is_large(scores.value, TOLERANCES["fp32"].atol / 2)
+        is_far = slack.is_large(scores.value, TOLERANCES[precision].atol / 2)
         if is_far.any():  # what rounding alone may move by as much shows nothing
             near = torch.where(is_far[:, None], maker.near(moment.observation), moment.observation)
             moment = replace(moment, observation=near)
-            scores = _scores(own, moment, state, maker)
+            scores = _scores(shown, moment, state, maker)
         inputs = moment.inputs(spec, state)
         given = {name: value for name, value in inputs.items() if name not in first}
         given["noise"] = _decisive(moment, scores, maker, TOLERANCES[precision].atol * MARGIN)

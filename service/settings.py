@@ -95,9 +95,9 @@ class Settings(BaseSettings):
     pad_batches: Annotated[
         bool,
         Field(
-            description="Runs every batch as large as the largest: then no answer depends on what "
-            "else is in its batch, whatever a GPU's libraries or torch's do, and a lone step takes "
-            "as long as a full one."
+            description="Runs every batch as large as the largest: then no answer depends on how "
+            "many rows ride with it, and a lone step takes as long as a full one. At sizes that a "
+            "library's kernels divide evenly, as powers of two, it depends on nothing else either."
         ),
     ] = False
     max_rows: Annotated[

@@ -2,10 +2,12 @@
 
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,24 +95,29 @@ def _run(options: Mapping[str, object], directory: Path, patience_s: float) -> N
     """Nothing of this process but its user: no input, environment, search path or folder."""
     words = [word for option, value in options.items() for word in (option, str(value))]
     with tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-I", str(Path(trainer.__file__).resolve()), *words],
+            cwd=directory,
+            env={"HOME": str(directory), "TMPDIR": str(directory), "MPLBACKEND": "Agg"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            start_new_session=True,
+        )
         try:
-            done = subprocess.run(
-                [sys.executable, "-I", str(Path(trainer.__file__).resolve()), *words],
-                cwd=directory,
-                env={"HOME": str(directory), "TMPDIR": str(directory), "MPLBACKEND": "Agg"},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-                timeout=patience_s,
-            )
+            code = process.wait(patience_s)
         except subprocess.TimeoutExpired:
             raise ArtifactError(
                 f"stable_baselines3 took longer than {patience_s:g} s; fewer --steps or "
                 "--environments take less"
             ) from None
-        if done.returncode != 0:
+        finally:  # whatever it started ends with it
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if code != 0:
             stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - LAST))
-            raise ArtifactError(_failure(done.returncode, stderr.read(LAST)))
+            raise ArtifactError(_failure(code, stderr.read(LAST)))
 
 
 def _failure(code: int, errors: bytes) -> str:
@@ -143,7 +150,16 @@ def _read(path: Path, spec: SB3Spec, draw: Draw) -> Recording:
             f"what stable_baselines3 gave as {short(wrong)[1:-1]} is {got.get(wrong)}, expected "
             f"{expected.get(wrong)}"
         )
+    for name in ("action_mask", "episode_start"):
+        if not np.isin(arrays[name], (0, 1)).all():
+            raise ArtifactError(f"what stable_baselines3 gave as {name} is not all 0 or 1")
+    for name, array in arrays.items():
+        if not (np.abs(array) <= np.finfo(np.float32).max).all():
+            raise ArtifactError(f"what stable_baselines3 gave as {name} is not finite")
     tensors = {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()}
+    heads = torch.split(tensors["action_mask"], list(spec.head_sizes), -1)
+    if not all(head.any(-1).all() for head in heads):
+        raise ArtifactError("what stable_baselines3 gave as action_mask allows nothing somewhere")
     action = tensors["action"].long()
     if ((action < 0) | (action >= torch.tensor(spec.head_sizes))).any():
         raise ArtifactError("what stable_baselines3 gave as action is outside its heads")

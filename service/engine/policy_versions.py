@@ -205,7 +205,7 @@ class PolicyVersions:
             loop = asyncio.get_running_loop()
             built = await loop.run_in_executor(self._beside, build)
             changed: asyncio.Future[Change] = loop.create_future()
-            self._batcher.between(lambda: changed.set_result(self._serve(built, restarts_sessions)))
+            self._batcher.between(lambda: self._settle(changed, built, restarts_sessions))
             change = await changed
             result = "ok"
         except ServiceError as error:
@@ -218,16 +218,25 @@ class PolicyVersions:
         logger.info("%s %s by %s", what, change.policy_version[:19], by)
         return change
 
+    def _settle(
+        self, changed: "asyncio.Future[Change]", built: _Built, restarts_sessions: bool
+    ) -> None:
+        """Between two batches, which go on whatever becomes of it: a device may fail to take it."""
+        try:
+            changed.set_result(self._serve(built, restarts_sessions))
+        except Exception as error:
+            changed.set_exception(error)
+
     def _serve(self, built: _Built, restarts_sessions: bool) -> Change:
         weights, adopt, probe_error = built
-        if restarts_sessions:
-            self._sessions.restart()
         if weights is not self.current:
             adopt()
             self._stepper.policy_version = weights.policy_version
             self.previous = None if weights is self.previous else self.current
             self.current = weights
             self._listed.append(weights.listed())
+        if restarts_sessions:
+            self._sessions.restart()
         previous = None if self.previous is None else self.previous.policy_version
         return Change(weights.policy_version, previous, probe_error)
 

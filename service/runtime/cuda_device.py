@@ -29,30 +29,39 @@ class CudaDevice:
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        # Other threads go on serving: what they ask of CUDA is none of this capture's business.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._capturing, capture_error_mode="thread_local"
-        ):
-            run()
+        before = torch.cuda.current_stream()
+        try:
+            # Others go on serving: what they ask of CUDA is none of this capture's business.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._capturing, capture_error_mode="thread_local"
+            ):
+                run()
+        finally:  # a capture that fails leaves its own stream the thread's (torch 2.13)
+            torch.cuda.set_stream(before)
         return graph.replay
 
     def submit(self, work: Callable[[], None]) -> Future[None]:
         failure: Exception | None = None
-        with torch.cuda.stream(self._stream):
-            try:
-                work()
-            except Exception as error:  # what was begun is waited for all the same
-                failure = error
-            # Who waits for a blocking one sleeps: the loop and its clients need the core.
-            ended = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-            ended.record()
+        ended: torch.cuda.Event | None = None
+        try:
+            with torch.cuda.stream(self._stream):
+                try:
+                    work()
+                except Exception as error:  # what was begun is waited for all the same
+                    failure = error
+                # Who waits for a blocking one sleeps: the loop and its clients need the core.
+                ended = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+                ended.record()
+        except Exception as error:  # as after any fault that the GPU keeps
+            failure = failure or error
         return self._waiting.submit(_wait, ended, failure)
 
     def settle(self) -> None:
         torch.cuda.current_stream().synchronize()
 
 
-def _wait(ended: torch.cuda.Event, failure: Exception | None) -> None:
-    ended.synchronize()  # without the interpreter's lock; raises what the GPU met
+def _wait(ended: torch.cuda.Event | None, failure: Exception | None) -> None:
+    if ended is not None:
+        ended.synchronize()  # without the interpreter's lock; raises what the GPU met
     if failure is not None:
         raise failure

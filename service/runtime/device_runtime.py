@@ -112,9 +112,9 @@ class DeviceRuntime:
         device.settle()
 
     def _take(self, loaded: TorchStep, live: LiveStep) -> None:
-        self._loaded, self._live = loaded, live
         # The file's own, where it serves now: whoever goes back to them has no others to bring.
-        self._own = {} if loaded.parameters else {n: p.clone() for n, p in live.parameters.items()}
+        own = {} if loaded.parameters else {n: p.clone() for n, p in live.parameters.items()}
+        self._loaded, self._live, self._own = loaded, live, own
 
     def _buffers(self) -> tuple[Tensor, Tensor]:
         """What a batch brings and is given, on the device."""

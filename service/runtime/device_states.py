@@ -25,7 +25,7 @@ class DeviceStates:
         """Copies of the states in these rows, on the host."""
         return tuple(
             [
-                tensor.index_select(0, torch.from_numpy(rows).to(tensor.device)).numpy(force=True)
+                tensor.index_select(0, torch.tensor(rows, device=tensor.device)).numpy(force=True)
                 for tensor in self.tensors
             ]
         )
@@ -34,5 +34,6 @@ class DeviceStates:
     def write(self, rows: Rows, state: State) -> None:
         """Sets the states in these rows."""
         for tensor, of_rows in zip(self.tensors, state, strict=True):
-            index = torch.from_numpy(rows).to(tensor.device)
-            tensor.index_copy_(0, index, torch.from_numpy(of_rows).to(tensor.device))
+            index = torch.tensor(rows, device=tensor.device)
+            # A copy: a request's own bytes are not to be written to, and torch would say so.
+            tensor.index_copy_(0, index, torch.tensor(of_rows, device=tensor.device))

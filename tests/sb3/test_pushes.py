@@ -6,11 +6,17 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from safetensors.torch import load
 from torch import Tensor
 
 from export import export_policy, push_policy
 from export.__main__ import main
+from export.manifest import Precision, step_inputs, step_outputs
+from export.parity import TOLERANCES
+from export.push import copied, push_body
+from export.sb3_step import SB3Step
 from model.sb3.policy import SB3Policy
+from model.sb3.spec import Activation
 from tests.model.sb3.saved_models import PATH, model
 from tests.random_inputs import random_policy
 from tests.running_server import RunningServer, running_server
@@ -62,6 +68,42 @@ def test_other_networks_and_other_families_are_refused_in_a_sentence(
     with pytest.raises(ValueError, match=r"is of another family than the one that is served, test"):
         push_policy(random_policy(TINY_V1), None, server.address)
     assert torch.equal(values(server), before)
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("activation", ["Tanh", "ReLU"])
+def test_a_probe_shows_nothing_that_rounding_moves(
+    wiring: str, precision: Precision, activation: Activation
+) -> None:
+    """What the step makes of it is the probe's own within half the tolerance, in bf16 too."""
+    spec = spec_of(
+        recurrence=WIRINGS[wiring],
+        actor_layers=(64, 64),
+        critic_layers=(64, 64),
+        activation=activation,
+    )
+    policy = random_sb3(spec)
+    body = load(push_body(copied(policy, None), spec, precision))
+    probe = {name.removeprefix("probe."): array for name, array in body.items()}
+    step, tolerance = SB3Step(policy, None, precision).eval(), TOLERANCES[precision]
+    states = {of.input: probe[of.input] for of in spec.states}
+    magnitudes = set()
+    for at in range(len(probe["observation"])):
+        given = [{**probe, **states}[array.name] for array in step_inputs(spec)]
+        given = [
+            array if of.name in states else array[at]
+            for of, array in zip(step_inputs(spec), given, strict=True)
+        ]
+        magnitudes |= set(given[0].abs().amax(1).round().tolist())
+        with torch.inference_mode():
+            outputs = dict(zip((of.name for of in step_outputs(spec)), step(*given), strict=True))
+        for name, got in outputs.items():
+            expected = probe[name][at]
+            allowed = tolerance.atol + tolerance.rtol * expected.abs()
+            assert ((got - expected).abs() <= allowed / 2).all(), name
+        states = {of.input: outputs[of.output] for of in spec.states}
+    assert len(magnitudes) > 5
 
 
 def test_a_model_zip_is_pushed_from_the_command_line(

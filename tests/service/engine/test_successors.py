@@ -125,3 +125,19 @@ def test_one_that_is_damaged_or_not_there_is_refused(client: AppClient, tmp_path
         succeed(client, tmp_path / "nowhere")
     metrics = client.get("/metrics").text
     assert 'tamiyo_weights_changes_total{result="invalid"} 2.0' in metrics
+
+
+def test_a_device_that_fails_to_take_weights_goes_on_with_those_it_has(
+    client: AppClient, artifacts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> None:
+        raise MemoryError
+
+    body = {"observation": [0.5] * TINY_V1.observation_dim, "seed": 3}
+    before = client.act(body).json()
+    with monkeypatch.context() as patch:
+        patch.setattr(client.engine.runtime, "prepare", lambda loaded: fails)
+        with pytest.raises(MemoryError):
+            succeed(client, artifacts[1])
+    assert client.act(body).json() == before
+    assert succeed(client, artifacts[1]).previous_version == before["policy_version"]
