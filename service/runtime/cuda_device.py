@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ class CudaDevice:
         # One for good: captures share memory only where they are on one stream.
         self._capturing = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
+        self._one_capture = Lock()
         self._waiting = ThreadPoolExecutor(1, "device")
 
     def host_buffer(self, num_rows: int, row_bytes: int) -> Tensor:
@@ -31,9 +33,15 @@ class CudaDevice:
         graph = torch.cuda.CUDAGraph()
         before = torch.cuda.current_stream()
         try:
-            # Others go on serving: what they ask of CUDA is none of this capture's business.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._capturing, capture_error_mode="thread_local"
+            # One at a time; and others go on serving: what they ask of CUDA is none of its business.
+            with (
+                self._one_capture,
+                torch.cuda.graph(
+                    graph,
+                    pool=self._pool,
+                    stream=self._capturing,
+                    capture_error_mode="thread_local",
+                ),
             ):
                 run()
         finally:  # a capture that fails leaves its own stream the thread's (torch 2.13)

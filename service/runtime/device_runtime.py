@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from math import inf
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -71,6 +71,17 @@ class _Lane:
         self.read_row[:], self.write_row[:] = states.zero_row, states.scrap_row
 
 
+class _Captured(NamedTuple):
+    """What served before, of the same file, as it was captured.
+
+    Machine code whose own parameters nobody can write to is there twice: as its file has it, and
+    with parameters that are written.
+    """
+
+    live: LiveStep
+    steps: list[Run]
+
+
 class DeviceRuntime:
     """A `Runtime` on a device: states stay there, and a step is captured for each batch size.
 
@@ -106,6 +117,7 @@ class DeviceRuntime:
         self._lanes = deque(lanes)
         self._idle = lanes[0].brought.to(device.torch_device, copy=True)
         self._under_way: deque[tuple[_Lane, int, Future[None]]] = deque()
+        self._aside: _Captured | None = None
         self._take(loaded, loaded.enliven())
         step = self._step(self._live)
         self._steps: list[Run] = [partial(step, size) for size in sizes]
@@ -177,22 +189,38 @@ class DeviceRuntime:
         assert isinstance(loaded, TorchStep)
         parameters = loaded.parameters or self._own
         own = self._live.parameters
-        if loaded.is_like(self._loaded) and parameters and parameters.keys() <= own.keys():
+        is_like = loaded.is_like(self._loaded)
+        if is_like and parameters and parameters.keys() <= own.keys():
             self._device.settle()
             return partial(self._adopt_parameters, loaded, parameters)
+        aside = self._aside if is_like else None
+        if aside is not None and aside.live.parameters.keys() == loaded.parameters.keys():
+            self._device.settle()
+            return partial(self._adopt_aside, loaded, aside)
         live = loaded.enliven()
         steps = self._captured(live)
 
         def adopt() -> None:
+            served = _Captured(self._live, self._steps)
             self._take(loaded, live)
             self._device.settle()
             self._steps = steps
+            self._aside = served if is_like else None
 
         return adopt
 
+    def _adopt_aside(self, loaded: TorchStep, aside: _Captured) -> None:
+        self._write(aside.live, loaded.parameters)
+        self._aside = _Captured(self._live, self._steps)
+        self._loaded, self._live, self._steps = loaded, aside.live, aside.steps
+
     def _adopt_parameters(self, loaded: TorchStep, parameters: Mapping[str, Tensor]) -> None:
-        own = self._live.parameters
-        pairs = [(own[name], parameter) for name, parameter in parameters.items()]
+        self._write(self._live, parameters)
+        self._loaded = loaded
+
+    def _write(self, live: LiveStep, parameters: Mapping[str, Tensor]) -> None:
+        """Copies parameters into those that the step reads: all of them, between two launches."""
+        pairs = [(live.parameters[name], parameter) for name, parameter in parameters.items()]
 
         @torch.inference_mode()
         def copy() -> None:
@@ -200,7 +228,6 @@ class DeviceRuntime:
                 to.copy_(parameter, non_blocking=True)
 
         self._device.submit(copy).result()
-        self._loaded = loaded
 
     def warm_up(self, *, is_wanted: Callable[[], bool] = lambda: True) -> None:
         live = self._live
