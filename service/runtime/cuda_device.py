@@ -33,7 +33,7 @@ class CudaDevice:
         graph = torch.cuda.CUDAGraph()
         before = torch.cuda.current_stream()
         try:
-            # One at a time; and others go on serving: what they ask of CUDA is none of its business.
+            # One at a time. Others go on serving: what they ask of CUDA is none of its business.
             with (
                 self._one_capture,
                 torch.cuda.graph(
