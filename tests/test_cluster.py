@@ -716,6 +716,15 @@ def test_one_command_runs_a_cluster_restarts_its_replicas_and_ends_all_of_it(
     assert {"1.sessions", "2.sessions"} <= {path.name for path in (tmp_path / "state").iterdir()}
 
 
+@pytest.fixture
+def heeds_sighup() -> Iterator[None]:
+    """As a terminal's own programs do, though who runs these tests may be told not to (nohup)."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("heeds_sighup")
 def test_a_terminal_that_closes_ends_the_cluster_whatever_else_it_sends(
     artifact: Path, tmp_path: Path
 ) -> None:

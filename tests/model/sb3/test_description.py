@@ -15,7 +15,6 @@ from tests.model.sb3.saved_models import (
     RECURRENT,
     box,
     data,
-    dict_of,
     discrete,
     loaded,
     model,
@@ -246,11 +245,6 @@ def test_other_algorithms_are_refused_by_name(module: str) -> None:
             "its action space is a Box, and continuous actions are not exported",
         ),
         (
-            {"observation_space": dict_of("{'b': Discrete(2), 'a': Discrete(1)}")},
-            "its observation space has 'b' before 'a', and Dicts are read in the order of their "
-            "keys",
-        ),
-        (
             {"observation_space": box([4])},
             "its observation space has 4 numbers, and its policy.pth reads 3",
         ),
@@ -302,7 +296,7 @@ def test_other_algorithms_are_refused_by_name(module: str) -> None:
     ids=[
         *("no arguments", "arguments of another type", "unknown arguments", "gSDE", "gSDE told"),
         *("squashed", "own extractor", "batch first", "projection", "LSTM of another dtype"),
-        *("no actions", "no observations", "ellipsis", "continuous", "order of keys"),
+        *("no actions", "no observations", "ellipsis", "continuous"),
         *("observation's size", "actions' size", "a great many heads", "MLPs", "default MLPs"),
         *("LSTM layers", "critic's LSTM", "shared LSTM", "LSTM of others", "normalised"),
         "perhaps normalised",

@@ -86,8 +86,8 @@ WEIGHTS_ARE_TENSORS = "and weights are tensors by name"
         (lambda: torch_saved({"a": OVERFLOWING}), "'a' is not finite"),
     ],
     ids=[
-        *("empty", "before 1.6", "truncated", "deflated", "a view of one number", "a list"),
-        *("a number", "a number's name", "nested", "integers", "complex", "sparse", "meta"),
+        *("empty", "before 1.6", "truncated", "deflated", "a view of one", "a view of one number"),
+        *("a list", "a number", "a number's name", "nested", "integers", "complex", "sparse", "meta"),
         *("NaN", "infinite", "beyond float32"),
     ],
 )  # fmt: skip
