@@ -26,6 +26,7 @@ from service.bench.pool import Pool
 from service.bench.wire import wire_of
 
 SERVERS_CORE, CLIENTS_CORE = 0, 1
+ROWS_OF_STATES = 1024
 SEED = 5
 
 
@@ -68,11 +69,13 @@ async def measure(servers: list[Served], options: argparse.Namespace) -> list[fl
         Pool.random(spec, SEED),
         options.rows,
     )
+    # As many rows of states as there may be, or some would be lost to others.
+    num_sessions = max(ROWS_OF_STATES // (options.rows or 1), options.clients)
     before_s = [server.cpu_s() for server in servers]
     loads = await asyncio.gather(
         *(
             LoadGenerator(server.url, wire, num_connections=options.clients).closed(
-                new_sessions(max(1024, options.clients), SEED, options.rows), options.seconds
+                new_sessions(num_sessions, SEED, options.rows), options.seconds
             )
             for server in servers
         )
