@@ -11,7 +11,7 @@ from onnx import helper
 
 from export.manifest import ArtifactError, Manifest
 from export.triton.comparison import GraphError, check_sequence_graph, load_graph
-from export.triton.graph import START, sequence_graph
+from export.triton.graph import START, carried, sequence_graph
 
 Edit = Callable[[Any], None]
 
@@ -122,6 +122,12 @@ def test_a_graph_that_does_anything_else_is_stopped(
     content, manifest = graph
     with pytest.raises(GraphError, match=r"with START the step gives another .* \(batch size \d"):
         check(content, edited(sequence_graph(content, manifest.spec), edit), manifest)
+
+
+def test_states_are_paired_in_the_order_of_their_names(graph: tuple[bytes, Manifest]) -> None:
+    pairs = carried(graph[1].spec)
+    assert list(pairs) == sorted(pairs)
+    assert list(pairs.values()) == sorted(pairs.values())
 
 
 def test_no_weight_and_no_other_array_changes(graph: tuple[bytes, Manifest]) -> None:

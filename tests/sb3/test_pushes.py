@@ -104,6 +104,8 @@ def test_a_probe_shows_nothing_that_rounding_moves(
             assert ((got - expected).abs() <= allowed / 2).all(), name
         states = {of.input: outputs[of.output] for of in spec.states}
     assert len(magnitudes) > 5
+    if activation == "ReLU" and spec.recurrence is None:  # nothing bounds what is far there
+        assert max(magnitudes) < 1e5
 
 
 def test_a_model_zip_is_pushed_from_the_command_line(

@@ -287,6 +287,15 @@ def answer_of(loaded: TorchStep, spec: StepSpec) -> tuple[NDArray[Any], ...]:
     return tuple(outputs.values())
 
 
+def test_rows_that_nobody_filled_allow_everything(artifacts: Callable[[str], Path]) -> None:
+    """A batch is padded with them, on either of both lanes, and a head has to have a choice."""
+    runtime = on_device(loaded_from(artifacts(TINY_V1.name), "torchscript"), TINY_V1)
+    for lane in range(2):
+        assert runtime.inputs["action_mask"].all(), lane
+        runtime.launch(np.array([0], dtype=np.intp), np.array([1], dtype=np.intp))
+        runtime.collect()
+
+
 def test_another_artifact_s_step_is_captured_beside_the_one_that_serves(
     artifacts: Callable[[str], Path], rng: np.random.Generator, tmp_path: Path
 ) -> None:
