@@ -41,11 +41,13 @@ class PackedStep(nn.Module):
         self.product_dtype = PRODUCT_DTYPE[precision]
         self.heads = HeadTable(spec).to(device)
         valid = self.heads.valid.flatten()
-        columns = torch.eye(spec.num_choices, device=device)
-        placement = self.heads.spread(columns).flatten(1) * valid  # [num_choices, heads * width]
-        self.register_buffer("placement", placement.t().contiguous(), persistent=False)
         padding = torch.where(valid, 0.0, self.heads.masked_logit)
         self.register_buffer("padding", padding, persistent=False)
+        self._is_ragged = len(set(self.heads.sizes)) > 1
+        if self._is_ragged:  # or it is the identity, as large as the choices squared
+            columns = torch.eye(spec.num_choices, device=device)
+            placement = self.heads.spread(columns).flatten(1) * valid  # [choices, heads * width]
+            self.register_buffer("placement", placement.t().contiguous(), persistent=False)
 
     def packed(self) -> dict[str, NDArray[Any]]:
         """Copies of the parameters, in order; bfloat16, which NumPy has not, as its 16 bits."""
@@ -87,7 +89,7 @@ class PackedStep(nn.Module):
         faster at, exact in float32: each cell is one column times 1, the others times 0. `packed`
         must be finite then.
         """
-        if len(set(self.heads.sizes)) > 1:
+        if self._is_ragged:
             packed = nn.functional.linear(packed, self.placement, padding)
         return packed.view(-1, len(self.heads.names), self.heads.width)
 
@@ -119,6 +121,7 @@ def side_by_side(layers: list[nn.Module], dtype: torch.dtype) -> nn.Linear:
 def block_diagonal(layers: list[nn.Module], dtype: torch.dtype) -> nn.Linear:
     """One product for layers that each read a stretch of their own, in order."""
     weights, biases = zip(*map(parameters_of, layers), strict=True)
+    # torch has no types for it.
     weight: Tensor = torch.block_diag(*weights)  # type: ignore[no-untyped-call]
     return packed_linear(weight, torch.cat(biases), dtype)
 

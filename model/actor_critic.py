@@ -88,11 +88,11 @@ class ActorCritic(nn.Module):
 
         `allowed` is bool `[B, heads, width]`, `slot_by_op` `[B, ops, slots]` if it is given.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # each family's own
 
     def extra_output(self, name: str, output: Tensor, op: Tensor) -> Tensor:
         """What else the critic gives of a step that took `op` `[B]`, in the network's units."""
-        raise NotImplementedError
+        raise NotImplementedError  # each family's own
 
     def recurrences(self) -> list[list[LayerParameters]]:
         """The layers of each LSTM, whose (h, c) are the spec's states, two by two."""

@@ -93,7 +93,7 @@ class StepSpec(BaseModel):
     @property
     def states(self) -> tuple[StateSpec, ...]:
         """What a row carries from step to step; nothing, for a policy without memory."""
-        raise NotImplementedError
+        raise NotImplementedError  # each family's own
 
     @property
     def op_index(self) -> int:

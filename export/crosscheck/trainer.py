@@ -45,6 +45,7 @@ def main() -> None:
     with torch.no_grad():
         steps = [trainer.step(options.environments, rng) for _ in range(options.steps)]
     record = {name: np.stack([step[name] for step in steps]) for name in steps[0]}
+    # By NumPy's stub a keyword might be `allow_pickle`.
     np.savez(options.record, **record)  # type: ignore[arg-type]
 
 

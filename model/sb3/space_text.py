@@ -3,7 +3,7 @@
 import ast
 import re
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 from model.checkpoint_file import CheckpointError, short
 from model.sb3.mirror import Mirror
@@ -234,7 +234,7 @@ class _Parser:
     def _dict(self) -> Space:
         return self.spaces_of_dict() if self._is("mark", "{") else Dict(self._items(")"))
 
-    _SPACES: dict[str, Callable[["_Parser"], Space]] = {  # noqa: RUF012
+    _SPACES: ClassVar[dict[str, Callable[["_Parser"], Space]]] = {
         "Box": _box,
         "Dict": _dict,
         "Discrete": _discrete,

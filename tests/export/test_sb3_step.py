@@ -276,3 +276,10 @@ def test_a_policy_of_one_s_own_is_exported_from_python(tmp_path: Any) -> None:
     assert manifest.spec == policy.spec
     assert manifest.has_normalizer
     assert type(family_of(manifest.spec).policy(manifest.spec)) is SB3Policy
+
+
+def test_a_head_of_very_many_choices_takes_no_memory_of_their_square() -> None:
+    """Of its own numbers alone: 40,000 choices squared would be 6 GB."""
+    spec = spec_of((40_000,), actor_layers=(), critic_layers=(), observation_dim=1)
+    step = SB3Step(random_sb3(spec), None)
+    assert sum(tensor.numel() for tensor in (*step.buffers(), *step.parameters())) < 20 * 40_000

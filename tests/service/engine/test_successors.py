@@ -1,20 +1,28 @@
 """Another artifact's weights in the place of those that serve, or why not."""
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from threading import Event
+from typing import Any
 
+import httpx
 import pytest
+from numpy.typing import NDArray
 
+from export.loaders.protocol import RenewableStep
 from export.manifest import ArtifactError, Manifest
+from export.parameters import Parameters
 from model.spec import PolicySpec
+from service.engine import stepper
 from service.engine.policy_versions import Change, Successor
 from service.errors import Invalid
 from service.runtime.load import load_runtime
 from service.settings import Settings
 from tests.pushes import Learner
 from tests.random_inputs import random_policy
-from tests.service.fakes import AppClient, Served
+from tests.service.fakes import TIMEOUT_S, AppClient, Served
 from tests.specs import TINY_V1
 
 MAX_BATCH_SIZE = 16
@@ -127,17 +135,64 @@ def test_one_that_is_damaged_or_not_there_is_refused(client: AppClient, tmp_path
     assert 'tamiyo_weights_changes_total{result="invalid"} 2.0' in metrics
 
 
+class Gated:
+    """The loaded step, which waits in every call from when it is told to until it is let go."""
+
+    def __init__(self, loaded: RenewableStep) -> None:
+        self.name, self.device = loaded.name, loaded.device
+        self.loaded = loaded
+        self.begun, self.may_go_on = Event(), Event()
+        self.may_go_on.set()
+
+    def with_parameters(self, parameters: Parameters) -> RenewableStep:
+        return self.loaded.with_parameters(parameters)
+
+    def bind(
+        self, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]
+    ) -> Callable[[], None]:
+        step = self.loaded.bind(inputs, outputs)
+
+        def run() -> None:
+            self.begun.set()
+            assert self.may_go_on.wait(TIMEOUT_S)
+            step()
+
+        return run
+
+
 def test_a_device_that_fails_to_take_weights_goes_on_with_those_it_has(
-    client: AppClient, artifacts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    artifacts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The change waits for a batch that is under way: its client gets an answer, and the next."""
+
     def fails() -> None:
         raise MemoryError
 
+    monkeypatch.setattr(stepper, "SHORT_STEP_S", 0.0)  # every step is one beside the loop
+    monkeypatch.setattr(stepper, "LONG_STEP_S", 0.0)
+    manifest, load = successor(artifacts[0])
+    gated = Gated(load())
     body = {"observation": [0.5] * TINY_V1.observation_dim, "seed": 3}
-    before = client.act(body).json()
-    with monkeypatch.context() as patch:
-        patch.setattr(client.engine.runtime, "prepare", lambda loaded: fails)
+
+    async def change_behind_a_batch(client: AppClient) -> httpx.Response:
+        gated.may_go_on.clear()
+        gated.begun.clear()
+        acting = asyncio.ensure_future(client.http.post("/act", json=body))
+        await asyncio.get_running_loop().run_in_executor(None, gated.begun.wait, TIMEOUT_S)
+        changing = asyncio.ensure_future(
+            client.engine.versions.succeed(lambda: successor(artifacts[1]), by="somebody")
+        )
+        while client.engine.batcher._change is None:
+            await asyncio.sleep(0)
+        gated.may_go_on.set()
         with pytest.raises(MemoryError):
-            succeed(client, artifacts[1])
-    assert client.act(body).json() == before
-    assert succeed(client, artifacts[1]).previous_version == before["policy_version"]
+            await changing
+        return await acting
+
+    with AppClient(Served.make(manifest, gated, Settings(artifact=artifacts[0]))) as client:
+        before = client.act(body).json()
+        with monkeypatch.context() as patch:
+            patch.setattr(client.engine.runtime, "prepare", lambda loaded: fails)
+            assert client.run(change_behind_a_batch(client)).json() == before
+        assert client.act(body).json() == before
+        assert succeed(client, artifacts[1]).previous_version == before["policy_version"]
