@@ -1,6 +1,5 @@
 """The eager policy as the judge of an artifact: rebuilt from its weights, sharing nothing else."""
 
-import copy
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -35,7 +34,7 @@ class Judge:
         self.policy: ActorCritic = self.rebuilt.policy
         self.normalizer = self.rebuilt.normalizer
         precision: Precision = "fp32" if linear is None else "bf16"
-        self.float_error = family_of(spec).float_error(*copy.deepcopy(self.rebuilt), precision)
+        self.float_error = family_of(spec).float_error(*self.rebuilt, precision)
         if linear is not None:
             round_products(self.policy, linear)
         self.spec = spec

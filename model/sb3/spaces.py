@@ -25,10 +25,11 @@ def flat_observation(space: Space) -> tuple[int, tuple[ObservationPart, ...]]:
         return part.size, (part,)
     if not space.spaces:
         raise CheckpointError("its observation space is a Dict of nothing")
-    keys = [key for key, _ in space.spaces]
-    for key in keys:
-        if keys.count(key) > 1:
+    seen: set[str] = set()
+    for key, _ in space.spaces:
+        if key in seen:
             raise CheckpointError(f"its observation space has {short(key)} twice")
+        seen.add(key)
     parts = tuple(_part(key, inner) for key, inner in space.spaces)
     return sum(part.size for part in parts), parts
 

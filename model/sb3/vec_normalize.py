@@ -255,11 +255,11 @@ def _json(content: bytes) -> Mapping[str, object]:
 
 
 def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise CheckpointError(f"has two entries {short(twice)}")
+    entries: dict[str, object] = {}
+    for name, value in pairs:
+        if name in entries:
+            raise CheckpointError(f"has two entries {short(name)}")
+        entries[name] = value
     return entries
 
 

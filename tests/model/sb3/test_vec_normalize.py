@@ -312,6 +312,10 @@ def npy() -> bytes:
         (b'{"mean": "\xff"}', "cannot be read as JSON"),
         (b'{"mean": ' + b"9" * 5000 + b"}", "cannot be read as JSON"),
         (b'{"mean": [1, 2], "var": [1, 2], "mean": [3, 4]}', "has two entries 'mean'"),
+        (
+            b"{" + b", ".join(b'"%d": 0' % (at % 150_000) for at in range(150_001)) + b"}",
+            "has two entries '0'",
+        ),
         (mean_and_var(mean=[[1], [1, 2]]), "has a mean that is something else than numbers"),
         ({"var": [1, 2]}, "has no mean"),
         ({"mean": [1, 2]}, "has no var"),
