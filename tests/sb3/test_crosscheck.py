@@ -358,6 +358,16 @@ def recurrent(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recording, SB3S
     return record(model.read_bytes(), None, spec, Draw(4, 3, 0)), spec, artifact
 
 
+def test_episodes_begin_within_what_is_recorded(
+    recurrent: tuple[Recording, SB3Spec, Path],
+) -> None:
+    """Or a reset that is ignored would not show."""
+    starts = recurrent[0].episode_start
+    assert starts[0].all()
+    assert starts[1:].any()
+    assert not starts[1:].all()
+
+
 def compared(recording: Recording, spec: SB3Spec, artifact: Path) -> FormatParity:
     content = Manifest.read(artifact).weights.read(artifact)
     judge = Judge(content, spec, torch.device("cpu"))
