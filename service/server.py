@@ -129,7 +129,7 @@ def load_policy(artifact: Artifact, settings: Settings) -> RenewableStep:
             artifact,
             device=device,
             num_threads=settings.num_threads,
-            max_batch_size=min(settings.max_batch_size, manifest.max_batch_size),
+            batch_sizes=settings.batch_sizes(manifest.max_batch_size),
         )
     return load_runtime(
         artifact.directory, manifest, name=name, device=device, num_threads=settings.num_threads

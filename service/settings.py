@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from export.manifest import bucket_sizes
+
 
 class Settings(BaseSettings):
     """Serves an exported policy: POST /act."""
@@ -181,3 +183,8 @@ class Settings(BaseSettings):
         Literal["debug", "info", "warning", "error"],
         Field(description="info: start, ready, stop; debug adds more; numbers are in /metrics."),
     ] = "info"
+
+    def batch_sizes(self, checked: int) -> tuple[int, ...]:
+        """Those a step runs at, of an artifact that was checked with batches up to `checked`."""
+        largest = min(self.max_batch_size, checked)
+        return (largest,) if self.pad_batches else bucket_sizes(largest)

@@ -7,7 +7,7 @@ from contextlib import suppress
 from weakref import ref
 
 from export.loaders.protocol import RenewableStep
-from export.manifest import Manifest, bucket_sizes
+from export.manifest import Manifest
 from service.engine.batcher import Batcher
 from service.engine.kept_sessions import KeptSessions, Served
 from service.engine.policy_versions import PolicyVersions, Weights
@@ -45,21 +45,13 @@ class Engine:
         self._drain_s = settings.drain_s
         self._stops_at_s: float | None = None
         self.max_rows = min(settings.max_rows, settings.max_sessions, settings.max_waiting)
-        self.max_batch_size = min(settings.max_batch_size, manifest.max_batch_size)
+        batch_sizes = settings.batch_sizes(manifest.max_batch_size)
+        self.max_batch_size = batch_sizes[-1]
         # Under way are two batches, and two blocks in parts at most, of which the one's last and
         # the other's first ride in them. A stateless block has rows to read besides those to
         # write. And as many rows may have become a session's before others have given up theirs.
         num_rows = settings.max_sessions + 6 * (self.max_rows + self.max_batch_size)
-        self.runtime = with_states(
-            loaded,
-            manifest,
-            num_rows=num_rows,
-            batch_sizes=(
-                (self.max_batch_size,)
-                if settings.pad_batches
-                else bucket_sizes(self.max_batch_size)
-            ),
-        )
+        self.runtime = with_states(loaded, manifest, num_rows=num_rows, batch_sizes=batch_sizes)
         rows = RowTable(num_rows, decisions(spec), largest=self.max_rows)
         self.sessions = SessionTable(
             rows,

@@ -12,7 +12,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from export.artifact import Artifact, open_artifact
 from export.loaders.load import FORMAT_OF
 from export.loaders.protocol import LoadedStep
-from export.manifest import Device, Manifest, bucket_sizes, step_inputs, step_outputs, timed_sizes
+from export.manifest import Device, Manifest, step_inputs, step_outputs, timed_sizes
 from model.step_spec import StepSpec
 from service.runtime.arrays import Arrays, allocate, decisions, first
 from service.runtime.keeping_step import KeepingStep
@@ -46,7 +46,7 @@ class Measurement(NamedTuple):
 
 
 def choose_runtime(
-    artifact: Artifact, *, device: Device, num_threads: int, max_batch_size: int
+    artifact: Artifact, *, device: Device, num_threads: int, batch_sizes: Sequence[int]
 ) -> str:
     """The runtime that serves the artifact best on this machine; the log says why.
 
@@ -59,7 +59,7 @@ def choose_runtime(
     measured: dict[str, Measurement] = {}
     for name in names:
         command = [sys.executable, "-m", __name__, str(artifact.directory), artifact.sha256]
-        command += [name, device, str(num_threads), str(max_batch_size)]
+        command += [name, device, str(num_threads), *map(str, batch_sizes)]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=TIMEOUT_S, check=True
@@ -73,7 +73,7 @@ def choose_runtime(
     if not measured:
         return names[0]  # loading it says what is wrong
     chosen = best(measured)
-    for batch_size in timed_sizes(max_batch_size):
+    for batch_size in _timed(batch_sizes):
         times = (
             f"{name} {measurement.seconds[batch_size] * 1e6:.0f} us"
             for name, measurement in measured.items()
@@ -97,40 +97,58 @@ def best(measured: Mapping[str, Measurement]) -> str:
     )
 
 
-def measure(runtime: LoadedStep, spec: StepSpec, max_batch_size: int) -> Measurement:
+def measure(runtime: LoadedStep, spec: StepSpec, batch_sizes: Sequence[int]) -> Measurement:
     """Compares rows at every batch size the service uses, then times the runtime at some.
 
     What keeps its states is timed without those being brought and taken away.
     """
-    is_alike = rows_are_alike(runtime, spec, max_batch_size)
-    given, outputs_of = _some_rows(spec, max_batch_size), step_outputs(spec)
+    is_alike = rows_are_alike(runtime, spec, batch_sizes)
+    given, outputs_of = _some_rows(spec, batch_sizes[-1]), step_outputs(spec)
     if isinstance(runtime, KeepingStep):
         given = {name: array for name, array in given.items() if name in runtime.inputs}
         outputs_of = decisions(spec)
     seconds = {}
-    for batch_size in timed_sizes(max_batch_size):
+    for batch_size in _timed(batch_sizes):
         outputs = allocate(outputs_of, batch_size)
         seconds[batch_size] = _shortest_s(runtime.bind(first(given, batch_size), outputs))
     return Measurement(seconds, is_alike)
 
 
-def rows_are_alike(runtime: LoadedStep, spec: StepSpec, max_batch_size: int) -> bool:
-    """Does each row come out as it does alone, bit for bit, anywhere in a batch of any size?
+def rows_are_alike(runtime: LoadedStep, spec: StepSpec, batch_sizes: Sequence[int]) -> bool:
+    """Does each row come out the same, bit for bit, anywhere in a batch of any of these sizes?
 
-    At each size every place of a batch is taken, and every row is in some batch: of as many rows as
-    the largest batch has, but 256 of them where it has more.
+    They ascend from 1, or are a single one. Rows are compared with what they are alone, or in other
+    places of a batch where there is but one size. At each size every place of a batch is taken, and
+    every row is in some batch: of as many rows as the largest batch has, but 256 of them where it
+    has more.
     """
-    given = _some_rows(spec, max_batch_size)
-    alone = _answers(runtime, spec, given, np.arange(max_batch_size), batch_size=1)
+    smallest, largest = batch_sizes[0], batch_sizes[-1]
+    given = _some_rows(spec, largest)
+    apart = _answers(runtime, spec, given, np.arange(largest), batch_size=smallest)
     rng = np.random.default_rng(1)
-    for batch_size in bucket_sizes(max_batch_size):
-        num_batches = -(-min(max_batch_size, ROWS_COMPARED) // batch_size)
-        rows = np.resize(rng.permutation(max_batch_size), num_batches * batch_size)
+    for batch_size in batch_sizes:
+        num_batches = -(-min(largest, ROWS_COMPARED) // batch_size)
+        rows = np.resize(_in_other_places(rng.permutation(largest)), num_batches * batch_size)
         together = _answers(runtime, spec, given, rows, batch_size=batch_size)
         for name, array in together.items():
-            if array.tobytes() != alone[name][rows].tobytes():
+            if array.tobytes() != apart[name][rows].tobytes():
                 return False
     return True
+
+
+def _in_other_places(order: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The rows, each in the place of the one before it in that order.
+
+    Wherever places part into some that are alike and others, a row goes from these to those.
+    """
+    rows = np.empty_like(order)
+    rows[order] = np.roll(order, 1)
+    return rows
+
+
+def _timed(batch_sizes: Sequence[int]) -> list[int]:
+    """Those of them that are timed."""
+    return [size for size in timed_sizes(batch_sizes[-1]) if size in batch_sizes]
 
 
 def _some_rows(spec: StepSpec, num_rows: int) -> Arrays:
@@ -190,7 +208,7 @@ def main() -> int:
     parser.add_argument("name", choices=CANDIDATES)
     parser.add_argument("device", choices=get_args(Device))
     parser.add_argument("num_threads", type=int)
-    parser.add_argument("max_batch_size", type=int)
+    parser.add_argument("batch_sizes", type=int, nargs="+")
     given = parser.parse_args()
     manifest = open_artifact(given.directory, sha256=given.manifest_sha256).manifest
     runtime: LoadedStep = load_runtime(
@@ -201,11 +219,11 @@ def main() -> int:
         num_threads=given.num_threads,
     )
     if keeps_states_there(runtime):
-        sizes = bucket_sizes(given.max_batch_size)
+        sizes = given.batch_sizes
         there = with_states(runtime, manifest, num_rows=2 * sizes[-1], batch_sizes=sizes)
         there.warm_up()
         runtime = KeepingStep(there, manifest.spec)
-    measured = measure(runtime, manifest.spec, given.max_batch_size)
+    measured = measure(runtime, manifest.spec, given.batch_sizes)
     sys.stdout.write(json.dumps(measured))
     return 0
 

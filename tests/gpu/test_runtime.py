@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 from export.artifact import open_artifact
 from export.loaders.load import FORMAT_OF
 from export.loaders.torch_step import TorchStep
-from export.manifest import Device, Manifest, Precision, step_inputs, step_outputs
+from export.manifest import (
+    Device,
+    Manifest,
+    Precision,
+    bucket_sizes,
+    step_inputs,
+    step_outputs,
+)
 from service.runtime.arrays import Arrays, allocate
 from service.runtime.auto import choose_runtime, rows_are_alike
 from service.runtime.device_runtime import DeviceRuntime
@@ -101,7 +108,7 @@ def test_whether_rows_depend_on_their_batch_is_measured_and_said(
     runtime: str, exported: Exported, note: Note
 ) -> None:
     loaded = loaded_on(DEVICE, exported(TINY_V1.name, FORMAT_OF[runtime]), runtime)
-    is_alike = rows_are_alike(loaded, TINY_V1, LARGEST)
+    is_alike = rows_are_alike(loaded, TINY_V1, bucket_sizes(LARGEST))
     said = "does not depend" if is_alike else "depends in its last bits"
     note(f"{runtime} on {DEVICE}: a row's answer {said} on the size of its batch")
 
@@ -149,7 +156,7 @@ def test_auto_measures_the_candidates_on_the_device(
 ) -> None:
     caplog.set_level(logging.INFO)
     artifact = open_artifact(exported(TINY_V1.name, "torchscript,aoti"))
-    name = choose_runtime(artifact, device=DEVICE, num_threads=1, max_batch_size=8)
+    name = choose_runtime(artifact, device=DEVICE, num_threads=1, batch_sizes=bucket_sizes(8))
     assert name in {"torchscript", "aoti"}
     assert all(f"auto: {word}" not in caplog.text for word in ("torchscript does", "aoti does"))
     note(f"auto on {DEVICE}: {caplog.messages[-1]}")

@@ -29,6 +29,7 @@ from tests.service.fakes import Arrays, SummingRuntime
 from tests.specs import TINY_LSTMS, TINY_MLPS, TINY_V1
 
 BATCH_SIZES = (1, 2, 4)
+SIZES = bucket_sizes(64)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def two_formats(
 
 def choose(directory: Path) -> str:
     artifact = open_artifact(directory)
-    return choose_runtime(artifact, device="cpu", num_threads=1, max_batch_size=4)
+    return choose_runtime(artifact, device="cpu", num_threads=1, batch_sizes=BATCH_SIZES)
 
 
 def test_the_fastest_over_all_batch_sizes_is_taken() -> None:
@@ -62,6 +63,13 @@ def test_no_batch_is_measured_that_the_artifact_was_not_checked_with(two_formats
     with running_server(two_formats, "--runtime", "auto", "--max-batch-size", "64") as server:
         measured = re.findall(r"auto: batch of (\d+)", server.log())
     assert [int(size) for size in measured] == [1, 2, 4]
+
+
+def test_where_batches_are_padded_only_full_ones_are_measured(two_formats: Path) -> None:
+    flags = ("--runtime", "auto", "--max-batch-size", "3", "--pad-batches")
+    with running_server(two_formats, *flags) as server:
+        measured = re.findall(r"auto: batch of (\d+)", server.log())
+    assert measured == ["3"]
 
 
 def test_machine_code_runs_on_the_device_it_was_made_for_and_others_move(
@@ -110,12 +118,12 @@ def places(inputs: Arrays) -> NDArray[np.int64]:
 def test_rows_that_depend_on_their_batch_are_not_alike(
     more: Callable[[Arrays], NDArray[Any] | float], spec: PolicySpec
 ) -> None:
-    assert not rows_are_alike(DependsOnItsBatch(spec, more), spec, 64)
+    assert not rows_are_alike(DependsOnItsBatch(spec, more), spec, SIZES)
 
 
 @settings(max_examples=20, deadline=None)
 @given(
-    size_and_place=st.sampled_from(bucket_sizes(64)[1:]).flatmap(
+    size_and_place=st.sampled_from(SIZES[1:]).flatmap(
         lambda size: st.tuples(st.just(size), st.integers(0, size - 1))
     )
 )
@@ -126,7 +134,33 @@ def test_one_place_of_one_batch_size_is_enough(
     runtime = DependsOnItsBatch(
         spec, lambda inputs: (places(inputs) == place) * float(len(places(inputs)) == size)
     )
-    assert not rows_are_alike(runtime, spec, 64)
+    assert not rows_are_alike(runtime, spec, SIZES)
+
+
+def test_in_batches_of_one_size_rows_may_depend_on_that_size(spec: PolicySpec) -> None:
+    runtime = DependsOnItsBatch(spec, lambda inputs: len(places(inputs)))
+    measured = measure(runtime, spec, (64,))
+    assert measured.rows_are_alike
+    assert tuple(measured.seconds) == (64,)
+    assert set(runtime.batch_sizes) == {64}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    size_and_places=st.integers(2, 80).flatmap(
+        lambda size: st.tuples(
+            st.just(size),
+            st.sets(st.integers(0, size - 1), min_size=1, max_size=size - 1),
+        )
+    )
+)
+def test_in_batches_of_one_size_rows_may_not_depend_on_their_places(
+    spec: PolicySpec, size_and_places: tuple[int, set[int]]
+) -> None:
+    """Whichever places are unlike the others."""
+    size, unlike = size_and_places
+    runtime = DependsOnItsBatch(spec, lambda inputs: np.isin(places(inputs), [*unlike]) * 1.0)
+    assert not rows_are_alike(runtime, spec, (size,))
 
 
 @pytest.mark.parametrize("of", [TINY_MLPS, TINY_V1, TINY_LSTMS], ids=lambda of: of.name)
@@ -137,7 +171,7 @@ def test_rows_are_compared_and_timed_in_states_that_are_not_zero(of: StepSpec) -
         are_zero.extend(not inputs[state.input].all() for state in of.states)
         return 0.0
 
-    assert measure(DependsOnItsBatch(of, look), of, 2).rows_are_alike
+    assert measure(DependsOnItsBatch(of, look), of, (1, 2)).rows_are_alike
     assert bool(are_zero) == bool(of.states)
     assert not any(are_zero)
 
@@ -153,7 +187,7 @@ def test_one_row_in_one_batch_size_is_enough(row: int, spec: PolicySpec) -> None
             alone.append(float(first[0]))
         return (first == alone[row]) * 1.0 if len(first) == 2 else 0.0
 
-    assert not rows_are_alike(DependsOnItsBatch(spec, that_row_of_two), spec, 64)
+    assert not rows_are_alike(DependsOnItsBatch(spec, that_row_of_two), spec, SIZES)
 
 
 @pytest.mark.parametrize("largest", [1, 4, 6, 64, 300])
@@ -161,7 +195,7 @@ def test_rows_of_their_own_are_alike_and_every_timed_size_is_timed(
     largest: int, spec: PolicySpec
 ) -> None:
     runtime = SummingRuntime(spec)
-    measured = measure(runtime, spec, largest)
+    measured = measure(runtime, spec, bucket_sizes(largest))
     assert measured.rows_are_alike
     assert tuple(measured.seconds) == timed_sizes(largest)
     assert min(measured.seconds.values()) > 0
@@ -199,7 +233,7 @@ def test_another_artifact_that_took_its_place_is_not_measured(
     replaced = Path(shutil.copytree(two_formats, tmp_path / "replaced"))
     artifact = open_artifact(replaced)
     artifact.manifest.model_copy(update={"name": "another"}).write(replaced)
-    choose_runtime(artifact, device="cpu", num_threads=1, max_batch_size=4)
+    choose_runtime(artifact, device="cpu", num_threads=1, batch_sizes=BATCH_SIZES)
     said = [record.message for record in caplog.records]
     assert len(said) == 2
     assert all("its manifest is no longer the one that was read" in line for line in said)
@@ -228,6 +262,6 @@ def test_without_torch_only_onnx_is_a_candidate(
 def test_a_measurement_survives_its_way_as_json(two_formats: Path, spec: PolicySpec) -> None:
     manifest = Manifest.read(two_formats)
     runtime = load_runtime(two_formats, manifest, name="onnx", device="cpu", num_threads=1)
-    seconds, alike = json.loads(json.dumps(measure(runtime, spec, BATCH_SIZES[-1])))
+    seconds, alike = json.loads(json.dumps(measure(runtime, spec, BATCH_SIZES)))
     assert {int(size) for size in seconds} == set(BATCH_SIZES)
     assert alike is True

@@ -330,7 +330,7 @@ def test_it_can_be_measured_as_any_loaded_step(
         loaded.bind(padded(given, 4), wide)()
         keeping.bind(given, outputs)()
         check_same(tuple(first(wide, 3).values()), tuple(outputs.values()))
-    measured = measure(keeping, spec, 4)
+    measured = measure(keeping, spec, (1, 2, 4))
     assert tuple(measured.seconds) == (1, 2, 4)
 
 

@@ -222,7 +222,7 @@ def test_onnx_is_measured_and_runs_where_torch_is_not_even_imported(all_formats:
         "from service.runtime.load import load_runtime\n"
         "artifact = open_artifact(Path(sys.argv[1]))\n"
         "options = {'device': 'cpu', 'num_threads': 1}\n"
-        "choose_runtime(artifact, **options, max_batch_size=8)\n"
+        "choose_runtime(artifact, **options, batch_sizes=(1, 2, 4, 8))\n"
         "load_runtime(artifact.directory, artifact.manifest, name='onnx', **options)\n"
         "sys.exit('torch' in sys.modules)\n"
     )
