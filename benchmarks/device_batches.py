@@ -41,9 +41,10 @@ def captured(
     step = DeviceStep(loaded.enliven(), states, packing, *on_device)
     device.settle()
     run = partial(step, rows)
-    for _ in range(RUNS_BEFORE_CAPTURE):
-        device.submit(run).result()
-    replay = device.capture(run)
+    with device.as_served():
+        for _ in range(RUNS_BEFORE_CAPTURE):
+            device.submit(run).result()
+        replay = device.capture(run)
     return lambda kept=step: replay()  # which works on the tensors that the step keeps
 
 

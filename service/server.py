@@ -130,6 +130,7 @@ def load_policy(artifact: Artifact, settings: Settings) -> RenewableStep:
             device=device,
             num_threads=settings.num_threads,
             batch_sizes=settings.batch_sizes(manifest.max_batch_size),
+            tf32=settings.tf32,
         )
     return load_runtime(
         artifact.directory, manifest, name=name, device=device, num_threads=settings.num_threads

@@ -102,6 +102,14 @@ class Settings(BaseSettings):
             "library's kernels divide evenly, as powers of two, it depends on nothing else either."
         ),
     ] = False
+    tf32: Annotated[
+        bool,
+        Field(
+            description="Multiplies with 10 of float32's 23 bits, on GPUs and in torch's formats: "
+            "faster, and answers are further from the policy's than its export allows. Weights are "
+            "probed in float32 all the same."
+        ),
+    ] = False
     max_rows: Annotated[
         int,
         Field(

@@ -51,7 +51,9 @@ class Engine:
         # the other's first ride in them. A stateless block has rows to read besides those to
         # write. And as many rows may have become a session's before others have given up theirs.
         num_rows = settings.max_sessions + 6 * (self.max_rows + self.max_batch_size)
-        self.runtime = with_states(loaded, manifest, num_rows=num_rows, batch_sizes=batch_sizes)
+        self.runtime = with_states(
+            loaded, manifest, num_rows=num_rows, batch_sizes=batch_sizes, tf32=settings.tf32
+        )
         rows = RowTable(num_rows, decisions(spec), largest=self.max_rows)
         self.sessions = SessionTable(
             rows,

@@ -46,7 +46,12 @@ class Measurement(NamedTuple):
 
 
 def choose_runtime(
-    artifact: Artifact, *, device: Device, num_threads: int, batch_sizes: Sequence[int]
+    artifact: Artifact,
+    *,
+    device: Device,
+    num_threads: int,
+    batch_sizes: Sequence[int],
+    tf32: bool = False,
 ) -> str:
     """The runtime that serves the artifact best on this machine; the log says why.
 
@@ -60,6 +65,7 @@ def choose_runtime(
     for name in names:
         command = [sys.executable, "-m", __name__, str(artifact.directory), artifact.sha256]
         command += [name, device, str(num_threads), *map(str, batch_sizes)]
+        command += ["--tf32"] * tf32
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=TIMEOUT_S, check=True
@@ -209,6 +215,7 @@ def main() -> int:
     parser.add_argument("device", choices=get_args(Device))
     parser.add_argument("num_threads", type=int)
     parser.add_argument("batch_sizes", type=int, nargs="+")
+    parser.add_argument("--tf32", action="store_true")
     given = parser.parse_args()
     manifest = open_artifact(given.directory, sha256=given.manifest_sha256).manifest
     runtime: LoadedStep = load_runtime(
@@ -220,7 +227,9 @@ def main() -> int:
     )
     if keeps_states_there(runtime):
         sizes = given.batch_sizes
-        there = with_states(runtime, manifest, num_rows=2 * sizes[-1], batch_sizes=sizes)
+        there = with_states(
+            runtime, manifest, num_rows=2 * sizes[-1], batch_sizes=sizes, tf32=given.tf32
+        )
         there.warm_up()
         runtime = KeepingStep(there, manifest.spec)
     measured = measure(runtime, manifest.spec, given.batch_sizes)

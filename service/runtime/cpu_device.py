@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ class CpuDevice:
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         return run
+
+    def as_served(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def submit(self, work: Callable[[], None]) -> Future[None]:
         return self._thread.submit(work)

@@ -1,7 +1,8 @@
 """The GPU: all that is said to CUDA. Importing this module imports torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from threading import Lock
 
 import torch
@@ -15,8 +16,8 @@ class CudaDevice:
     graphs were captured with, and the workspaces of CUDA's libraries.
     """
 
-    def __init__(self) -> None:
-        torch.set_float32_matmul_precision("highest")  # no TF32
+    def __init__(self, *, tf32: bool = False) -> None:
+        self._tf32 = tf32
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         # One for good: captures share memory only where they are on one stream.
@@ -31,22 +32,23 @@ class CudaDevice:
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        before = torch.cuda.current_stream()
-        try:
-            # One at a time. Others go on serving: what they ask of CUDA is none of its business.
-            with (
-                self._one_capture,
-                torch.cuda.graph(
-                    graph,
-                    pool=self._pool,
-                    stream=self._capturing,
-                    capture_error_mode="thread_local",
-                ),
-            ):
+        # Others go on serving: what they ask of CUDA is none of its business. `torch.cuda.graph`
+        # would wait for them, and give back the memory that torch holds free.
+        with torch.cuda.stream(self._capturing):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
                 run()
-        finally:  # a capture that fails leaves its own stream the thread's (torch 2.13)
-            torch.cuda.set_stream(before)
+            except BaseException:
+                with suppress(RuntimeError):  # of a capture that was broken off
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return graph.replay
+
+    @contextmanager
+    def as_served(self) -> Iterator[None]:
+        with self._one_capture, float32_products(tf32=self._tf32):
+            yield
 
     def submit(self, work: Callable[[], None]) -> Future[None]:
         failure: Exception | None = None
@@ -66,6 +68,19 @@ class CudaDevice:
 
     def settle(self) -> None:
         torch.cuda.current_stream().synchronize()
+
+
+@contextmanager
+def float32_products(*, tf32: bool) -> Iterator[None]:
+    """In it, torch's products on a GPU may be in TF32: 10 of float32's 23 bits. For all threads.
+
+    After it they are not: a probe of new weights is held to what float32 gives.
+    """
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def _wait(ended: torch.cuda.Event | None, failure: Exception | None) -> None:

@@ -6,6 +6,7 @@ Serves torch's formats. Importing this module imports torch.
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from functools import partial
 from math import inf
 from typing import Any, NamedTuple, Protocol
@@ -41,8 +42,12 @@ class Device(Protocol):
     def capture(self, run: Run) -> Run:
         """What does in submitted work all that `run` does, as fast as can be; runs nothing yet.
 
-        `run` has run before in submitted work, so that nothing in it happens for the first time.
+        Inside `as_served`. `run` has run before in submitted work, so that nothing in it happens
+        for the first time.
         """
+
+    def as_served(self) -> AbstractContextManager[None]:
+        """For one thread at a time: in it, products are as precise as they are to be served."""
 
     def submit(self, work: Run) -> Future[None]:
         """Has `work` run; does not wait. The future is done when all it began has ended.
@@ -246,10 +251,11 @@ class DeviceRuntime:
         step = self._step(live)
         self._device.settle()
         steps: list[Run] = [partial(step, size) for size in self._sizes]
-        for at in reversed(range(len(steps))):  # what the largest takes is enough for all
-            for _ in range(RUNS_BEFORE_CAPTURE):
+        with self._device.as_served():
+            for at in reversed(range(len(steps))):  # what the largest takes is enough for all
+                for _ in range(RUNS_BEFORE_CAPTURE):
+                    if is_wanted():
+                        self._device.submit(partial(trial, self._sizes[at])).result()
                 if is_wanted():
-                    self._device.submit(partial(trial, self._sizes[at])).result()
-            if is_wanted():
-                steps[at] = self._device.capture(steps[at])
+                    steps[at] = self._device.capture(steps[at])
         return steps

@@ -1,5 +1,6 @@
 """Which runtime serves an artifact on this machine; `export.loaders` loads it."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from export.loaders.protocol import LoadedStep, RenewableStep
 from export.manifest import ArtifactError, Device, Manifest
 from service.runtime.host import HostRuntime, HostStates
 from service.runtime.protocol import Runtime
+
+logger = logging.getLogger(__name__)
 
 
 def runs_on(name: str, manifest: Manifest, device: Device) -> bool:
@@ -58,22 +61,32 @@ def keeps_states_there(loaded: LoadedStep) -> bool:
 
 
 def with_states(
-    loaded: LoadedStep, manifest: Manifest, *, num_rows: int, batch_sizes: Sequence[int]
+    loaded: LoadedStep,
+    manifest: Manifest,
+    *,
+    num_rows: int,
+    batch_sizes: Sequence[int],
+    tf32: bool = False,
 ) -> Runtime:
-    """The loaded step, and `num_rows` rows of states where it runs best."""
+    """The loaded step, and `num_rows` rows of states where it runs best.
+
+    With `tf32` its products may be so, where it can; where not, the log says so.
+    """
     if keeps_states_there(loaded):
         from service.runtime.cuda_device import CudaDevice
         from service.runtime.device_runtime import DeviceRuntime
 
         return DeviceRuntime(
             loaded,
-            CudaDevice(),
+            CudaDevice(tf32=tf32),
             spec=manifest.spec,
             num_rows=num_rows,
             inputs=manifest.inputs,
             outputs=manifest.outputs,
             batch_sizes=batch_sizes,
         )
+    if tf32:
+        logger.warning("%s on %s has no TF32: products are in float32", loaded.name, loaded.device)
     return HostRuntime(
         loaded,
         HostStates(manifest.spec, num_rows),

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from export.loaders.torch_step import TorchStep
-from export.manifest import Manifest, bucket_sizes, step_inputs, step_outputs
+from export.manifest import ArtifactError, Manifest, bucket_sizes, step_inputs, step_outputs
 from service.runtime.cuda_device import CudaDevice
 from service.runtime.device_runtime import DeviceRuntime
 from service.runtime.load import load_runtime
@@ -153,6 +154,66 @@ def test_new_weights_are_copies_between_launches_and_no_capture(
     assert len(on_gpu.device.reserved_mib) == before
 
 
-def test_products_are_in_float32(on_gpu: OnGpu) -> None:
-    assert torch.get_float32_matmul_precision() == "highest"
-    assert not torch.backends.cuda.matmul.allow_tf32
+def test_products_are_in_float32_unless_tf32_is_asked_for(note: Note) -> None:
+    """As 256 wide sums show, of numbers whose last bits TF32 leaves out."""
+    a, b = torch.rand(2, 256, 256, device="cuda")
+    products = {}
+    for tf32 in (False, True):
+        device = CudaDevice(tf32=tf32)
+        product = torch.empty_like(a)
+
+        def multiply(out: Tensor = product) -> None:
+            torch.mm(a, b, out=out)
+
+        with device.as_served():
+            device.submit(multiply).result()
+            replay = device.capture(multiply)
+        assert torch.get_float32_matmul_precision() == "highest"
+        product.zero_()
+        device.settle()
+        device.submit(replay).result()
+        products[tf32] = product.double()
+    exact = a.double() @ b.double()
+    off = {tf32: float((of - exact).abs().max() / exact.max()) for tf32, of in products.items()}
+    note(f"products are {off[False]:.1e} off in float32, and {off[True]:.1e} in TF32")
+    assert off[False] < 1e-6
+    if torch.cuda.get_device_capability() >= (8, 0):
+        assert 1e-6 < off[True] < 1e-2
+
+
+def count(number: Tensor) -> None:
+    number.add_(1)
+
+
+def test_a_capture_that_fails_says_why_and_the_next_one_works() -> None:
+    device = CudaDevice()
+    number = torch.zeros(1, device="cuda")
+    device.settle()
+
+    def fails() -> None:
+        count(number)
+        raise ArtifactError("not the manifest's")
+
+    before = torch.cuda.current_stream()
+    with device.as_served():
+        with pytest.raises(ArtifactError, match="not the manifest's"):
+            device.capture(fails)
+        assert torch.cuda.current_stream() == before
+        replay = device.capture(lambda: count(number))
+    device.submit(replay).result()
+    assert number.item() == 1
+
+
+def test_others_are_served_while_a_step_is_captured(on_gpu: OnGpu) -> None:
+    """And a capture waits for none of them."""
+    on_gpu.step()
+    spin: Callable[[int], None] = torch.cuda._sleep
+    number = torch.zeros(1, device="cuda")
+    on_gpu.device.settle()
+    busy = on_gpu.device.submit(partial(spin, SPIN_CYCLES))
+    with on_gpu.device.as_served():
+        replay = on_gpu.device.capture(lambda: count(number))
+    assert not busy.done()
+    on_gpu.step()
+    on_gpu.device.submit(replay).result()
+    assert number.item() == 1

@@ -49,9 +49,15 @@ class TellingRuntime(DeviceRuntime):
 
 
 def on_a_device(
-    loaded: LoadedStep, manifest: Manifest, *, num_rows: int, batch_sizes: Sequence[int]
+    loaded: LoadedStep,
+    manifest: Manifest,
+    *,
+    num_rows: int,
+    batch_sizes: Sequence[int],
+    tf32: bool = False,
 ) -> DeviceRuntime:
-    """In the place of `service.runtime.load.with_states`."""
+    """In the place of `service.runtime.load.with_states`. TF32 is a GPU's."""
+    assert not tf32
     device = GatedDevice() if is_gated else CpuDevice()
     runtime = TellingRuntime if is_gated else DeviceRuntime
     made = runtime(

@@ -22,6 +22,7 @@ ANOTHER = {
     "num_threads": ("2", 2),
     "max_batch_size": ("7", 7),
     "pad_batches": ("true", True),
+    "tf32": ("true", True),
     "max_rows": ("8", 8),
     "max_waiting": ("9", 9),
     "max_sessions": ("11", 11),

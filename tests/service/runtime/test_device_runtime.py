@@ -3,6 +3,8 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -12,6 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from export.exporter import export_policy
 from export.loaders.torch_step import TorchStep
@@ -530,6 +533,136 @@ def test_a_warm_up_that_fails_says_so_and_one_that_is_not_wanted_ends() -> None:
     assert counting.num_captured == 2
     runtime.warm_up()
     assert counting.num_captured == 2 + len(SIZES)
+
+
+class Captures(CpuDevice):
+    """Keeps what was captured, in order, and knows whether products are as they are served."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_as_served = False
+        self.captured: list[Callable[[], None]] = []
+
+    @contextmanager
+    def as_served(self) -> Iterator[None]:
+        before, self.is_as_served = self.is_as_served, True
+        yield
+        self.is_as_served = before
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        assert self.is_as_served
+        self.captured.append(run)
+        return run
+
+
+class Watched(NamedTuple):
+    """Sums, and for each call its rows and whether it was as precise as it is to be served."""
+
+    sums: Sums
+    device: Captures
+    calls: list[tuple[int, bool]]
+
+    def step(self) -> TorchStep:
+        spec = self.sums.spec
+        return TorchStep("w", self.__call__, step_inputs(spec), step_outputs(spec))
+
+    def __call__(self, *given: Tensor) -> list[Tensor]:
+        self.calls.append((len(given[0]), self.device.is_as_served))
+        return self.sums(*given)
+
+
+def test_the_largest_batch_is_run_and_captured_first_and_all_as_they_are_to_be_served() -> None:
+    """Others find room then in the memory that it took; and products are as they will be."""
+    device = Captures()
+    watched, another = [Watched(Sums(TINY_V1, []), device, []) for _ in range(2)]
+    runtime = on_device(watched.step(), TINY_V1, device)
+    for ready, calls in (
+        (runtime.warm_up, watched.calls),
+        (partial(runtime.prepare, another.step()), another.calls),
+    ):
+        assert calls == []
+        ready()
+        assert calls == [(size, True) for size in (8, 4, 2, 1) for _ in range(3)]
+        for captured in device.captured[-len(SIZES) :]:
+            captured()
+        assert calls[-len(SIZES) :] == [(size, False) for size in (8, 4, 2, 1)]
+
+
+def test_what_was_adopted_while_another_warmed_up_stays(
+    artifacts: Callable[[str], Path],
+) -> None:
+    """A push may end while a warm-up of the step before it does not."""
+    device, spec = Captures(), TINY_V1
+    first, second = Sums(spec, []), loaded_from(artifacts(spec.name), "eager")
+    runtime = on_device(first.step(), spec, device)
+    adopted: list[int] = []
+
+    def push_meanwhile() -> bool:
+        if len(device.captured) == 2 and not adopted:
+            adopted.append(2)
+            runtime.prepare(second)()
+        return True
+
+    runtime.warm_up(is_wanted=push_meanwhile)
+    assert adopted
+    row, other = (np.array([at], dtype=np.intp) for at in (0, 1))
+    runtime.launch(row, other)
+    outputs, wanted = runtime.collect().arrays, allocate(step_outputs(spec), 1)
+    second.bind(allocate(step_inputs(spec), 1), wanted)()
+    check_same(tuple(outputs.values()), tuple(wanted[name] for name in outputs))
+
+
+class Copied(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the copies from host buffers and to them: `"there"` or `"back"`, and how many bytes."""
+
+    def __init__(self, buffers: list[Tensor], copies: list[tuple[str, int]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.at = {buffer.untyped_storage().data_ptr() for buffer in buffers}
+        self.copies = copies
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.copy_.default:
+            to, of = args[:2]
+            for which, tensor in (("there", of), ("back", to)):
+                if tensor.untyped_storage().data_ptr() in self.at:
+                    self.copies.append((which, tensor.nbytes))
+        return func(*args, **(kwargs or {}))
+
+
+class Bus(CpuDevice):
+    """Sees what crosses it: all copies between its host buffers and other memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffers: list[Tensor] = []
+        self.copies: list[tuple[str, int]] = []
+
+    def host_buffer(self, num_rows: int, row_bytes: int) -> Tensor:
+        self.buffers.append(super().host_buffer(num_rows, row_bytes))
+        return self.buffers[-1]
+
+    def submit(self, work: Callable[[], None]) -> Future[None]:
+        def watched() -> None:
+            with Copied(self.buffers, self.copies):
+                work()
+
+        return super().submit(watched)
+
+
+@pytest.mark.parametrize(("num", "size"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8)])
+def test_a_batch_is_one_copy_there_and_one_back_of_no_more_rows_than_it_is_padded_to(
+    num: int, size: int
+) -> None:
+    bus = Bus()
+    runtime = on_device(Sums(TINY_V1, []).step(), TINY_V1, bus)
+    rows = np.arange(num, dtype=np.intp)
+    for _ in range(3):
+        runtime.launch(rows, rows + 10)
+        runtime.collect()
+    brought, given = [buffer.shape[1] for buffer in bus.buffers[:2]]
+    assert bus.copies == [("there", size * brought), ("back", size * given)] * 3
 
 
 def test_padding_reads_zeros_and_writes_where_nobody_reads(slow: Slow) -> None:

@@ -32,7 +32,7 @@ from service.engine.block import Block
 from service.errors import ServiceError
 from service.runtime.arrays import allocate, allocate_in_a_row
 from service.runtime.host import HostRuntime
-from service.runtime.load import load_runtime
+from service.runtime.load import load_runtime, with_states
 from tamiyo_client.noise import gumbel_noise
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL, NaivePolicy
 from tests.random_inputs import packed, random_masks, random_observations, weights_of
@@ -227,6 +227,17 @@ def test_onnx_is_measured_and_runs_where_torch_is_not_even_imported(all_formats:
         "sys.exit('torch' in sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code, str(all_formats)], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_where_there_is_no_tf32_the_log_says_so_if_it_was_asked_for(
+    tf32: bool, all_formats: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = Manifest.read(all_formats)
+    loaded = load_runtime(all_formats, manifest, name="onnx", device="cpu", num_threads=1)
+    with_states(loaded, manifest, num_rows=2, batch_sizes=(1,), tf32=tf32)
+    said = ["onnx on cpu has no TF32: products are in float32"]
+    assert caplog.messages == said * tf32
 
 
 def test_onnx_s_threads_do_not_spin_while_they_wait(all_formats: Path) -> None:
