@@ -24,7 +24,7 @@ from export.manifest import FormatFile, Precision, step_inputs, step_outputs
 from export.packed_step import StepInput, StepOutput
 from export.parity import TOLERANCES
 from export.report import Latency
-from export.step import PolicyStep
+from export.tamiyo_step import TamiyoStep
 from export.timing import Call, latencies, this_machine
 from model.policy import FactoredRecurrentActorCritic
 from model.recurrence import ResidualLSTM
@@ -157,7 +157,7 @@ def random_inputs(spec: PolicySpec, batch_size: int, device: torch.device) -> St
     return tuple(array.to(device) for array in inputs)
 
 
-def loaded(format_name: str, step: PolicyStep, device: torch.device) -> LoadedStep:
+def loaded(format_name: str, step: TamiyoStep, device: torch.device) -> LoadedStep:
     written = FORMATS[format_name]
     content = written.write(StepSource(step, max(BATCH_SIZES)))
     sha256 = hashlib.sha256(content).hexdigest()
@@ -214,7 +214,7 @@ def measure(
     naive = NaivePolicy(policy).eval()
     steps: dict[Runner, LoadedStep] = {}
     for precision in precisions:
-        source = PolicyStep(policy, None, precision).eval()
+        source = TamiyoStep(policy, None, precision).eval()
         for name in formats:
             if precision in FORMATS[name].precisions:
                 steps[name, precision] = loaded(name, source, device)

@@ -12,7 +12,7 @@ from export.float_error import FloatError, MlpsError, of_gates
 from export.manifest import Precision
 from export.packed_step import PackedStep
 from export.sb3_step import SB3Step
-from export.step import PolicyStep
+from export.tamiyo_step import TamiyoStep
 from model.actor_critic import ActorCritic
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
@@ -58,7 +58,7 @@ def _sb3_normalizer(spec: SB3Spec, statistics: Mapping[str, Tensor]) -> VecNorma
 
 FAMILIES: dict[type[StepSpec], Family] = {
     PolicySpec: Family(
-        FactoredRecurrentActorCritic, _tamiyo_normalizer, PolicyStep, lambda *_: of_gates
+        FactoredRecurrentActorCritic, _tamiyo_normalizer, TamiyoStep, lambda *_: of_gates
     ),
     SB3Spec: Family(SB3Policy, _sb3_normalizer, SB3Step, MlpsError),
 }

@@ -1,7 +1,7 @@
 """The packed parameters of a step: what a learner pushes, and what names a policy's version.
 
 Torch-free. By name, every array that the step multiplies, adds or looks up and that depends on the
-policy's weights; `export.step` packs them. NumPy has no bfloat16: such a one is its 16 bits.
+policy's weights; `export.tamiyo_step` packs them. NumPy has no bfloat16: such a one is its 16 bits.
 """
 
 import hashlib

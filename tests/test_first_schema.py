@@ -9,7 +9,7 @@ import torch
 
 from export.loaders.torch_warnings import torch_speaks_of_itself
 from export.manifest import FormatFile, Manifest
-from export.step import PolicyStep
+from export.tamiyo_step import TamiyoStep
 from model.spec import PolicySpec
 from tests.export.gate_cases import statistics
 from tests.pushes import TIMEOUT_S, Learner, put
@@ -19,7 +19,7 @@ from tests.running_server import running_server
 
 def frozen(learner: Learner) -> bytes:
     """TorchScript as earlier releases wrote it: frozen before it was saved."""
-    step, content = PolicyStep(*learner).eval(), io.BytesIO()
+    step, content = TamiyoStep(*learner).eval(), io.BytesIO()
     with torch.no_grad(), torch_speaks_of_itself():
         traced = torch.jit.trace(step, step.example(batch_size=2))  # type: ignore[no-untyped-call]
         torch.jit.save(torch.jit.freeze(traced), content)

@@ -18,7 +18,7 @@ from export.formats import FORMATS, StepSource
 from export.loaders.load import RUNTIME_OF
 from export.manifest import ArtifactError, File, Manifest
 from export.packed_step import StepOutput
-from export.step import PolicyStep
+from export.tamiyo_step import TamiyoStep
 from export.verify import verify_artifact
 from model.policy import FactoredRecurrentActorCritic
 from service.runtime.load import load_runtime
@@ -70,7 +70,7 @@ def with_names(content: bytes, kind: str, first: str, second: str) -> bytes:
     return changed
 
 
-class WithSwappedArguments(PolicyStep):
+class WithSwappedArguments(TamiyoStep):
     """Two of its arguments under each other's names."""
 
     def forward(  # type: ignore[override]

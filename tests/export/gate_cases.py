@@ -9,7 +9,7 @@ from typing import Self
 import torch
 
 from export.manifest import Precision
-from export.step import PolicyStep
+from export.tamiyo_step import TamiyoStep
 from model.checkpoint import load_checkpoint
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
@@ -29,10 +29,10 @@ class Case:
     precision: Precision = "fp32"
     max_batch_size: int = 128
 
-    def step(self) -> PolicyStep:
+    def step(self) -> TamiyoStep:
         """The right step, packed from copies: whoever changes it changes nothing else."""
         policy, normalizer = copy.deepcopy((self.policy, self.normalizer))
-        return PolicyStep(policy, normalizer, self.precision).eval()
+        return TamiyoStep(policy, normalizer, self.precision).eval()
 
     def with_policy(self, policy: FactoredRecurrentActorCritic) -> Self:
         return replace(self, policy=policy)

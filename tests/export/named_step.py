@@ -7,7 +7,7 @@ from torch import Tensor
 
 from export.manifest import Array, step_inputs, step_outputs
 from export.packed_step import StepOutput
-from export.step import PolicyStep
+from export.tamiyo_step import TamiyoStep
 from tests.export.gate_cases import Case
 from tests.loaded_step import TensorStep
 
@@ -24,7 +24,7 @@ class NamedStep(NamedTuple):
     """Its arrays are in the manifest's order; a head's columns are those of mask and noise."""
 
     case: Case
-    step: PolicyStep
+    step: TamiyoStep
     inputs: tuple[Array, ...]
     outputs: tuple[Array, ...]
 

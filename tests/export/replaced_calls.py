@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from export.manifest import Precision
 from export.packed_step import StepInput, StepOutput
-from export.step import PolicyStep
+from export.tamiyo_step import TamiyoStep
 
 Call = Callable[..., Any]
 Instead = Callable[..., Any]
@@ -74,7 +74,7 @@ class _Replacer(TorchFunctionMode):
         return self.instead(func, *args, **kwargs)
 
 
-def calls_of(step: PolicyStep, inputs: StepInput) -> list[Made]:
+def calls_of(step: TamiyoStep, inputs: StepInput) -> list[Made]:
     """Every call the step makes, in order."""
     recorder = _Recorder()
     with torch.inference_mode(), recorder:
@@ -83,7 +83,7 @@ def calls_of(step: PolicyStep, inputs: StepInput) -> list[Made]:
 
 
 def with_call_replaced(
-    step: PolicyStep, name: str, at: int, instead: Instead
+    step: TamiyoStep, name: str, at: int, instead: Instead
 ) -> Callable[..., StepOutput]:
     """The step with the `at`-th call of `name` replaced."""
 
@@ -97,7 +97,7 @@ def with_call_replaced(
     return replaced
 
 
-def near_calls(step: PolicyStep, precision: Precision) -> Iterator[tuple[str, str, int, Instead]]:
+def near_calls(step: TamiyoStep, precision: Precision) -> Iterator[tuple[str, str, int, Instead]]:
     """`(what is wrong, call, which, replacement)` for every call that has a near one."""
     for made in calls_of(step, step.example(2)):
         for what, instead in _near(made, precision):

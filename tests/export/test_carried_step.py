@@ -17,7 +17,7 @@ from export.loaders.protocol import LoadedStep
 from export.loaders.torch_step import TorchStep
 from export.manifest import step_inputs, step_outputs
 from export.process import plain_process
-from export.step import PolicyStep
+from export.tamiyo_step import TamiyoStep
 from export.weights import pack_weights, rebuild
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
@@ -73,7 +73,7 @@ def maker_of(policy: FactoredRecurrentActorCritic) -> EpisodeMaker:
 
 def right(policy: FactoredRecurrentActorCritic) -> LoadedStep:
     return TorchStep(
-        "right", PolicyStep(policy, None).eval(), step_inputs(SPEC), step_outputs(SPEC)
+        "right", TamiyoStep(policy, None).eval(), step_inputs(SPEC), step_outputs(SPEC)
     )
 
 
@@ -258,7 +258,7 @@ def test_steps_side_by_side_each_go_on_from_their_own_states(
     policy: FactoredRecurrentActorCritic,
 ) -> None:
     """One that drifts is blamed for it, and not the right one that runs before and after it."""
-    step = PolicyStep(policy, None).eval()
+    step = TamiyoStep(policy, None).eval()
 
     def drifting(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         action, log_prob, value, h, c, *extra = step(*inputs)

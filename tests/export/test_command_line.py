@@ -30,7 +30,7 @@ from export.loaders.torch_formats import load_torchscript
 from export.manifest import Manifest, Precision
 from export.options import PRESETS, chosen_formats
 from export.report import Report
-from export.step import PolicyStep
+from export.tamiyo_step import TamiyoStep
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from tests.golden import GOLDEN, golden_tensors, needs_golden
@@ -524,7 +524,7 @@ def test_format_that_differs_from_the_policy_is_exit_code_one(
 
     def write_another(source: StepSource) -> bytes:
         another = random_policy(PRESETS[tiny_preset](), seed=9)
-        return right.write(StepSource(PolicyStep(another, None).eval(), max_batch_size=64))
+        return right.write(StepSource(TamiyoStep(another, None).eval(), max_batch_size=64))
 
     monkeypatch.setitem(FORMATS, "torchscript", right._replace(write=write_another))
     with pytest.raises(SystemExit) as exit_:

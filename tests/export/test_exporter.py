@@ -35,7 +35,7 @@ from export.packed_step import StepOutput
 from export.parity import TOLERANCES
 from export.report import REPORT_FILE, REPORT_PAGE, Report
 from export.report_page import render
-from export.step import PolicyStep
+from export.tamiyo_step import TamiyoStep
 from export.weights import WEIGHTS_FILE
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
@@ -419,7 +419,7 @@ def test_older_artifact_stands_where_the_new_one_cannot_be_put_in_its_place(
     assert snapshot(old.parent) == before
 
 
-class Wrong(PolicyStep):
+class Wrong(TamiyoStep):
     """The step with values off by a thousandth."""
 
     def forward(  # type: ignore[override]

@@ -18,7 +18,7 @@ from export.loaders.machine import machine_capability
 from export.loaders.torch_warnings import torch_speaks_of_itself
 from export.manifest import Manifest, Source, step_inputs, step_outputs
 from export.parity import TOLERANCES
-from export.step import PolicyStep
+from export.tamiyo_step import TamiyoStep
 from model.checkpoint import load_checkpoint
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
@@ -192,7 +192,7 @@ def exported(content: bytes) -> torch.export.ExportedProgram:
 def test_a_step_is_written_as_it_evaluates_whatever_it_did_before(
     odd_policy: FactoredRecurrentActorCritic,
 ) -> None:
-    step = PolicyStep(odd_policy, None)
+    step = TamiyoStep(odd_policy, None)
     assert step.training
     assert not any(module.training for module in StepSource(step, 2).step.modules())
 
@@ -217,7 +217,7 @@ def test_onnx_is_checked_as_it_is_written(
     odd_policy: FactoredRecurrentActorCritic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Torch's exporter writes something else than ONNX here, as a release of it might."""
-    step, model = PolicyStep(odd_policy, None), onnx_model(size=4)
+    step, model = TamiyoStep(odd_policy, None), onnx_model(size=4)
     for name, array in step.packed().items():
         model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     monkeypatch.setattr("torch.onnx.export", lambda *_, **__: SimpleNamespace(model_proto=model))
@@ -232,7 +232,7 @@ def test_onnx_without_a_place_for_every_parameter_is_refused(
     right = SimpleNamespace(model_proto=onnx_model())
     monkeypatch.setattr("torch.onnx.export", lambda *_, **__: right)
     with pytest.raises(FormatError, match=r"^onnx cannot be had: its graph has no parameter '\w"):
-        FORMATS["onnx"].write(StepSource(PolicyStep(odd_policy, None), 2))
+        FORMATS["onnx"].write(StepSource(TamiyoStep(odd_policy, None), 2))
 
 
 @needs_golden

@@ -12,7 +12,7 @@ from export.loaders.torch_step import TorchStep
 from export.manifest import step_inputs, step_outputs, timed_sizes
 from export.measurement import measure_latency, row_difference
 from export.packed_step import StepOutput
-from export.step import PolicyStep
+from export.tamiyo_step import TamiyoStep
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 from tests.gate import gate_of
@@ -34,8 +34,8 @@ def judge(policy: FactoredRecurrentActorCritic, normalizer: ObservationNormalize
 
 
 @pytest.fixture
-def step(policy: FactoredRecurrentActorCritic, normalizer: ObservationNormalizer) -> PolicyStep:
-    return PolicyStep(policy, normalizer).eval()
+def step(policy: FactoredRecurrentActorCritic, normalizer: ObservationNormalizer) -> TamiyoStep:
+    return TamiyoStep(policy, normalizer).eval()
 
 
 def loaded(step: TensorStep, judge: Judge) -> LoadedStep:
@@ -53,14 +53,14 @@ def row_by_row(step: TensorStep) -> TensorStep:
     return one_at_a_time
 
 
-def test_rows_of_their_own_do_not_depend_on_their_batch(step: PolicyStep, judge: Judge) -> None:
+def test_rows_of_their_own_do_not_depend_on_their_batch(step: TamiyoStep, judge: Judge) -> None:
     found = row_difference(judge, loaded(row_by_row(step), judge), MAX_BATCH_SIZE)
     assert found == dict.fromkeys(SIZES, 0.0)
 
 
 @pytest.mark.parametrize("index", range(5))
 def test_row_that_depends_on_its_batch_is_found_in_every_output(
-    index: int, step: PolicyStep, judge: Judge
+    index: int, step: TamiyoStep, judge: Judge
 ) -> None:
     alone = row_by_row(step)
 
@@ -78,7 +78,7 @@ def test_row_that_depends_on_its_batch_is_found_in_every_output(
 
 
 def test_every_step_and_the_policy_itself_are_timed_at_every_timed_size(
-    step: PolicyStep, judge: Judge
+    step: TamiyoStep, judge: Judge
 ) -> None:
     timed = measure_latency(judge, {"packed": loaded(step, judge)}, MAX_BATCH_SIZE)
     assert timed.keys() == {"eager", "packed"}
@@ -87,7 +87,7 @@ def test_every_step_and_the_policy_itself_are_timed_at_every_timed_size(
 
 
 def test_the_policy_itself_is_timed_from_raw_observations_as_every_step_is(
-    step: PolicyStep, judge: Judge
+    step: TamiyoStep, judge: Judge
 ) -> None:
     assert judge.normalizer is not None
     calls: dict[str, int] = {"normaliser": 0, "policy": 0}

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from export.manifest import Parameter, Precision
 from export.parameters import Difference, described, first_difference, sha256, value_unit
-from export.step import PolicyStep
+from export.tamiyo_step import TamiyoStep
 from export.weights import pack, pack_weights
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
@@ -151,7 +151,7 @@ def test_a_learner_that_goes_on_changes_nothing_that_was_packed(precision: Preci
     policy, normalizer = fresh(small_v1()).train(), statistics(21)
     weights = pack_weights(policy, normalizer)
     parameters = packed(policy, normalizer, precision)
-    step = PolicyStep(policy, normalizer, precision)
+    step = TamiyoStep(policy, normalizer, precision)
     before = copy.deepcopy(parameters)
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
     for parameter in policy.parameters():
@@ -168,7 +168,7 @@ def test_a_learner_that_goes_on_changes_nothing_that_was_packed(precision: Preci
 
 
 def test_a_packed_array_is_nobody_elses() -> None:
-    step = PolicyStep(fresh(small_v1()), None)
+    step = TamiyoStep(fresh(small_v1()), None)
     for array in step.packed().values():
         array[...] = 7
     assert all(not (array == 7).all() for array in step.packed().values())

@@ -15,7 +15,7 @@ from export.comparison import ParityError
 from export.episodes import ROWS, STEPS
 from export.packed_step import StepOutput
 from export.parity import TOLERANCES, Gate
-from export.step import PolicyStep
+from export.tamiyo_step import TamiyoStep
 from model.heads import HeadTable
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
@@ -48,8 +48,8 @@ def gate(policy: FactoredRecurrentActorCritic, normalizer: ObservationNormalizer
 
 
 @pytest.fixture(scope="module")
-def step(policy: FactoredRecurrentActorCritic, normalizer: ObservationNormalizer) -> PolicyStep:
-    return PolicyStep(policy, normalizer).eval()
+def step(policy: FactoredRecurrentActorCritic, normalizer: ObservationNormalizer) -> TamiyoStep:
+    return TamiyoStep(policy, normalizer).eval()
 
 
 def with_output(step: TensorStep, index: int, change: Callable[[Tensor], Tensor]) -> TensorStep:
@@ -78,7 +78,7 @@ def passes(gate: Gate, step: TensorStep) -> bool:
     return True
 
 
-def test_correct_step_passes_with_every_decision_equal(step: PolicyStep, gate: Gate) -> None:
+def test_correct_step_passes_with_every_decision_equal(step: TamiyoStep, gate: Gate) -> None:
     parity = judged(gate, step).summary()
     assert parity.rows == ROWS * STEPS
     assert parity.action_agreement == 1.0
@@ -87,7 +87,7 @@ def test_correct_step_passes_with_every_decision_equal(step: PolicyStep, gate: G
     assert max(parity.max_error.values()) < ATOL
 
 
-def test_comparison_is_the_same_each_time(step: PolicyStep, gate: Gate) -> None:
+def test_comparison_is_the_same_each_time(step: TamiyoStep, gate: Gate) -> None:
     one, other = judged(gate, step), judged(gate, step)
     assert one.summary() == other.summary()
     assert one.error_by_step == other.error_by_step
@@ -104,7 +104,7 @@ def swapped_heads(step: TensorStep, heads: HeadTable) -> TensorStep:
 
 def style_rule_ignored(step: TensorStep, heads: HeadTable) -> TensorStep:
     changed = copy.deepcopy(step)
-    assert isinstance(changed, PolicyStep)
+    assert isinstance(changed, TamiyoStep)
     changed.heads.relevance.fill_(True)
     return changed
 
@@ -220,7 +220,7 @@ def rows_reversed(step: TensorStep, heads: HeadTable) -> TensorStep:
         (rows_reversed, r"state_h_out\["),
     ],
 )
-def test_fault_is_stopped_and_named(fault: Fault, named: str, step: PolicyStep, gate: Gate) -> None:
+def test_fault_is_stopped_and_named(fault: Fault, named: str, step: TamiyoStep, gate: Gate) -> None:
     wrong = fault(step, gate.judge.heads)
     with pytest.raises(ParityError, match=rf"^it differs from the policy: {named}") as stopped:
         judged(gate, wrong)
@@ -229,7 +229,7 @@ def test_fault_is_stopped_and_named(fault: Fault, named: str, step: PolicyStep, 
 
 
 def test_normaliser_of_another_policy_is_stopped(
-    policy: FactoredRecurrentActorCritic, normalizer: ObservationNormalizer, step: PolicyStep
+    policy: FactoredRecurrentActorCritic, normalizer: ObservationNormalizer, step: TamiyoStep
 ) -> None:
     shifted = ObservationNormalizer(normalizer.mean + 1e-2, normalizer.var)
     for own in (None, shifted):
@@ -238,9 +238,9 @@ def test_normaliser_of_another_policy_is_stopped(
 
 
 def test_forgotten_clip_of_the_normaliser_is_stopped(
-    policy: FactoredRecurrentActorCritic, step: PolicyStep, gate: Gate
+    policy: FactoredRecurrentActorCritic, step: TamiyoStep, gate: Gate
 ) -> None:
-    unclipped = PolicyStep(policy, None).eval()
+    unclipped = TamiyoStep(policy, None).eval()
     mean, scale = step.features.mean, step.features.scale
     assert mean is not None
     assert scale is not None
@@ -260,7 +260,7 @@ def test_wrong_epsilon_of_the_normaliser_is_stopped(
     var = normalizer.var.clone()
     var[0] = 0.0
     constant = ObservationNormalizer(normalizer.mean, var)
-    step = PolicyStep(policy, constant).eval()
+    step = TamiyoStep(policy, constant).eval()
     gate = gate_of(policy, constant, max_batch_size=MAX_BATCH_SIZE)
     assert passes(gate, step)
     assert step.features.scale is not None
@@ -272,7 +272,7 @@ def test_wrong_epsilon_of_the_normaliser_is_stopped(
 @pytest.mark.parametrize("index", [LOG_PROB, VALUE, STATE_H, STATE_C])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_output_that_is_not_finite_is_stopped_and_named(
-    index: int, value: float, step: PolicyStep, gate: Gate
+    index: int, value: float, step: TamiyoStep, gate: Gate
 ) -> None:
     faulty = with_output(step, index, lambda output: with_row(output, -1, value))
     named = rf": {OUTPUTS[index]}\[\d.*\] is (nan|-?inf), expected -?\d"
@@ -280,7 +280,7 @@ def test_output_that_is_not_finite_is_stopped_and_named(
         judged(gate, faulty)
 
 
-def test_fault_in_one_row_of_the_very_last_call_is_stopped(step: PolicyStep, gate: Gate) -> None:
+def test_fault_in_one_row_of_the_very_last_call_is_stopped(step: TamiyoStep, gate: Gate) -> None:
     sizes: list[int] = []
 
     def counted(*inputs: Tensor) -> StepOutput:
@@ -317,7 +317,7 @@ def test_fault_in_one_row_of_the_very_last_call_is_stopped(step: PolicyStep, gat
     ],
 )
 def test_wrong_dtype_is_stopped_and_named(
-    index: int, dtype: torch.dtype, step: PolicyStep, gate: Gate
+    index: int, dtype: torch.dtype, step: TamiyoStep, gate: Gate
 ) -> None:
     faulty = with_output(step, index, lambda output: output.to(dtype))
     got = str(dtype).removeprefix("torch.")
@@ -329,7 +329,7 @@ def test_wrong_dtype_is_stopped_and_named(
 
 
 @pytest.mark.parametrize("index", range(5))
-def test_wrong_shape_is_stopped_and_named(index: int, step: PolicyStep, gate: Gate) -> None:
+def test_wrong_shape_is_stopped_and_named(index: int, step: TamiyoStep, gate: Gate) -> None:
     """One dimension too many broadcasts against what is expected, and would compare as equal."""
     faulty = with_output(step, index, lambda output: output.unsqueeze(0))
     named = rf": the step fails: output '{OUTPUTS[index]}' is \w+ \[1, \d+.*\], expected"
@@ -337,7 +337,7 @@ def test_wrong_shape_is_stopped_and_named(index: int, step: PolicyStep, gate: Ga
         judged(gate, faulty)
 
 
-def test_rows_that_are_left_out_are_missed(step: PolicyStep, gate: Gate) -> None:
+def test_rows_that_are_left_out_are_missed(step: TamiyoStep, gate: Gate) -> None:
     def cut(*inputs: Tensor) -> StepOutput:
         action, log_prob, value, h, c = (output[:2] for output in step(*inputs))
         return action, log_prob, value, h, c
@@ -346,7 +346,7 @@ def test_rows_that_are_left_out_are_missed(step: PolicyStep, gate: Gate) -> None
         judged(gate, cut)
 
 
-def test_step_that_fails_is_stopped(step: PolicyStep, gate: Gate) -> None:
+def test_step_that_fails_is_stopped(step: TamiyoStep, gate: Gate) -> None:
     """As one does whose export took the example's two rows for a constant."""
 
     def of_two_rows(*inputs: Tensor) -> StepOutput:
@@ -358,7 +358,7 @@ def test_step_that_fails_is_stopped(step: PolicyStep, gate: Gate) -> None:
 
 
 def test_step_that_writes_to_an_input_is_stopped_and_the_input_named(
-    step: PolicyStep, gate: Gate
+    step: TamiyoStep, gate: Gate
 ) -> None:
     def centring(*inputs: Tensor) -> StepOutput:
         outputs: StepOutput = step(*inputs)
@@ -370,7 +370,7 @@ def test_step_that_writes_to_an_input_is_stopped_and_the_input_named(
 
 
 @pytest.mark.parametrize("choice", [-1, 13])
-def test_action_outside_its_head_is_stopped(choice: int, step: PolicyStep, gate: Gate) -> None:
+def test_action_outside_its_head_is_stopped(choice: int, step: TamiyoStep, gate: Gate) -> None:
     faulty = with_output(step, ACTION, lambda action: with_row(action, -1, choice))
     with pytest.raises(ParityError, match="action is outside its head"):
         judged(gate, faulty)
@@ -384,7 +384,7 @@ def test_any_weight_tensor_off_by_a_thousandth_is_stopped(
         off = copy.deepcopy(policy)
         with torch.no_grad():
             off.get_parameter(name).mul_(1.001)
-        if passes(gate, PolicyStep(off, normalizer)):
+        if passes(gate, TamiyoStep(off, normalizer)):
             unnoticed.append(name)
     assert unnoticed == []
 
@@ -414,7 +414,7 @@ def test_tie_may_be_broken_either_way(head: str, policy: FactoredRecurrentActorC
     """A tie between ops too: what it forces follows the op that was taken."""
     one_way, other_way = (nudged(tied(policy, head), head, by) for by in (-NUDGE, NUDGE))
     gate = gate_of(one_way, max_batch_size=MAX_BATCH_SIZE)
-    parity = judged(gate, PolicyStep(other_way, None)).summary()
+    parity = judged(gate, TamiyoStep(other_way, None)).summary()
     assert 0.9 < parity.action_agreement < 1.0
     assert parity.greedy_agreement < parity.action_agreement  # noise decides a tie
 
@@ -426,9 +426,9 @@ def test_choice_worse_by_more_than_the_tolerance_is_stopped(
     even = tied(policy, head)
     heads = policy.heads
     index = heads.names.index(head)
-    other_way = PolicyStep(nudged(even, head, NUDGE), None)
+    other_way = TamiyoStep(nudged(even, head, NUDGE), None)
     worse = nudged(even, head, -1.1 * ATOL)
-    right = PolicyStep(worse, None)
+    right = TamiyoStep(worse, None)
 
     def right_but_for_the_action(*inputs: Tensor) -> StepOutput:
         action = other_way(*inputs)[ACTION]
@@ -460,12 +460,12 @@ def test_tie_turned_is_no_worse_decision(policy: FactoredRecurrentActorCritic) -
     """Bit for bit a tie: whichever way it is broken, nothing is lost."""
     even = tied(policy, "tempo")
     gate = gate_of(even, max_batch_size=MAX_BATCH_SIZE)
-    run = judged(gate, ties_turned(PolicyStep(even, None).eval(), even.heads, "tempo", 0.9))
+    run = judged(gate, ties_turned(TamiyoStep(even, None).eval(), even.heads, "tempo", 0.9))
     assert run.greedy_agreement < 0.99
     assert run.worse == 0
 
 
-def test_decisions_count_where_there_is_something_to_decide(step: PolicyStep, gate: Gate) -> None:
+def test_decisions_count_where_there_is_something_to_decide(step: TamiyoStep, gate: Gate) -> None:
     """Not in a head that does not matter, nor with a lone choice, nor where noise points at one or
     is alike for all."""
     heads, counts = gate.judge.heads, {"free": 0, "greedy": 0}
@@ -488,7 +488,7 @@ def test_decisions_count_where_there_is_something_to_decide(step: PolicyStep, ga
     assert 0 < run.greedy_free < run.free < run.rows * len(heads.names)
 
 
-def test_mean_error_is_that_of_all_rows(step: PolicyStep, gate: Gate) -> None:
+def test_mean_error_is_that_of_all_rows(step: TamiyoStep, gate: Gate) -> None:
     errors: list[Tensor] = []
     weight = TOLERANCES["fp32"].rtol / ATOL
 
@@ -504,7 +504,7 @@ def test_mean_error_is_that_of_all_rows(step: PolicyStep, gate: Gate) -> None:
 
 
 def test_every_row_of_a_batch_beyond_256_is_judged(policy: FactoredRecurrentActorCritic) -> None:
-    step, sizes = PolicyStep(policy, None).eval(), []
+    step, sizes = TamiyoStep(policy, None).eval(), []
 
     def counted(*inputs: Tensor) -> StepOutput:
         sizes.append(len(inputs[0]))
@@ -524,7 +524,7 @@ def test_in_bf16_enough_greedy_actions_must_be_the_policys_own(
     """Each is as good as the policy's own; that so many are others is not rounding."""
     even = tied(policy, "tempo")
     gate = gate_of(even, precision="bf16", max_batch_size=MAX_BATCH_SIZE)
-    step = ties_turned(PolicyStep(even, None, "bf16").eval(), even.heads, "tempo", share)
+    step = ties_turned(TamiyoStep(even, None, "bf16").eval(), even.heads, "tempo", share)
     if is_enough:
         assert 0.998 <= judged(gate, step).greedy_agreement < 1.0
     else:
@@ -540,7 +540,7 @@ def test_in_bf16_few_choices_may_be_worse_than_the_policys_own(
     sums makes so many, nor their log-probs so far off."""
     worse = nudged(tied(policy, "tempo"), "tempo", -0.03)
     gate = gate_of(worse, precision="bf16", max_batch_size=MAX_BATCH_SIZE)
-    step = PolicyStep(worse, None, "bf16").eval()
+    step = TamiyoStep(worse, None, "bf16").eval()
     judged(gate, step)
     with pytest.raises(ParityError, match=r"decisions are worse|off in the mean"):
         judged(gate, ties_turned(step, worse.heads, "tempo", 0.015))
@@ -550,7 +550,7 @@ def test_in_bf16_few_choices_may_be_worse_than_the_policys_own(
 def test_what_bf16_may_be_off_by_is_too_much_in_fp32(
     policy: FactoredRecurrentActorCritic,
 ) -> None:
-    rounded = PolicyStep(policy, None, "bf16").eval()
+    rounded = TamiyoStep(policy, None, "bf16").eval()
     judged(gate_of(policy, precision="bf16", max_batch_size=MAX_BATCH_SIZE), rounded)
     with pytest.raises(ParityError):
         judged(gate_of(policy, max_batch_size=MAX_BATCH_SIZE), rounded)

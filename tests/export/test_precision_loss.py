@@ -13,7 +13,7 @@ from export.exporter import export_policy
 from export.manifest import MANIFEST_FILE, Manifest, Precision
 from export.parity import Gate
 from export.report import Report
-from export.step import PolicyStep
+from export.tamiyo_step import TamiyoStep
 from model.policy import FactoredRecurrentActorCritic
 from tests.export.gate_cases import case_of, small_v1, statistics, trained
 from tests.gate import gate_of, judged
@@ -45,7 +45,7 @@ def sensitive(policy: FactoredRecurrentActorCritic) -> FactoredRecurrentActorCri
 
 
 def right(policy: FactoredRecurrentActorCritic, precision: Precision) -> TensorStep:
-    return PolicyStep(policy, None, precision).eval()
+    return TamiyoStep(policy, None, precision).eval()
 
 
 def test_policy_whose_values_bf16_rounds_away_is_refused_in_a_sentence(
@@ -131,7 +131,7 @@ def test_artifact_in_float32_has_nothing_to_say_of_it(exported: dict[Precision, 
 
 
 @pytest.fixture(scope="module")
-def recorded() -> tuple[Gate, PolicyStep]:
+def recorded() -> tuple[Gate, TamiyoStep]:
     """V2 as it was trained, and its step in bf16."""
     case = case_of("v2 recorded in bf16")
     gate = gate_of(case.policy, case.normalizer, precision="bf16", max_batch_size=LARGEST)
@@ -139,13 +139,13 @@ def recorded() -> tuple[Gate, PolicyStep]:
 
 
 @needs_golden
-def test_recorded_policy_passes_in_bf16(recorded: tuple[Gate, PolicyStep]) -> None:
+def test_recorded_policy_passes_in_bf16(recorded: tuple[Gate, TamiyoStep]) -> None:
     judged(*recorded)
 
 
 @needs_golden
 def test_recorded_policy_without_its_blueprints_is_stopped(
-    recorded: tuple[Gate, PolicyStep],
+    recorded: tuple[Gate, TamiyoStep],
 ) -> None:
     gate, step = recorded
 
@@ -162,7 +162,7 @@ def test_recorded_policy_without_its_blueprints_is_stopped(
 
 @needs_golden
 def test_recorded_policy_with_log_probs_a_little_too_high_is_stopped(
-    recorded: tuple[Gate, PolicyStep],
+    recorded: tuple[Gate, TamiyoStep],
 ) -> None:
     """In every head that is free: 0.72 of what a learner would add up."""
     gate, step = recorded
@@ -178,7 +178,7 @@ def test_recorded_policy_with_log_probs_a_little_too_high_is_stopped(
 @needs_golden
 @pytest.mark.parametrize("factor", [0.5, 1.5])
 def test_recorded_policy_with_ops_more_or_less_decided_is_stopped(
-    recorded: tuple[Gate, PolicyStep], factor: float
+    recorded: tuple[Gate, TamiyoStep], factor: float
 ) -> None:
     gate, _ = recorded
     case = case_of("v2 recorded in bf16")

@@ -17,7 +17,7 @@ from export.loaders.machine import machine_capability
 from export.loaders.protocol import RenewableStep
 from export.loaders.torch_warnings import torch_speaks_of_itself
 from export.manifest import ArtifactError, Precision, step_inputs, step_outputs
-from export.step import PolicyStep
+from export.tamiyo_step import TamiyoStep
 from export.weights import pack, pack_weights
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
@@ -96,7 +96,7 @@ def normalizer_of(name: str, seed: int) -> ObservationNormalizer | None:
 
 @cache
 def written(format_name: str, name: str, seed: int) -> bytes:
-    step = PolicyStep(policy_of(name, seed), normalizer_of(name, seed), CASES[name].precision)
+    step = TamiyoStep(policy_of(name, seed), normalizer_of(name, seed), CASES[name].precision)
     return FORMATS[format_name].write(StepSource(step, max(NUM_ROWS)))
 
 
@@ -241,7 +241,7 @@ def test_a_parameter_that_a_file_has_not_is_named(format_name: str) -> None:
 def test_a_file_frozen_by_an_earlier_release_runs_and_takes_no_parameters() -> None:
     """Its TorchScript had become one graph of constants before it was written."""
     case = CASES["v1"]
-    step = PolicyStep(policy_of("v1", 1), None).eval()
+    step = TamiyoStep(policy_of("v1", 1), None).eval()
     content = io.BytesIO()
     with torch.no_grad(), torch_speaks_of_itself():
         traced = torch.jit.trace(step, step.example(batch_size=2))  # type: ignore[no-untyped-call]

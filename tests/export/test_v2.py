@@ -19,13 +19,13 @@ from export.loaders.load import RUNTIME_OF
 from export.manifest import Manifest, Precision
 from export.packed_step import StepInput, StepOutput
 from export.parity import Gate
-from export.step import PolicyStep
+from export.tamiyo_step import TamiyoStep
 from export.verify import verify_artifact
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PROBABILITY_FLOORS_V2, PolicySpec
 from model.step_spec import SLOT_BY_OP
-from tests.export.test_step import exported_program, impurities, program_operators
+from tests.export.test_tamiyo_step import exported_program, impurities, program_operators
 from tests.gate import gate_of, judged
 from tests.golden import GOLDEN, golden_json, golden_tensors, needs_golden
 from tests.loaded_step import TensorStep, load_from, run_step
@@ -194,7 +194,7 @@ def test_in_bf16_every_format_that_has_it_passes_the_gate_and_verifies(
 @pytest.mark.parametrize("name", ["q_value", "contribution"])
 def test_a_wrong_output_of_the_critic_is_stopped_and_named(name: str) -> None:
     policy = random_policy(spec_of(extra_outputs=(name,)))
-    step = PolicyStep(policy, None).eval()
+    step = TamiyoStep(policy, None).eval()
     gate = gate_of(policy, max_batch_size=GATE_BATCH_SIZE)
     judged(gate, step)
 
@@ -206,11 +206,11 @@ def test_a_wrong_output_of_the_critic_is_stopped_and_named(name: str) -> None:
         judged(gate, off)
 
 
-def scaled(precision: Precision, value_scale: float) -> tuple[PolicyStep, Gate]:
+def scaled(precision: Precision, value_scale: float) -> tuple[TamiyoStep, Gate]:
     spec = spec_of(num_layers=1).model_copy(update={"value_scale": value_scale})
     policy = random_policy(spec)
     gate = gate_of(policy, precision=precision, max_batch_size=GATE_BATCH_SIZE)
-    return PolicyStep(policy, None, precision).eval(), gate
+    return TamiyoStep(policy, None, precision).eval(), gate
 
 
 @pytest.mark.parametrize("precision", [pytest.param("bf16", marks=needs_bf16), "fp32"])
@@ -237,7 +237,7 @@ def test_a_step_that_stumbles_over_ops_without_a_slot_is_stopped(
     policy: FactoredRecurrentActorCritic,
 ) -> None:
     """As environments send them: the row of an op that is not allowed is empty."""
-    step = PolicyStep(policy, None).eval()
+    step = TamiyoStep(policy, None).eval()
 
     def stumbling(*inputs: Tensor) -> StepOutput:
         action, *others = step(*inputs)
@@ -249,14 +249,14 @@ def test_a_step_that_stumbles_over_ops_without_a_slot_is_stopped(
 
 
 def test_a_step_with_an_output_less_is_stopped(policy: FactoredRecurrentActorCritic) -> None:
-    step = PolicyStep(policy, None).eval()
+    step = TamiyoStep(policy, None).eval()
     gate = gate_of(policy, max_batch_size=GATE_BATCH_SIZE)
     with pytest.raises(ParityError, match="output 6 is missing, expected 'contribution'"):
         judged(gate, lambda *inputs: step(*inputs)[:-1])
 
 
 def test_a_step_with_an_output_more_is_stopped(policy: FactoredRecurrentActorCritic) -> None:
-    step = PolicyStep(policy, None).eval()
+    step = TamiyoStep(policy, None).eval()
 
     def generous(*inputs: Tensor) -> StepOutput:
         outputs: StepOutput = step(*inputs)
@@ -271,23 +271,23 @@ def test_a_deeper_head_goes_with_a_plain_critic_too() -> None:
     document = PolicySpec.tamiyo_v1(observation_dim=7, feature_dim=12, hidden_dim=10).model_dump()
     document["heads"][1]["hidden_layers"] = 2
     policy = random_policy(PolicySpec.model_validate(document))
-    judged(gate_of(policy, max_batch_size=GATE_BATCH_SIZE), PolicyStep(policy, None).eval())
+    judged(gate_of(policy, max_batch_size=GATE_BATCH_SIZE), TamiyoStep(policy, None).eval())
 
 
 def test_what_is_not_asked_for_is_not_in_the_graph() -> None:
     """As many products as the heads, the recurrence and V(s) take."""
-    plain = PolicyStep(random_policy(spec_of(extra_outputs=())), None)
+    plain = TamiyoStep(random_policy(spec_of(extra_outputs=())), None)
     with_q = random_policy(spec_of(extra_outputs=("q_value",)))
 
-    def products(step: PolicyStep) -> int:
+    def products(step: TamiyoStep) -> int:
         graph = StepSource(step.eval(), 4).program.graph
         return sum(str(node.target) == "aten.linear.default" for node in graph.nodes)
 
-    assert products(PolicyStep(with_q, None)) == products(plain) + 4
+    assert products(TamiyoStep(with_q, None)) == products(plain) + 4
 
 
 def test_the_graph_copies_nothing_and_draws_nothing(policy: FactoredRecurrentActorCritic) -> None:
-    step = PolicyStep(policy, None).eval()
+    step = TamiyoStep(policy, None).eval()
     operators = program_operators(exported_program(step, step.example(2)))
     assert {"aten.linear.default", "aten.argmax.default"} <= operators
     assert impurities(operators) == set()
@@ -307,7 +307,7 @@ def without_its_scale(policy: FactoredRecurrentActorCritic) -> TensorStep:
         policy.spec.model_copy(update={"value_scale": 1.0})
     ).eval()
     unscaled.load_state_dict(policy.state_dict())
-    return PolicyStep(unscaled, None).eval()
+    return TamiyoStep(unscaled, None).eval()
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_a_step_that_forgets_what_v2_adds_is_stopped(
     named: str,
 ) -> None:
     gate = gate_of(policy, max_batch_size=GATE_BATCH_SIZE)
-    step = PolicyStep(policy, None).eval()
+    step = TamiyoStep(policy, None).eval()
     judged(gate, step)
     with pytest.raises(ParityError, match=named):
         judged(gate, make(step, policy))
@@ -344,7 +344,7 @@ def test_a_step_that_forgets_what_v2_adds_is_stopped(
 def test_a_step_with_other_floors_is_stopped(floors: bool) -> None:
     one, other = (random_policy(spec_of(floors=each)) for each in (floors, not floors))
     with pytest.raises(ParityError, match=r"action of head|log_prob"):
-        judged(gate_of(one, max_batch_size=GATE_BATCH_SIZE), PolicyStep(other, None).eval())
+        judged(gate_of(one, max_batch_size=GATE_BATCH_SIZE), TamiyoStep(other, None).eval())
 
 
 def test_a_choice_near_its_floor_is_judged_too() -> None:
@@ -353,7 +353,7 @@ def test_a_choice_near_its_floor_is_judged_too() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         undecided = FactoredRecurrentActorCritic(spec).eval()  # of 6 ops each has about 1/6
-    step = PolicyStep(undecided, None, "bf16").eval()
+    step = TamiyoStep(undecided, None, "bf16").eval()
     gate = gate_of(undecided, precision="bf16", max_batch_size=GATE_BATCH_SIZE)
     judged(gate, step)
     op = spec.op_index
@@ -376,7 +376,7 @@ def test_a_choice_a_little_above_its_floor_is_not_on_it() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         policy = FactoredRecurrentActorCritic(spec).eval()
-    step, op, floor = PolicyStep(policy, None).eval(), spec.op_index, math.log(0.165)
+    step, op, floor = TamiyoStep(policy, None).eval(), spec.op_index, math.log(0.165)
     gate = gate_of(policy, max_batch_size=GATE_BATCH_SIZE)
     judged(gate, step)
 
@@ -409,7 +409,7 @@ def test_recorded_steps_are_taken_again_from_every_file(format_name: str, suffix
         {name: w if w.dtype == torch.int64 else w.float() for name, w in weights.items()}
     )
     written = FORMATS[format_name]
-    content = written.write(StepSource(PolicyStep(policy, None).eval(), 64))
+    content = written.write(StepSource(TamiyoStep(policy, None).eval(), 64))
     step = partial(run_step, loaded(content, RUNTIME_OF[format_name], spec), spec)
 
     recorded = golden_tensors("io_v2_a")

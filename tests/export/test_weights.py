@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from export.exporter import export_policy
 from export.families import family_of
 from export.manifest import ArtifactError
-from export.step import PolicyStep
+from export.tamiyo_step import TamiyoStep
 from export.weights import NORMALIZER_PREFIX, WEIGHTS_FILE, pack_weights, rebuild
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
@@ -187,7 +187,7 @@ def test_step_of_a_policy_that_was_cast_has_its_specs_floors_whoever_packs_it(
 ) -> None:
     gate = gate_of(floored.half().float(), max_batch_size=64)
     with torch.inference_mode():
-        judged(gate, PolicyStep(floored, None).eval())
+        judged(gate, TamiyoStep(floored, None).eval())
 
 
 def test_normaliser_in_float64_is_packed_in_float32(
@@ -209,7 +209,7 @@ def test_normaliser_is_beside_the_policy_under_a_prefix(
 def test_packed_step_shares_no_memory_with_its_policy(
     policy: FactoredRecurrentActorCritic, normalizer: ObservationNormalizer
 ) -> None:
-    step = PolicyStep(policy, normalizer)
+    step = TamiyoStep(policy, normalizer)
     assert memory_of(step).isdisjoint(memory_of(policy) | memory_of(normalizer))
 
 
@@ -232,7 +232,7 @@ def overwrite(module: nn.Module) -> None:
 def test_step_answers_as_before_once_its_policy_is_overwritten(
     policy: FactoredRecurrentActorCritic, normalizer: ObservationNormalizer
 ) -> None:
-    step = PolicyStep(policy, normalizer).eval()
+    step = TamiyoStep(policy, normalizer).eval()
     inputs = step.example(batch_size=3)
     before = step(*inputs)
     overwrite(policy)
@@ -270,7 +270,7 @@ def test_policy_that_is_overwritten_during_its_export_is_exported_as_it_was(
 def test_torchs_random_numbers_are_left_alone(policy: FactoredRecurrentActorCritic) -> None:
     before = torch.get_rng_state()
     rebuild(pack_weights(policy, None), policy.spec, CPU)
-    PolicyStep(policy, None)
+    TamiyoStep(policy, None)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from export.packed_step import StepOutput
-from export.step import PolicyStep
+from export.tamiyo_step import TamiyoStep
 from model.policy import FactoredRecurrentActorCritic
 from tests.export.gate_cases import Case
 from tests.export.named_step import Change, Make
@@ -37,14 +37,14 @@ def wrong_arrays(case: Case) -> Iterator[tuple[str, Make]]:
     yield from _wrong_statistics(case)
 
 
-def _arrays_read(step: PolicyStep) -> dict[str, Tensor]:
+def _arrays_read(step: TamiyoStep) -> dict[str, Tensor]:
     """The parameters and buffers that are arguments of some call; packing alone reads the rest."""
     read = {id(x) for call in calls_of(step, step.example(2)) for x in call.tensors()}
     arrays = {**dict(step.named_parameters()), **dict(step.named_buffers())}
     return {name: array for name, array in arrays.items() if id(array) in read}
 
 
-def _with_arrays(step: PolicyStep, arrays: dict[str, Tensor]) -> TensorStep:
+def _with_arrays(step: TamiyoStep, arrays: dict[str, Tensor]) -> TensorStep:
     """The step with these in place of its own; the step itself stays as it is."""
 
     def run(*inputs: Tensor) -> StepOutput:
@@ -54,7 +54,7 @@ def _with_arrays(step: PolicyStep, arrays: dict[str, Tensor]) -> TensorStep:
     return run
 
 
-def _wrong_packed(step: PolicyStep, arrays: dict[str, Tensor]) -> Iterator[tuple[str, Make]]:
+def _wrong_packed(step: TamiyoStep, arrays: dict[str, Tensor]) -> Iterator[tuple[str, Make]]:
     for name, array in arrays.items():
         for what, change in _changes(array):
             changed = change(array)
@@ -102,7 +102,7 @@ def _off_by_one(at: int) -> Change:
     return off
 
 
-def _swapped(step: PolicyStep, arrays: dict[str, Tensor]) -> Iterator[tuple[str, Make]]:
+def _swapped(step: TamiyoStep, arrays: dict[str, Tensor]) -> Iterator[tuple[str, Make]]:
     for (one, a), (other, b) in combinations(arrays.items(), 2):
         if a.shape == b.shape and a.dtype == b.dtype and not torch.equal(a, b):
             yield f"{one} and {other} swapped", partial(_with_arrays, step, {one: b, other: a})
@@ -135,11 +135,11 @@ def _raised(at: int, amount: float) -> Change:
 
 
 @torch.no_grad()
-def _packed(case: Case, change: Callable[[FactoredRecurrentActorCritic], None]) -> PolicyStep:
+def _packed(case: Case, change: Callable[[FactoredRecurrentActorCritic], None]) -> TamiyoStep:
     """Packed from a changed copy of the policy."""
     policy = copy.deepcopy(case.policy)
     change(policy)
-    return PolicyStep(policy, case.normalizer, case.precision).eval()
+    return TamiyoStep(policy, case.normalizer, case.precision).eval()
 
 
 def _packed_from(case: Case, name: str, change: Change) -> Make:

@@ -13,7 +13,7 @@ from export.loaders.load import FORMAT_OF, RUNTIME_OF, load_step
 from export.loaders.protocol import LoadedStep
 from export.loaders.torch_warnings import torch_speaks_of_itself
 from export.manifest import Array, ArtifactError, Device, FormatFile, step_inputs, step_outputs
-from export.step import PolicyStep
+from export.tamiyo_step import TamiyoStep
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from tests.loaded_step import allocated, load
@@ -30,7 +30,7 @@ Change = Callable[[Arrays], Arrays]
 @pytest.fixture(scope="module")
 def files(policy: FactoredRecurrentActorCritic) -> dict[str, bytes]:
     """Each format's content."""
-    source = StepSource(PolicyStep(policy, None), max_batch_size=8)
+    source = StepSource(TamiyoStep(policy, None), max_batch_size=8)
     return {name: written.write(source) for name, written in FORMATS.items()}
 
 

@@ -6,7 +6,7 @@ import pytest
 from export.formats import FORMATS, StepSource
 from export.loaders.onnx import OnnxStep
 from export.manifest import ArtifactError, Device, step_inputs, step_outputs
-from export.step import PolicyStep
+from export.tamiyo_step import TamiyoStep
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from tests.loaded_step import allocated
@@ -14,7 +14,7 @@ from tests.loaded_step import allocated
 
 @pytest.fixture(scope="module")
 def content(policy: FactoredRecurrentActorCritic) -> bytes:
-    return FORMATS["onnx"].write(StepSource(PolicyStep(policy, None), max_batch_size=8))
+    return FORMATS["onnx"].write(StepSource(TamiyoStep(policy, None), max_batch_size=8))
 
 
 def load(content: bytes, spec: PolicySpec, device: Device) -> OnnxStep:

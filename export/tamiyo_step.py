@@ -28,7 +28,7 @@ from model.recurrence import LSTM, ResidualLSTM, State, cell_update
 from model.spec import PolicySpec
 
 
-class PolicyStep(PackedStep):
+class TamiyoStep(PackedStep):
     """A Tamiyo's."""
 
     spec: PolicySpec

@@ -14,7 +14,7 @@ from export.formats import FORMATS, StepSource
 from export.loaders.torch_formats import load_torchscript
 from export.manifest import step_inputs, step_outputs
 from export.packed_step import StepInput, StepOutput
-from export.step import PolicyStep
+from export.tamiyo_step import TamiyoStep
 from model.normalizer import ObservationNormalizer
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
@@ -101,7 +101,7 @@ def random_step_input(spec: PolicySpec, rng: np.random.Generator, batch_size: in
     return step_input(spec, rows, torch.from_numpy(h), torch.from_numpy(c))
 
 
-def written_and_loaded(step: PolicyStep) -> TensorStep:
+def written_and_loaded(step: TamiyoStep) -> TensorStep:
     """The step by way of a frozen TorchScript file."""
     content = FORMATS["torchscript"].write(StepSource(step, max_batch_size=512))
     return load_torchscript(content, "cpu").call
@@ -134,8 +134,8 @@ def assert_agrees(got: StepOutput, expected: NaiveStep, clear: NDArray[np.bool_]
 
 
 @pytest.fixture
-def step(policy: FactoredRecurrentActorCritic) -> PolicyStep:
-    return PolicyStep(policy, None).eval()
+def step(policy: FactoredRecurrentActorCritic) -> TamiyoStep:
+    return TamiyoStep(policy, None).eval()
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def scripted(
     spec: PolicySpec,
     policy: FactoredRecurrentActorCritic,
 ) -> TensorStep:
-    return written_and_loaded(PolicyStep(policy, None).eval())
+    return written_and_loaded(TamiyoStep(policy, None).eval())
 
 
 @pytest.mark.parametrize("normalized", [False, True], ids=["bare", "normalised"])
@@ -158,7 +158,7 @@ def test_step_does_what_the_naive_policy_and_get_action_do(
     )
     policy = random_policy(spec, seed=num_slots)
     normalizer = random_normalizer(spec, rng) if normalized else None
-    step = PolicyStep(policy, normalizer).eval()
+    step = TamiyoStep(policy, normalizer).eval()
     statistics = () if normalizer is None else (normalizer.mean.numpy(), normalizer.var.numpy())
     naive = NaivePolicy(spec, weights_of(policy), *statistics)
     share_decided = []
@@ -197,7 +197,7 @@ def test_observations_beyond_every_scale_are_clipped_by_the_normaliser(
     spec: PolicySpec, policy: FactoredRecurrentActorCritic, rng: np.random.Generator
 ) -> None:
     normalizer = random_normalizer(spec, rng)
-    step = PolicyStep(policy, normalizer).eval()
+    step = TamiyoStep(policy, normalizer).eval()
     naive = NaivePolicy(spec, weights_of(policy), normalizer.mean.numpy(), normalizer.var.numpy())
     extremes = np.array([1e30, -1e30, 3.4e38, -3.4e38, 1e-45, 0.0], np.float32)
     rows = random_rows(spec, rng, 64)._replace(
@@ -212,7 +212,7 @@ def test_observations_beyond_every_scale_are_clipped_by_the_normaliser(
 
 @torch.inference_mode()
 def test_lone_legal_choice_is_taken_for_certain_whatever_the_noise(
-    spec: PolicySpec, step: PolicyStep, rng: np.random.Generator
+    spec: PolicySpec, step: TamiyoStep, rng: np.random.Generator
 ) -> None:
     masks = one_legal(spec, rng, 64)
     rows = random_rows(spec, rng, 64)._replace(masks=masks)
@@ -235,7 +235,7 @@ def test_frozen_torchscript_chooses_as_eager_does_over_ten_thousand_rows(
     """At the real dimensions, in carried batches of 1000, every choice of every head taken."""
     spec = PolicySpec.tamiyo_v1()
     policy = random_policy(spec)
-    scripted = written_and_loaded(PolicyStep(policy, None).eval())
+    scripted = written_and_loaded(TamiyoStep(policy, None).eval())
     state = eager_state = policy.initial_state(1000)
     taken: set[tuple[int, int]] = set()
     styles: set[tuple[int, int]] = set()
@@ -278,7 +278,7 @@ def torchscript_operators(scripted: TensorStep) -> set[str]:
 
 
 @torch.inference_mode()
-def exported_program(step: PolicyStep, example: StepInput) -> torch.export.ExportedProgram:
+def exported_program(step: TamiyoStep, example: StepInput) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch")
     return torch.export.export(step, example, dynamic_shapes=({0: batch},) * len(example))
 
@@ -304,7 +304,7 @@ def test_torchscript_graph_copies_nothing_and_draws_nothing(scripted: TensorStep
 
 
 def test_exported_graph_copies_nothing_and_draws_nothing(
-    spec: PolicySpec, step: PolicyStep, rng: np.random.Generator
+    spec: PolicySpec, step: TamiyoStep, rng: np.random.Generator
 ) -> None:
     operators = program_operators(exported_program(step, random_step_input(spec, rng, 2)))
     assert {"aten.linear.default", "aten.argmax.default"} <= operators
@@ -327,7 +327,7 @@ def test_copies_and_draws_would_be_seen_in_a_graph() -> None:
 def test_batch_traced_at_two_rows_is_any_number_of_rows(
     batch_size: int,
     spec: PolicySpec,
-    step: PolicyStep,
+    step: TamiyoStep,
     scripted: TensorStep,
     rng: np.random.Generator,
 ) -> None:
@@ -342,7 +342,7 @@ def test_batch_traced_at_two_rows_is_any_number_of_rows(
 
 @torch.inference_mode()
 def test_exported_graph_takes_any_number_of_rows(
-    spec: PolicySpec, step: PolicyStep, rng: np.random.Generator
+    spec: PolicySpec, step: TamiyoStep, rng: np.random.Generator
 ) -> None:
     program = exported_program(step, random_step_input(spec, rng, 2)).module()
     for batch_size in (2, 3, 257):
@@ -357,7 +357,7 @@ def test_row_does_not_depend_on_the_other_rows(
     which: str,
     batch_size: int,
     spec: PolicySpec,
-    step: PolicyStep,
+    step: TamiyoStep,
     scripted: TensorStep,
     rng: np.random.Generator,
 ) -> None:
@@ -377,7 +377,7 @@ def test_row_does_not_depend_on_the_other_rows(
 def test_step_writes_to_none_of_its_inputs(
     which: str,
     spec: PolicySpec,
-    step: PolicyStep,
+    step: TamiyoStep,
     scripted: TensorStep,
     rng: np.random.Generator,
 ) -> None:
@@ -391,7 +391,7 @@ def test_step_writes_to_none_of_its_inputs(
 
 
 def test_step_takes_its_arguments_in_the_order_of_the_manifest(spec: PolicySpec) -> None:
-    _, *names = inspect.signature(PolicyStep.forward).parameters
+    _, *names = inspect.signature(TamiyoStep.forward).parameters
     of_v1 = [array.name for array in step_inputs(spec)]
     assert names[: len(of_v1)] == of_v1
     assert names == [array.name for array in step_inputs(PolicySpec.tamiyo_v2())]
