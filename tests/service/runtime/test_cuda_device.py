@@ -1,9 +1,182 @@
-"""What can be told of the GPU's side without one; `tests/gpu` has the rest."""
+"""What is said to CUDA, in which order, to a stand-in for it; `tests/gpu` says it to a GPU."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 
-from service.runtime.cuda_device import float32_products
+from service.runtime.cuda_device import CudaDevice, float32_products
+from tests.service.fakes import TIMEOUT_S
+
+
+class StandIn:
+    """Of `torch.cuda`: notes what it is told, each with the stream that was current."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.current = "the default stream"
+        self.num_streams = 0
+        self.fault: Exception | None = None
+        """What the GPU meets: whatever is asked of it from then on fails with it."""
+
+    def notes(self, what: str) -> None:
+        self.said.append(f"{what} on {self.current}")
+        if self.fault is not None:
+            raise self.fault
+
+    @contextmanager
+    def stream(self, stream: str) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def new_stream(self) -> str:
+        self.num_streams += 1
+        return f"stream {self.num_streams}"
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    stand_in = StandIn()
+
+    class Graph:
+        def capture_begin(self, *, pool: str, capture_error_mode: str) -> None:
+            stand_in.notes(f"capture in {pool}, {capture_error_mode}")
+
+        def capture_end(self) -> None:
+            stand_in.notes("captured")
+
+        def replay(self) -> None:
+            stand_in.notes("replay")
+
+    class Event:
+        def __init__(self, *, blocking: bool) -> None:
+            self.is_blocking = blocking
+
+        def record(self) -> None:
+            stand_in.notes(f"event, blocking: {self.is_blocking}")
+
+        def synchronize(self) -> None:
+            assert threading.current_thread() is not threading.main_thread()
+            stand_in.notes("waited for")
+
+    for name, of_ours in {
+        "Stream": stand_in.new_stream,
+        "stream": stand_in.stream,
+        "current_device": lambda: 0,
+        "graph_pool_handle": lambda: "one pool",
+        "CUDAGraph": Graph,
+        "Event": Event,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, of_ours)
+    return stand_in
+
+
+def test_work_is_submitted_to_one_stream_and_another_thread_waits_for_its_end(
+    cuda: StandIn,
+) -> None:
+    device = CudaDevice()
+    for number in range(2):
+        device.submit(partial(cuda.notes, f"work {number}")).result(TIMEOUT_S)
+    assert [line.replace("the default stream", "none") for line in cuda.said] == [
+        "work 0 on stream 1",
+        "event, blocking: True on stream 1",
+        "waited for on none",
+        "work 1 on stream 1",
+        "event, blocking: True on stream 1",
+        "waited for on none",
+    ]
+
+
+def test_what_work_began_before_it_failed_is_waited_for_and_its_error_is_told(
+    cuda: StandIn,
+) -> None:
+    def fails() -> None:
+        cuda.notes("half of it")
+        raise ValueError("not the manifest's")
+
+    with pytest.raises(ValueError, match="not the manifest's"):
+        CudaDevice().submit(fails).result(TIMEOUT_S)
+    assert [line.partition(" on ")[0] for line in cuda.said] == [
+        "half of it",
+        "event, blocking: True",
+        "waited for",
+    ]
+    assert cuda.current == "the default stream"
+
+
+def test_a_fault_that_the_gpu_keeps_is_the_future_s_and_no_call_s(cuda: StandIn) -> None:
+    device = CudaDevice()
+    cuda.fault = RuntimeError("an illegal memory access was encountered")
+    for work in (lambda: cuda.notes("work"), lambda: None):
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            device.submit(work).result(TIMEOUT_S)
+
+    def fails() -> None:
+        raise ValueError("what went wrong first")
+
+    with pytest.raises(ValueError, match="what went wrong first"):
+        device.submit(fails).result(TIMEOUT_S)
+
+
+def test_captures_are_on_a_stream_of_their_own_from_one_pool_and_replayed_on_the_other(
+    cuda: StandIn,
+) -> None:
+    device = CudaDevice()
+    with device.as_served():
+        replays = [device.capture(partial(cuda.notes, f"step {n}")) for n in range(2)]
+    device.submit(replays[0]).result(TIMEOUT_S)
+    of_captures = [
+        line
+        for n in range(2)
+        for line in (
+            "capture in one pool, thread_local on stream 2",
+            f"step {n} on stream 2",
+            "captured on stream 2",
+        )
+    ]
+    assert cuda.said[:7] == [*of_captures, "replay on stream 1"]
+
+
+@pytest.mark.parametrize("is_broken_off", [False, True])
+def test_a_capture_that_fails_ends_and_says_why(cuda: StandIn, is_broken_off: bool) -> None:
+    """CUDA's own word on a capture that was broken off is that it was."""
+
+    def fails() -> None:
+        cuda.fault = RuntimeError("capture was invalidated") if is_broken_off else None
+        raise ValueError("no such operation while capturing")
+
+    device = CudaDevice()
+    with device.as_served(), pytest.raises(ValueError, match="no such operation"):
+        device.capture(fails)
+    assert cuda.said[-1] == "captured on stream 2"
+    assert cuda.current == "the default stream"
+    cuda.fault = None
+    with device.as_served():  # the next one may
+        device.capture(lambda: None)
+
+
+def test_one_thread_at_a_time_captures(cuda: StandIn) -> None:
+    """Or the one would end the other's precision."""
+    device = CudaDevice(tf32=True)
+    is_inside = threading.Event()
+
+    def capture() -> None:
+        with device.as_served():
+            is_inside.set()
+
+    other = threading.Thread(target=capture)
+    with device.as_served():
+        other.start()
+        assert not is_inside.wait(0.2)
+        assert torch.get_float32_matmul_precision() == "high"
+    other.join(TIMEOUT_S)
+    assert is_inside.is_set()
 
 
 @pytest.mark.parametrize(("tf32", "precision"), [(True, "high"), (False, "highest")])
