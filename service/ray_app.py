@@ -153,7 +153,10 @@ class Replica:
 
 
 async def check_step(engine: Engine, block: Block) -> None:
-    """Raises the error of a step that failed. One that was not taken for the load says nothing."""
+    """Raises the error of a step that failed. One that was not taken for the load says nothing,
+    unless none will be taken any more.
+    """
+    is_lost = engine.batcher.device_lost.is_set
     stepped: asyncio.Future[Answer | ServiceError] = asyncio.get_running_loop().create_future()
 
     def settle(answer: Answer | ServiceError) -> None:
@@ -163,9 +166,13 @@ async def check_step(engine: Engine, block: Block) -> None:
     try:
         engine.submit(block, settle, is_wanted=lambda: not stepped.done())
     except ServiceError:
+        if is_lost():
+            raise
         return
     answer = await stepped
-    if isinstance(answer, ServiceError) and answer.status_code == ServiceError.status_code:
+    if isinstance(answer, ServiceError) and (
+        is_lost() or answer.status_code == ServiceError.status_code
+    ):
         raise answer
 
 

@@ -44,7 +44,7 @@ SWITCH_INTERVAL_S = 0.0002
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn, and one line with a working request once `/act` is open."""
+    """Uvicorn, one line with a working request once `/act` is open, and an end with the device."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine, observation_dim: int) -> None:
         super().__init__(config)
@@ -61,13 +61,13 @@ class _Server(uvicorn.Server):
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             reached_at = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-            self._announcing = asyncio.create_task(self._announce(reached_at, port))
+            self._watching = asyncio.create_task(self._watch(reached_at, port))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._engine.stops()  # it is one patience, uvicorn's with connections and the engine's
         await super().shutdown(sockets)
 
-    async def _announce(self, host: str, port: int) -> None:
+    async def _watch(self, host: str, port: int) -> None:
         assert self._engine.warm_up.done is not None
         try:
             await asyncio.shield(self._engine.warm_up.done)
@@ -84,6 +84,9 @@ class _Server(uvicorn.Server):
             f"""\\"observation\\":[$(printf '0.1,%.0s' $(seq {repeats}))0.1]}}"\n"""
         )
         sys.stdout.flush()
+        await self._engine.batcher.device_lost.wait()
+        logger.error("the device is lost to this process, which ends: another one may have it")
+        self.has_failed = self.should_exit = True
 
 
 def main(asked_to_stop: Sequence[int] = ()) -> int:
@@ -186,7 +189,8 @@ def serve(
         logger.error("%s: made to end at once, no last snapshot was written", snapshots.path)
     is_unsaved = snapshots is not None and (snapshots.has_failed or not snapshots.has_ended)
     exit_code = 1 if server.has_failed or is_unsaved else 0
-    if engine.is_stepping():  # the interpreter's end would wait for it, or crash
+    is_lost = engine.batcher.device_lost.is_set()
+    if is_lost or engine.is_stepping():  # the interpreter's end would wait for it, or crash
         logging.shutdown()
         sys.stdout.flush()
         os._exit(exit_code)

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from heapq import heapify, heappop, heappush
 from itertools import chain
 from math import inf
@@ -23,7 +24,7 @@ from service.engine.block import Answer, Block
 from service.engine.sessions import Turn
 from service.engine.stepper import Part
 from service.errors import DeadlineExceeded, Disconnected, Draining, Overloaded, ServiceError
-from service.runtime.protocol import MOST_UNDER_WAY
+from service.runtime.protocol import MOST_UNDER_WAY, DeviceLost
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,8 @@ class Batcher:
         self._change: Callable[[], None] | None = None
         self._is_scheduled = False
         self._is_closed = False
+        self.device_lost = asyncio.Event()
+        """Set for good where nothing will run any more: what comes is refused from then on."""
         self._is_halted = False
         self._drained: asyncio.Event = asyncio.Event()
         self._drained.set()
@@ -262,8 +265,8 @@ class Batcher:
             return False
         try:
             self._steps.launch(parts, is_followed=self._num_ready() >= self._enough_rows)
-        except Exception:  # of the runtime, whatever it is: the server goes on
-            self._fail(blocks)
+        except Exception as error:  # of the runtime, whatever it is: the server goes on
+            self._fail(blocks, error)
         else:
             self._under_way.append(_Batch(blocks, self._max_batch_size - room))
         return True
@@ -308,8 +311,8 @@ class Batcher:
             blocks, num_rows = self._under_way.popleft()
             try:
                 results = list(zip(blocks, self._steps.collect(), strict=True))
-            except Exception:  # of the runtime, as above
-                self._fail(blocks)
+            except Exception as error:  # of the runtime, as above
+                self._fail(blocks, error)
                 continue
             for waiting, result in results:
                 if result is not None:
@@ -317,15 +320,20 @@ class Batcher:
                     self._to_settle.append((waiting, result))
             self._measure(num_rows)
 
-    def _fail(self, blocks: Sequence[_Waiting]) -> None:
+    def _fail(self, blocks: Sequence[_Waiting], error: Exception) -> None:
         """Nothing of the batch has moved: all its blocks are refused."""
-        logger.exception("a batch of %d failed", len(blocks))
+        refusal: partial[ServiceError] = partial(ServiceError, "internal error")
+        if isinstance(error, DeviceLost):
+            refusal = partial(Draining, "the server lost its device, and is shutting down")
+            self._is_closed = True
+            self.device_lost.set()
+        logger.error("a batch of %d failed", len(blocks), exc_info=error)
         for waiting in blocks:
             assert waiting.turn is not None
             self._num_rows -= waiting.block.num_rows - waiting.num_run
             self._steps.abandon(waiting.turn)
             self._release(waiting)
-            self._tell(waiting, ServiceError("internal error"))
+            self._tell(waiting, refusal())
             if waiting is self._partial:
                 self._partial = None
         self._busy_since_s = None  # no pace

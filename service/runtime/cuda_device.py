@@ -8,6 +8,9 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from export.loaders.load import first_line
+from service.runtime.protocol import DeviceLost
+
 
 class CudaDevice:
     """A `Device` on the GPU that is current where it is made.
@@ -64,7 +67,22 @@ class CudaDevice:
                 ended.record()
         except Exception as error:  # as after any fault that the GPU keeps
             failure = failure or error
-        return self._waiting.submit(_wait, ended, failure)
+        return self._waiting.submit(self._wait, ended, failure)
+
+    def _wait(self, ended: torch.cuda.Event | None, failure: Exception | None) -> None:
+        """Raises what went wrong first, and DeviceLost where everything will from now on."""
+        try:
+            if ended is not None:
+                ended.synchronize()  # without the interpreter's lock; raises what the GPU met
+        except Exception as error:
+            failure = failure or error
+        if failure is None:
+            return
+        try:
+            self._stream.synchronize()
+        except Exception as error:  # CUDA tells some faults at every call, to a process's end
+            raise DeviceLost(f"the GPU is lost to this process: {first_line(error)}") from failure
+        raise failure
 
     def settle(self) -> None:
         torch.cuda.current_stream().synchronize()
@@ -81,10 +99,3 @@ def float32_products(*, tf32: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision("highest")
-
-
-def _wait(ended: torch.cuda.Event | None, failure: Exception | None) -> None:
-    if ended is not None:
-        ended.synchronize()  # without the interpreter's lock; raises what the GPU met
-    if failure is not None:
-        raise failure

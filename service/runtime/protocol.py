@@ -19,6 +19,10 @@ MOST_UNDER_WAY = 2
 """Batches that may be launched and not collected yet: one that runs, and one that follows it."""
 
 
+class DeviceLost(Exception):
+    """A device has met a fault that stays: nothing runs on it in this process any more."""
+
+
 class Outputs(NamedTuple):
     """What a step gave for a batch: `[rows, ...]` of each of its outputs but the states, by name.
 
@@ -66,7 +70,7 @@ class Runtime(Protocol):
         """Whether no step runs, nor waits to."""
 
     def collect(self) -> Outputs:
-        """What that batch's step gave. Raises what went wrong with it."""
+        """What that batch's step gave. Raises what went wrong with it, DeviceLost for good."""
 
     def read(self, rows: Rows) -> State:
         """Copies of the states in these rows."""

@@ -2,7 +2,7 @@
 
 `python -m tests.service.device_server MODE FLAGS` is `python -m service FLAGS` of one of torch's
 runtimes. In MODE `gated` the device says on stdout `step N`, for N rows, as it begins a request's
-batch, and waits for a line on stdin; in `free` it does not.
+batch, and waits for a line on stdin, which may say `lost`; in `free` it does not.
 """
 
 import sys
@@ -16,13 +16,14 @@ from service import server
 from service.engine import engine
 from service.runtime.cpu_device import CpuDevice
 from service.runtime.device_runtime import DeviceRuntime
-from service.runtime.protocol import Rows
+from service.runtime.protocol import DeviceLost, Rows
 
 
 class GatedDevice(CpuDevice):
     """`num_rows` are those of the batch that is submitted next; 0 is what is none of a request."""
 
     num_rows = 0
+    is_lost = False
 
     def submit(self, work: Callable[[], None]) -> Future[None]:
         num_rows, self.num_rows = self.num_rows, 0
@@ -32,7 +33,10 @@ class GatedDevice(CpuDevice):
         def wait_and_work() -> None:
             sys.stdout.write(f"step {num_rows}\n")
             sys.stdout.flush()
-            sys.stdin.readline()
+            if sys.stdin.readline() == "lost\n":
+                self.is_lost = True
+            if self.is_lost:
+                raise DeviceLost("an illegal memory access was encountered")
             work()
 
         return super().submit(wait_and_work)

@@ -10,8 +10,9 @@ from export.manifest import ArtifactError
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from service.engine.block import Block
-from service.errors import Invalid, ServiceError
+from service.errors import Draining, Invalid, ServiceError
 from service.http.app import create_app
+from service.runtime.protocol import DeviceLost
 from service.settings import Settings
 from tests.pushes import Learner
 from tests.service.conftest import MakeClient
@@ -36,6 +37,19 @@ def test_a_replica_whose_steps_fail_is_not_healthy(
         client.run(ray_app.check_step(client.engine, block))
     runtime.failure = None
     client.run(ray_app.check_step(client.engine, block))
+
+
+def test_one_whose_device_is_lost_never_is_again(
+    make_client: MakeClient, runtime: SummingRuntime, block: Block
+) -> None:
+    client = make_client()
+    runtime.failure = DeviceLost("an illegal memory access was encountered")
+    for _ in range(2):
+        with pytest.raises(Draining, match="shutting down"):
+            client.run(ray_app.check_step(client.engine, block))
+    runtime.failure = None
+    with pytest.raises(Draining):
+        client.run(ray_app.check_step(client.engine, block))
 
 
 def test_one_that_takes_no_step_for_its_load_is(

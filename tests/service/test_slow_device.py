@@ -71,3 +71,22 @@ def test_sigterm_while_the_device_works_answers_what_waits(server: GatedServer) 
     server.let_all_go()
     assert [client.answer()[0] for client in (first, second)] == [200] * 2
     assert server.server.wait() == 0
+
+
+def test_a_server_that_loses_its_device_refuses_all_and_ends(server: GatedServer) -> None:
+    """Or whoever restarts servers would not know, and clients meet errors for good."""
+    clients = [server.connect() for _ in range(3)]
+    clients[0].act(session_id="a", episode_start=True)
+    assert server.step_begins() == 1
+    for client in clients[1:]:
+        client.act()
+    wait_for(server, 2)
+    server.let_it_go("lost")
+    server.let_all_go()
+    for client in clients:
+        status, body = client.answer()
+        assert (status, body["error_type"]) == (503, "draining")
+    assert server.server.wait() == 1
+    log = server.server.log()
+    assert "DeviceLost: an illegal memory access was encountered" in log
+    assert "the device is lost to this process, which ends: another one may have it" in log

@@ -33,10 +33,10 @@ class GatedServer:
         """Waits for one; the size of its batch."""
         return int(self.server.output.wait_for("step ").split()[1])
 
-    def let_it_go(self) -> None:
+    def let_it_go(self, word: str = "") -> None:
         stdin = self.server.process.stdin
         assert stdin is not None
-        stdin.write("\n")
+        stdin.write(f"{word}\n")
         stdin.flush()
 
     def let_all_go(self) -> None:

@@ -24,6 +24,7 @@ from service.errors import (
     ServiceError,
     UnknownSession,
 )
+from service.runtime.protocol import DeviceLost
 from tests.service.fakes import FakeClock, run, submitted
 
 Told = list[int] | type[BaseException]
@@ -639,6 +640,30 @@ def test_a_wrong_number_of_results_fails_the_batch(
 
     run(scenario())
     assert "a batch of 2 failed" in caplog.text
+
+
+def test_once_the_device_is_lost_all_that_waits_is_refused_and_nothing_more_is_taken() -> None:
+    async def scenario() -> None:
+        doubling = Doubling()
+
+        def fail(numbers: list[int]) -> None:
+            raise DeviceLost("an illegal memory access was encountered")
+
+        doubling.stepping = fail
+        batcher = doubling.batcher(max_batch_size=2)
+        futures = [
+            submitted(batcher, block(n, session_id="a" if n < 2 else None)) for n in range(5)
+        ]
+        assert not batcher.device_lost.is_set()
+        assert await told(futures) == [Draining] * 5
+        assert batcher.device_lost.is_set()
+        with pytest.raises(Draining):
+            batcher.check_room(0)
+        with pytest.raises(Draining):
+            submitted(batcher, block(5))
+        await batcher.drain()
+
+    run(scenario())
 
 
 def test_an_error_among_the_results_is_its_block_s_alone() -> None:

@@ -4,11 +4,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from service.runtime.cuda_device import CudaDevice, float32_products
+from service.runtime.protocol import DeviceLost
 from tests.service.fakes import TIMEOUT_S
 
 
@@ -17,7 +19,7 @@ class StandIn:
 
     def __init__(self) -> None:
         self.said: list[str] = []
-        self.current = "the default stream"
+        self.current: object = "the default stream"
         self.num_streams = 0
         self.fault: Exception | None = None
         """What the GPU meets: whatever is asked of it from then on fails with it."""
@@ -28,16 +30,27 @@ class StandIn:
             raise self.fault
 
     @contextmanager
-    def stream(self, stream: str) -> Iterator[None]:
+    def stream(self, stream: "Stream") -> Iterator[None]:
         before, self.current = self.current, stream
         try:
             yield
         finally:
             self.current = before
 
-    def new_stream(self) -> str:
+    def new_stream(self) -> "Stream":
         self.num_streams += 1
-        return f"stream {self.num_streams}"
+        return Stream(self, self.num_streams)
+
+
+class Stream(NamedTuple):
+    cuda: StandIn
+    number: int
+
+    def __str__(self) -> str:
+        return f"stream {self.number}"
+
+    def synchronize(self) -> None:
+        self.cuda.notes(f"{self} ended")
 
 
 @pytest.fixture
@@ -100,28 +113,35 @@ def test_what_work_began_before_it_failed_is_waited_for_and_its_error_is_told(
         cuda.notes("half of it")
         raise ValueError("not the manifest's")
 
+    device = CudaDevice()
     with pytest.raises(ValueError, match="not the manifest's"):
-        CudaDevice().submit(fails).result(TIMEOUT_S)
+        device.submit(fails).result(TIMEOUT_S)
     assert [line.partition(" on ")[0] for line in cuda.said] == [
         "half of it",
         "event, blocking: True",
         "waited for",
+        "stream 1 ended",
     ]
     assert cuda.current == "the default stream"
+    device.submit(lambda: cuda.notes("the next")).result(TIMEOUT_S)
 
 
-def test_a_fault_that_the_gpu_keeps_is_the_future_s_and_no_call_s(cuda: StandIn) -> None:
-    device = CudaDevice()
-    cuda.fault = RuntimeError("an illegal memory access was encountered")
-    for work in (lambda: cuda.notes("work"), lambda: None):
-        with pytest.raises(RuntimeError, match="illegal memory access"):
-            device.submit(work).result(TIMEOUT_S)
-
+def test_a_fault_that_stays_is_a_lost_device_and_says_what_went_wrong_first(cuda: StandIn) -> None:
     def fails() -> None:
-        raise ValueError("what went wrong first")
+        raise ValueError("not the manifest's")
 
-    with pytest.raises(ValueError, match="what went wrong first"):
-        device.submit(fails).result(TIMEOUT_S)
+    device = CudaDevice()
+    cuda.fault = RuntimeError("an illegal memory access\nSearch for it in the manual")
+    sentence = "the GPU is lost to this process: an illegal memory access"
+    for work, first in (
+        (lambda: cuda.notes("work"), cuda.fault),
+        (lambda: None, cuda.fault),
+        (fails, "not the manifest's"),
+    ):
+        with pytest.raises(DeviceLost) as caught:
+            device.submit(work).result(TIMEOUT_S)
+        assert str(caught.value) == sentence
+        assert str(caught.value.__cause__) == str(first)
 
 
 def test_captures_are_on_a_stream_of_their_own_from_one_pool_and_replayed_on_the_other(
