@@ -322,7 +322,7 @@ class Batcher:
 
     def _fail(self, blocks: Sequence[_Waiting], error: Exception) -> None:
         """Nothing of the batch has moved: all its blocks are refused."""
-        refusal: partial[ServiceError] = partial(ServiceError, "internal error")
+        refusal: Callable[[], ServiceError] = partial(ServiceError, "internal error")
         if isinstance(error, DeviceLost):
             refusal = partial(Draining, "the server lost its device, and is shutting down")
             self._is_closed = True
