@@ -5,8 +5,9 @@
 For V1 and V2, fp32 and bf16, and each of torch's formats: the usual policy in eager torch, the
 captured step alone on what is on the device already, a batch with its two copies (all three in
 turn), then two sessions of so many rows through the engine and over HTTP, and the median of a lone
-environment's request. Writes `gpu.json` and `gpu.md`. Without a GPU it says so and exits 0;
-`--rehearse` runs small policies on the CPU, the engine and HTTP with states on the host.
+environment's request. Writes `gpu.json` and `gpu.md` after each; one that fails is named, costs the
+others nothing, and makes the exit code 1. Without a GPU it says so and exits 0; `--rehearse` runs
+small policies on the CPU, the engine and HTTP with states on the host.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import asyncio
 import json
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -136,7 +138,9 @@ async def through_the_engine(
 ) -> None:
     """Sessions of so many rows in a closed loop, without HTTP."""
     most = max(plan.rows)
-    settings = Settings(artifact=artifact, max_batch_size=most, max_rows=most)
+    settings = Settings(
+        artifact=artifact, max_batch_size=most, max_rows=most, max_waiting=SESSIONS * most
+    )
     engine = Engine(Manifest.read(artifact), loaded, settings)
     engine.start()
     assert engine.warm_up.done is not None
@@ -221,29 +225,34 @@ def main() -> int:
     torch.set_num_threads(1)
     plan = Plan("cuda", POLICIES, CASES, ROWS, options.seconds)
     if options.rehearse:
-        plan = Plan("cpu", SMALL, REHEARSED, (1, 8), min(options.seconds, 0.1))
+        plan = Plan("cpu", SMALL, REHEARSED, (ROWS[0], 8, ROWS[-1]), min(options.seconds, 0.1))
     elif not torch.cuda.is_available():
         print("benchmarks.gpu: skipped, as no GPU is visible here; --rehearse runs it on the CPU")
         return 0
     machine = this_machine(torch.device(plan.device))
-    with tempfile.TemporaryDirectory() as directory:
-        points = [
-            point
-            for case in plan.cases
-            if case.policy in options.policies
-            for runtime in case.runtimes
-            for point in measured(plan, case, runtime, Path(directory))
-        ]
     when = datetime.now(UTC).strftime("%Y-%m-%d")
     kind = "A rehearsal of small policies, on no GPU: " if options.rehearse else ""
     name = f"{kind}{machine.gpu or machine.cpu}, torch {machine.torch}, {when}"
-    options.output.mkdir(parents=True, exist_ok=True)
     figures = {"machine": machine.model_dump(), "date": when, "is_rehearsal": options.rehearse}
-    figures["points"] = [asdict(point) for point in points]
-    (options.output / "gpu.json").write_text(json.dumps(figures, indent=1) + "\n")
-    (options.output / "gpu.md").write_text(page(name, points))
+    options.output.mkdir(parents=True, exist_ok=True)
+    points: list[Point] = []
+    failed: list[str] = []
+    asked = [case for case in plan.cases if case.policy in options.policies]
+    runs = [(case, runtime) for case in asked for runtime in case.runtimes]
+    with tempfile.TemporaryDirectory() as directory:
+        for case, runtime in runs:
+            try:
+                points += measured(plan, case, runtime, Path(directory))
+            except Exception:  # of one format, say: the others' figures are as good
+                traceback.print_exc()
+                failed.append(f"{case.policy} {case.precision} {runtime}")
+            figures |= {"points": [asdict(point) for point in points], "failed": failed}
+            (options.output / "gpu.json").write_text(json.dumps(figures, indent=1) + "\n")
+            (options.output / "gpu.md").write_text(page(name, points, failed))
+    if failed:
+        print(f"failed: {', '.join(failed)}")
     print(f"{len(points)} rows of figures in {options.output}/gpu.md and gpu.json: {name}")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -211,6 +211,8 @@ def _engine(
         engine = Engine(manifest, runtime, settings, metrics.observe_batch, metrics.observe_change)
     except SnapshotError as error:
         _fail(str(error))
+    except MemoryError as error:
+        _fail(f"--max-sessions {settings.max_sessions} is more than fits here: {error}")
     if engine.snapshots is not None:
         metrics.watch_snapshots(engine.snapshots)
         try:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.artifact import Artifact, open_artifact
-from export.loaders.load import FORMAT_OF
+from export.loaders.load import FORMAT_OF, first_line
 from export.loaders.protocol import LoadedStep
 from export.manifest import Device, Manifest, step_inputs, step_outputs, timed_sizes
 from model.step_spec import StepSpec
@@ -72,8 +72,7 @@ def choose_runtime(
             )
             seconds, rows_are_alike = json.loads(done.stdout)
         except (subprocess.SubprocessError, ValueError) as error:
-            reason = getattr(error, "stderr", None) or str(error)
-            logger.warning("auto: %s does not run here: %s", name, reason.strip().split("\n")[-1])
+            logger.warning("auto: %s does not run here: %s", name, _reason(error))
             continue
         measured[name] = Measurement({int(k): s for k, s in seconds.items()}, rows_are_alike)
     if not measured:
@@ -92,6 +91,15 @@ def choose_runtime(
         "does not depend" if alike else "depends in its last bits",
     )
     return chosen
+
+
+def _reason(error: Exception) -> str:
+    """Why there is no measurement, in a line."""
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"to measure it takes longer than {error.timeout:g} s"
+    if isinstance(error, subprocess.CalledProcessError) and error.returncode > 0:
+        return next(iter(error.stderr.strip().splitlines()[-1:]), str(error))
+    return str(error)  # of a signal, as a rule
 
 
 def best(measured: Mapping[str, Measurement]) -> str:
@@ -217,6 +225,17 @@ def main() -> int:
     parser.add_argument("batch_sizes", type=int, nargs="+")
     parser.add_argument("--tf32", action="store_true")
     given = parser.parse_args()
+    try:
+        measured = _measured(given)
+    except Exception as error:  # told in a line: of CUDA's errors the last ones say nothing
+        sys.stderr.write(f"\n{first_line(error)}\n")
+        return 1
+    sys.stdout.write(json.dumps(measured))
+    return 0
+
+
+def _measured(given: argparse.Namespace) -> Measurement:
+    """As it would serve: on a device with its states there, and captured."""
     manifest = open_artifact(given.directory, sha256=given.manifest_sha256).manifest
     runtime: LoadedStep = load_runtime(
         given.directory,
@@ -232,9 +251,7 @@ def main() -> int:
         )
         there.warm_up()
         runtime = KeepingStep(there, manifest.spec)
-    measured = measure(runtime, manifest.spec, given.batch_sizes)
-    sys.stdout.write(json.dumps(measured))
-    return 0
+    return measure(runtime, manifest.spec, given.batch_sizes)
 
 
 if __name__ == "__main__":

@@ -15,19 +15,23 @@ from service.runtime.protocol import DeviceLost
 class CudaDevice:
     """A `Device` on the GPU that is current where it is made.
 
-    All work is on one stream, so that no two pieces of it run at once: they share the memory that
-    graphs were captured with, and the workspaces of CUDA's libraries.
+    All submitted work is on one stream, so that no two pieces of it run at once: they share the
+    memory that graphs were captured with, and the workspaces of CUDA's libraries.
     """
 
     def __init__(self, *, tf32: bool = False) -> None:
         self._tf32 = tf32
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        # One for good: captures share memory only where they are on one stream.
-        self._capturing = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
+        self._share_memory()
+        self._failed: list[torch.cuda.CUDAGraph] = []
         self._one_capture = Lock()
         self._waiting = ThreadPoolExecutor(1, "device")
+
+    def _share_memory(self) -> None:
+        """Captures from now on share memory: they have one pool, and one stream."""
+        self._capturing = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
 
     def host_buffer(self, num_rows: int, row_bytes: int) -> Tensor:
         # Page-locked, or copies would be neither one piece nor beside the caller.
@@ -37,15 +41,21 @@ class CudaDevice:
         graph = torch.cuda.CUDAGraph()
         # Others go on serving: what they ask of CUDA is none of its business. `torch.cuda.graph`
         # would wait for them, and give back the memory that torch holds free.
-        with torch.cuda.stream(self._capturing):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                run()
-            except BaseException:
-                with suppress(RuntimeError):  # of a capture that was broken off
-                    graph.capture_end()
-                raise
-            graph.capture_end()
+        try:
+            with torch.cuda.stream(self._capturing):
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    run()
+                except BaseException:
+                    with suppress(RuntimeError):  # of a capture that was broken off
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+        except BaseException:
+            # Torch takes the pool to be captured to still, and asks this graph about it.
+            self._failed.append(graph)
+            self._share_memory()
+            raise
         return graph.replay
 
     @contextmanager

@@ -123,6 +123,7 @@ class DeviceRuntime:
         self._idle = lanes[0].brought.to(device.torch_device, copy=True)
         self._under_way: deque[tuple[_Lane, int, Future[None]]] = deque()
         self._aside: _Captured | None = None
+        self._is_captured = False  # every batch size of what serves
         self._take(loaded, loaded.enliven())
         step = self._step(self._live)
         self._steps: list[Run] = [partial(step, size) for size in sizes]
@@ -207,10 +208,10 @@ class DeviceRuntime:
 
         def adopt() -> None:
             served = _Captured(self._live, self._steps)
+            self._aside = served if is_like and self._is_captured else None
             self._take(loaded, live)
             self._device.settle()
-            self._steps = steps
-            self._aside = served if is_like else None
+            self._steps, self._is_captured = steps, True
 
         return adopt
 
@@ -235,10 +236,12 @@ class DeviceRuntime:
         self._device.submit(copy).result()
 
     def warm_up(self, *, is_wanted: Callable[[], bool] = lambda: True) -> None:
+        if self._is_captured:  # as another was, before this
+            return
         live = self._live
         steps = self._captured(live, is_wanted)
         if live is self._live:  # or another was captured and adopted meanwhile
-            self._steps = steps
+            self._steps, self._is_captured = steps, is_wanted()
 
     def _captured(self, live: LiveStep, is_wanted: Callable[[], bool] = lambda: True) -> list[Run]:
         """The step at each batch size, captured while it was wanted.

@@ -176,32 +176,43 @@ def test_products_are_in_float32_unless_tf32_is_asked_for(note: Note) -> None:
     exact = a.double() @ b.double()
     off = {tf32: float((of - exact).abs().max() / exact.max()) for tf32, of in products.items()}
     note(f"products are {off[False]:.1e} off in float32, and {off[True]:.1e} in TF32")
-    assert off[False] < 1e-6
+    assert off[False] < 5e-6
     if torch.cuda.get_device_capability() >= (8, 0):
-        assert 1e-6 < off[True] < 1e-2
+        assert 2 * off[False] < off[True] < 1e-2
 
 
 def count(number: Tensor) -> None:
     number.add_(1)
 
 
-def test_a_capture_that_fails_says_why_and_the_next_one_works() -> None:
+@pytest.mark.parametrize("is_broken_off", [False, True])
+@pytest.mark.parametrize("has_another", [False, True])
+def test_a_capture_that_fails_says_why_and_the_next_one_works(
+    is_broken_off: bool, has_another: bool
+) -> None:
+    """Broken off by CUDA, or by an error of ours; beside another one that serves, or alone."""
     device = CudaDevice()
     number = torch.zeros(1, device="cuda")
     device.settle()
+    work = partial(count, number)
+    device.submit(work).result()
 
     def fails() -> None:
-        count(number)
+        work()
+        if is_broken_off:
+            number.item()  # waits for the stream, which is not to be waited for
         raise ArtifactError("not the manifest's")
 
     before = torch.cuda.current_stream()
     with device.as_served():
-        with pytest.raises(ArtifactError, match="not the manifest's"):
+        others = [device.capture(work)] * has_another
+        with pytest.raises(RuntimeError if is_broken_off else ArtifactError):
             device.capture(fails)
         assert torch.cuda.current_stream() == before
-        replay = device.capture(lambda: count(number))
-    device.submit(replay).result()
-    assert number.item() == 1
+        replays = [*others, device.capture(work), device.capture(work)]
+    for replay in replays:
+        device.submit(replay).result()
+    assert number.item() == 1 + len(replays)
 
 
 def test_others_are_served_while_a_step_is_captured(on_gpu: OnGpu) -> None:
@@ -210,10 +221,12 @@ def test_others_are_served_while_a_step_is_captured(on_gpu: OnGpu) -> None:
     spin: Callable[[int], None] = torch.cuda._sleep
     number = torch.zeros(1, device="cuda")
     on_gpu.device.settle()
+    work = partial(count, number)
+    on_gpu.device.submit(work).result()  # its kernel is loaded then, which may wait for others
     busy = on_gpu.device.submit(partial(spin, SPIN_CYCLES))
     with on_gpu.device.as_served():
-        replay = on_gpu.device.capture(lambda: count(number))
+        replay = on_gpu.device.capture(work)
     assert not busy.done()
     on_gpu.step()
     on_gpu.device.submit(replay).result()
-    assert number.item() == 1
+    assert number.item() == 2
