@@ -159,7 +159,7 @@ if [ "$target" = cuda ]; then
   verdict $? "their image builds" "$(tail -n 1 "$work/build.log")"
   on_the_gpu pytest -p no:cacheprovider -m gpu tests/gpu >"$work/tests" 2>&1 && grep -q '^gpu: ran on ' "$work/tests"
   verdict $? "tests/gpu" "$(tail -n 1 "$work/tests")"
-  grep -E '^(gpu: |FAILED |ERROR )' "$work/tests" | sed 's/^/        /'
+  grep -E '^(gpu: |FAILED |ERROR |SKIPPED )' "$work/tests" | sed 's/^/        /'
   on_the_gpu benchmarks.gpu --output /figures >"$work/benchmarks" 2>&1 && [ -s "$work/figures/gpu.md" ]
   verdict $? "benchmarks.gpu" "$(tail -n 1 "$work/benchmarks")"
   mkdir -p "$figures" && cp "$work/tests" "$work/benchmarks" "$work"/figures/* "$figures" 2>/dev/null

@@ -6,16 +6,23 @@ the trajectories are these, bit for bit: no restart shows, and none brings older
 
 import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from export.loaders.onnx import OnnxStep
+from export.parameters import Parameters
 from model.spec import PolicySpec
 from service.bench.load import Session, new_sessions
 from service.bench.pool import POOL_SIZE, Pool
 from service.bench.replay import replay
 from service.bench.wire import Wire, wire_of
+from service.engine.engine import Engine
+from service.engine.snapshot_file import SnapshotError
+from service.settings import Settings
 from tests.connection import Connection, Message
 from tests.pushes import TIMEOUT_S, Learner, put
 from tests.random_inputs import random_policy
@@ -160,3 +167,38 @@ def test_a_snapshot_with_weights_that_cannot_be_served_here_is_refused_in_a_sent
         served = httpx.get(f"{server.address}/policy").json()["policy_version"]
         assert served == f"sha256:{manifest['parameters_sha256']}"
     assert (tmp_path / "sessions.refused").read_bytes()[:-32] == before[:-32]
+
+
+class OutOfMemory:
+    """A step that says so, wherever it is bound."""
+
+    name, device = "onnx", "cpu"
+
+    def bind(self, inputs: object, outputs: object) -> Callable[[], None]:
+        raise RuntimeError("out of memory\nand where to look for help")
+
+    def with_parameters(self, parameters: Parameters) -> "OutOfMemory":
+        return self
+
+
+class HasRoomForOne(OnnxStep):
+    def with_parameters(self, parameters: Parameters) -> Any:
+        return OutOfMemory()
+
+
+def test_so_is_one_whose_weights_there_is_no_room_for_beside_the_artifact_s(
+    tmp_path: Path,
+) -> None:
+    learners = [Learner(random_policy(V1, seed)) for seed in (0, 1)]
+    manifest = learners[0].export(tmp_path / "artifact", "onnx")
+    settings = Settings(artifact=tmp_path / "artifact", snapshot=tmp_path / "sessions")
+    with running_server(settings.artifact, "--snapshot", str(settings.snapshot)) as server:
+        assert put(server.address, learners[1].push().written()).status_code == 200
+    content = manifest.formats["onnx"].read(settings.artifact)
+    loaded = HasRoomForOne(
+        content, inputs=manifest.inputs, outputs=manifest.outputs, device="cpu", num_threads=1
+    )
+    snapshots = Engine(manifest, loaded, settings).snapshots
+    assert snapshots is not None
+    with pytest.raises(SnapshotError, match=r"its weights cannot be served here: out of memory$"):
+        snapshots.restore()

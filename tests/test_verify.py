@@ -66,7 +66,7 @@ def test_where_all_holds_the_host_serves_and_the_figures_stay(tmp_path: Path) ->
     [("gpu: ran on a card", 1), ("gpu: skipped, as no GPU is visible here", 0)],
     ids=["failed", "skipped"],
 )
-def test_tests_that_fail_or_are_skipped_are_the_host_s_failure(
+def test_tests_that_fail_or_are_all_skipped_are_the_host_s_failure(
     tmp_path: Path, tests: str, tests_code: int
 ) -> None:
     code, said = verified(tmp_path, tests, tests_code)
@@ -74,3 +74,11 @@ def test_tests_that_fail_or_are_skipped_are_the_host_s_failure(
     assert "FAIL  tests/gpu: 60 passed" in said
     assert tests in said
     assert "VERDICT: this host does not serve tamiyo as it should." in said
+
+
+def test_single_tests_that_were_skipped_are_told(tmp_path: Path) -> None:
+    """As of a format that cannot be exported there."""
+    skipped = "SKIPPED [9] tests/gpu/conftest.py:88: aoti: no compiler"
+    code, said = verified(tmp_path, f"{skipped}\ngpu: ran on a card")
+    assert code == 0
+    assert skipped in said

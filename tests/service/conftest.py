@@ -15,9 +15,11 @@ from export.manifest import Manifest, Source
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from service.engine import noise_ahead
+from service.runtime import cuda_device
 from service.settings import Settings
 from tamiyo_client.noise import gumbel_noise
 from tests.service.fakes import AppClient, Bench, Served, SummingRuntime
+from tests.service.gpu_stand_in import GpuStandIn
 
 MakeClient = Callable[..., AppClient]
 
@@ -65,6 +67,19 @@ def make_client(
 @pytest.fixture
 def client(make_client: MakeClient) -> AppClient:
     return make_client()
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[GpuStandIn]:
+    """Those that were made, each in a GPU's place."""
+    made: list[GpuStandIn] = []
+
+    def make(*, tf32: bool) -> GpuStandIn:
+        made.append(GpuStandIn(tf32=tf32))
+        return made[-1]
+
+    monkeypatch.setattr(cuda_device, "CudaDevice", make)
+    return made
 
 
 @pytest.fixture

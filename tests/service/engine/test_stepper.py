@@ -21,6 +21,7 @@ from service.errors import (
     StepConflict,
     UnknownSession,
 )
+from service.runtime.protocol import Rows, State
 from tamiyo_client.noise import gumbel_noise, row_seed
 from tests.service.fakes import Arrays, Bench, Stepped, single, vector
 
@@ -266,6 +267,27 @@ def test_stateless_blocks_may_share_a_batch(bench: Bench, spec: PolicySpec) -> N
         [4],
     ]
     assert bench.observed == [4]
+
+
+def test_stateless_blocks_of_a_batch_have_their_states_read_at_once(
+    bench: Bench, spec: PolicySpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device each time is a copy, and a wait for it."""
+    read: list[int] = []
+    of_runtime = bench.runtime.read
+
+    def counted(rows: Rows) -> State:
+        read.append(len(rows))
+        return of_runtime(rows)
+
+    monkeypatch.setattr(bench.runtime, "read", counted)
+    answers = bench.take(
+        single(spec, 1), single(spec, 9, "a", starts=True), vector(spec, [2, 3], None)
+    )
+    assert read == [3]
+    states = [answer.state for answer in answers if isinstance(answer, Stepped)]
+    of_rows = [state and state[0][:, 0, 0].tolist() for state in states]
+    assert of_rows == [[1], None, [2, 3]]
 
 
 def test_a_state_comes_with_a_stateless_answer_only(bench: Bench, spec: PolicySpec) -> None:

@@ -24,9 +24,10 @@ from model.sb3.spec import SB3Spec
 from model.spec import PolicySpec
 from model.step_spec import StepSpec
 from service.runtime.arrays import Arrays, allocate, first
-from service.runtime.auto import measure
+from service.runtime.auto import measure, rows_are_alike
 from service.runtime.cpu_device import CpuDevice
 from service.runtime.device_runtime import Device, DeviceRuntime
+from service.runtime.device_states import DeviceStates
 from service.runtime.host import HostRuntime, HostStates
 from service.runtime.keeping_step import KeepingStep
 from service.runtime.load import load_runtime
@@ -82,8 +83,14 @@ def on_host(loaded: TorchStep, spec: StepSpec) -> HostRuntime:
     )
 
 
-def on_device(loaded: TorchStep, spec: StepSpec, device: Device | None = None) -> DeviceRuntime:
-    return DeviceRuntime(
+def on_device(
+    loaded: TorchStep,
+    spec: StepSpec,
+    device: Device | None = None,
+    *,
+    of: type[DeviceRuntime] = DeviceRuntime,
+) -> DeviceRuntime:
+    return of(
         loaded,
         device or CpuDevice(),
         spec=spec,
@@ -318,6 +325,73 @@ def test_another_artifact_s_step_is_captured_beside_the_one_that_serves(
         both.run(8)
 
 
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_weights_that_serve_from_the_start_are_captured_once_and_so_are_those_before_them(
+    runtime: str, artifacts: Callable[[str], Path], rng: np.random.Generator
+) -> None:
+    """As after a restart, whose snapshot had weights that were pushed: and then a rollback."""
+    spec, artifact = TINY_V1, artifacts(TINY_V1.name)
+    own = loaded_from(artifact, runtime)
+    half = own.with_parameters(parameters_of(artifact, 0.5))
+    both = Both(own, spec, rng)
+    counting = Counting()
+    both.runtimes[1] = on_device(own, spec, counting)
+    both.write(both.all_rows)
+    for each in both.runtimes:
+        each.prepare(half)()
+        each.warm_up()
+    both.run(4)
+    captures = [counting.num_captured]
+    for following in (own, half, own):
+        for each in both.runtimes:
+            each.prepare(following)()
+        both.run(4)
+        captures.append(counting.num_captured)
+    of_own = len(SIZES) * (runtime == "aoti")
+    assert captures == [len(SIZES)] + [len(SIZES) + of_own] * 3
+
+
+def test_a_step_that_takes_no_parameters_is_another_step_s_like_in_nothing() -> None:
+    """As those are that torch's compiler makes: another one is captured."""
+    counting = Counting()
+    first, other = Sums(TINY_V1, []), Sums(TINY_V1, [], scale=3.0)
+    runtime = on_device(first.step(), TINY_V1, counting)
+    runtime.warm_up()
+    runtime.prepare(other.step())()
+    assert counting.num_captured == 2 * len(SIZES)
+    runtime.inputs["observation"][:1] = 1.0
+    runtime.launch(np.array([0], dtype=np.intp), np.array([1], dtype=np.intp))
+    assert runtime.collect().arrays["value"].tolist() == [3.0]
+
+
+def test_more_states_than_the_device_has_room_for_are_an_error_in_words() -> None:
+    with pytest.raises(MemoryError, match=r"GB of states do not, on cpu"):
+        DeviceStates(TINY_V1, 10**13, torch.device("cpu"))
+
+
+class Reading(DeviceRuntime):
+    """Counts how often states are taken from it."""
+
+    num_reads = 0
+
+    def read(self, rows: Rows) -> State:
+        self.num_reads += 1
+        return super().read(rows)
+
+
+def test_steps_are_timed_without_states_being_brought_and_taken(
+    artifacts: Callable[[str], Path],
+) -> None:
+    loaded = loaded_from(artifacts(TINY_V1.name), "torchscript")
+    runtime = on_device(loaded, TINY_V1, of=Reading)
+    assert isinstance(runtime, Reading)
+    keeping = KeepingStep(runtime, TINY_V1)
+    rows_are_alike(keeping, TINY_V1, SIZES)
+    num_compared, runtime.num_reads = runtime.num_reads, 0
+    measure(keeping, TINY_V1, SIZES)
+    assert 0 < num_compared == runtime.num_reads
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_it_can_be_measured_as_any_loaded_step(
     policy: str, artifacts: Callable[[str], Path], rng: np.random.Generator
@@ -346,10 +420,11 @@ def padded(arrays: Arrays, num_rows: int) -> Arrays:
 
 
 class Sums(NamedTuple):
-    """A policy of tensors: the value is the sum of `observation[0]` so far."""
+    """A policy of tensors: the value is the sum of `observation[0]` so far, so many times."""
 
     spec: StepSpec
     fail: list[Exception]
+    scale: float = 1.0
 
     def step(self) -> TorchStep:
         return TorchStep("sums", self.__call__, step_inputs(self.spec), step_outputs(self.spec))
@@ -369,7 +444,7 @@ class Sums(NamedTuple):
             if array.name in named:
                 results.append(named[array.name])
             elif array.name == "value":
-                results.append(named[self.spec.states[0].output][:, 0, 0].clone())
+                results.append(named[self.spec.states[0].output][:, 0, 0] * self.scale)
             else:
                 shape = (num, *(int(size) for size in array.shape[1:]))
                 results.append(torch.zeros(shape, dtype=getattr(torch, array.dtype)))
@@ -462,10 +537,13 @@ def test_what_is_written_for_the_next_batch_is_not_read_by_the_one_under_way(slo
 def test_what_steps_gave_is_kept_however_many_follow(slow: Slow) -> None:
     given = []
     for number in range(6):
-        slow.launch([0], [1], [number])
+        slow.launch([0, 2], [1, 3], [number, np.nan if number % 3 else 0])
         slow.let_go()
-        given.append(slow.runtime.collect().arrays["value"])
-    assert [values.tolist() for values in given] == [[100 + number] for number in range(6)]
+        given.append(slow.runtime.collect())
+    assert [of.arrays["value"].tolist()[0] for of in given] == [100 + number for number in range(6)]
+    assert [of.is_finite is None for of in given] == [number % 3 == 0 for number in range(6)]
+    for of in given:
+        assert of.is_finite is None or of.is_finite.tolist() == [True, False]
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])

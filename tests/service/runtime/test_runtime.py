@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._inductor
 from numpy.typing import NDArray
 
 from export.exporter import export_policy
@@ -17,6 +18,7 @@ from export.loaders.load import FORMAT_OF
 from export.loaders.onnx import OnnxStep
 from export.loaders.protocol import RenewableStep
 from export.loaders.torch_formats import load_eager
+from export.loaders.torch_step import TorchStep
 from export.loaders.torch_warnings import torch_speaks_of_itself
 from export.manifest import (
     ArtifactError,
@@ -29,15 +31,19 @@ from export.manifest import (
 from model.policy import FactoredRecurrentActorCritic
 from model.spec import PolicySpec
 from service.engine.block import Block
+from service.engine.engine import Engine
 from service.errors import ServiceError
 from service.runtime.arrays import allocate, allocate_in_a_row
+from service.runtime.device_runtime import DeviceRuntime
 from service.runtime.host import HostRuntime
 from service.runtime.load import load_runtime, with_states
+from service.settings import Settings
 from tamiyo_client.noise import gumbel_noise
 from tests.naive import FLOAT_ATOL, LOG_PROB_ATOL, NaivePolicy
 from tests.random_inputs import packed, random_masks, random_observations, weights_of
 from tests.running_server import ROOT, clean_environment
 from tests.service.fakes import Bench, Beside, Stepped
+from tests.service.gpu_stand_in import GpuStandIn, as_on_a_gpu
 
 NUM_SESSIONS = 7
 NUM_STEPS = 12
@@ -227,6 +233,39 @@ def test_onnx_is_measured_and_runs_where_torch_is_not_even_imported(all_formats:
         "sys.exit('torch' in sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code, str(all_formats)], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_on_a_gpu_torch_s_formats_keep_states_there_and_products_are_as_asked_for(
+    tf32: bool, all_formats: Path, stand_ins: list[GpuStandIn]
+) -> None:
+    manifest = Manifest.read(all_formats)
+    options = Settings(artifact=all_formats, tf32=tf32)
+    for name in ("torchscript", "eager", "aoti", "onnx"):
+        loaded = as_on_a_gpu(all_formats, manifest, name=name, device="cuda", num_threads=1)
+        engine = Engine(manifest, loaded, options)
+        is_there = isinstance(engine.runtime, DeviceRuntime)
+        assert is_there == (name != "onnx")
+    assert [gpu.tf32 for gpu in stand_ins] == [tf32] * 3
+
+
+def test_machine_code_is_opened_single_threaded_for_whoever_captures_it(
+    all_formats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a package waits for its other runs, which no capture may (pytorch#148601)."""
+    opened: list[bool] = []
+    open_package = torch._inductor.aoti_load_package
+
+    def noting(path: str, run_single_threaded: bool) -> object:
+        opened.append(run_single_threaded)
+        return open_package(path, run_single_threaded=run_single_threaded)
+
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", noting)
+    loaded = load(all_formats, Manifest.read(all_formats), name="aoti")
+    assert isinstance(loaded, TorchStep)
+    assert opened == [False]
+    loaded.enliven()
+    assert opened == [False, True]
 
 
 @pytest.mark.parametrize("tf32", [False, True])
