@@ -68,8 +68,8 @@ class Settings(BaseSettings):
         Literal["auto", "onnx", "torchscript", "aoti", "eager", "compile"],
         Field(
             description="What runs the step; auto times what the artifact has, a few seconds at "
-            "start, and takes the fastest whose answers are bit for bit alike in any batch. eager "
-            "and compile run its pt2 file."
+            "start, and takes the fastest whose answers are bit for bit alike in any batch, or of "
+            "all where none's are. eager and compile run its pt2 file."
         ),
     ] = "auto"
     device: Annotated[
@@ -98,8 +98,9 @@ class Settings(BaseSettings):
         bool,
         Field(
             description="Runs every batch as large as the largest: then no answer depends on how "
-            "many rows ride with it, and a lone step takes as long as a full one. At sizes that a "
-            "library's kernels divide evenly, as powers of two, it depends on nothing else either."
+            "many rows ride with it, and a lone step takes as long as a full one. With a largest "
+            "one of 4 rows or another power of two above, none depends on its place either, as "
+            "far as was seen; auto measures it."
         ),
     ] = False
     tf32: Annotated[
