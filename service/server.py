@@ -224,6 +224,9 @@ def _engine(
             logger.warning(
                 "%s; no session goes on, and the next one moves this to %s", error, aside
             )
+        except Exception:  # of a device, say, which may have room for its weights another time
+            logger.exception("%s: left as it is, nothing can go on from it now", settings.snapshot)
+            raise SystemExit(1) from None
     return engine
 
 

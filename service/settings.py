@@ -100,7 +100,7 @@ class Settings(BaseSettings):
             description="Runs every batch as large as the largest: then no answer depends on how "
             "many rows ride with it, and a lone step takes as long as a full one. With a largest "
             "one of 4 rows or another power of two above, none depends on its place either, as "
-            "far as was seen; auto measures it."
+            "far as was seen."
         ),
     ] = False
     tf32: Annotated[
@@ -128,6 +128,7 @@ class Settings(BaseSettings):
         int,
         Field(
             ge=1,
+            le=10**12,
             description="Environments whose state is kept; beyond, the least recently used "
             "session is given up.",
         ),

@@ -6,27 +6,22 @@ the trajectories are these, bit for bit: no restart shows, and none brings older
 
 import asyncio
 import json
-from collections.abc import Callable
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
-from export.loaders.onnx import OnnxStep
-from export.parameters import Parameters
 from model.spec import PolicySpec
 from service.bench.load import Session, new_sessions
 from service.bench.pool import POOL_SIZE, Pool
 from service.bench.replay import replay
 from service.bench.wire import Wire, wire_of
-from service.engine.engine import Engine
-from service.engine.snapshot_file import SnapshotError
-from service.settings import Settings
 from tests.connection import Connection, Message
 from tests.pushes import TIMEOUT_S, Learner, put
 from tests.random_inputs import random_policy
-from tests.running_server import running_server
+from tests.running_server import ROOT, clean_environment, running_server
 from tests.specs import TINY_V1 as V1
 from tests.test_snapshots import RETRY_S, Home, Progress, home_of
 from tests.test_versions_under_load import Version, versions_of
@@ -169,36 +164,35 @@ def test_a_snapshot_with_weights_that_cannot_be_served_here_is_refused_in_a_sent
     assert (tmp_path / "sessions.refused").read_bytes()[:-32] == before[:-32]
 
 
-class OutOfMemory:
-    """A step that says so, wherever it is bound."""
-
-    name, device = "onnx", "cpu"
-
-    def bind(self, inputs: object, outputs: object) -> Callable[[], None]:
-        raise RuntimeError("out of memory\nand where to look for help")
-
-    def with_parameters(self, parameters: Parameters) -> "OutOfMemory":
-        return self
-
-
-class HasRoomForOne(OnnxStep):
-    def with_parameters(self, parameters: Parameters) -> Any:
-        return OutOfMemory()
-
-
-def test_so_is_one_whose_weights_there_is_no_room_for_beside_the_artifact_s(
-    tmp_path: Path,
-) -> None:
+def test_one_that_the_device_cannot_go_on_from_now_is_left_as_it_is(tmp_path: Path) -> None:
+    """As where the process before has the memory still: the next start may have more luck."""
     learners = [Learner(random_policy(V1, seed)) for seed in (0, 1)]
-    manifest = learners[0].export(tmp_path / "artifact", "onnx")
-    settings = Settings(artifact=tmp_path / "artifact", snapshot=tmp_path / "sessions")
-    with running_server(settings.artifact, "--snapshot", str(settings.snapshot)) as server:
-        assert put(server.address, learners[1].push().written()).status_code == 200
-    content = manifest.formats["onnx"].read(settings.artifact)
-    loaded = HasRoomForOne(
-        content, inputs=manifest.inputs, outputs=manifest.outputs, device="cpu", num_threads=1
+    learners[0].export(tmp_path / "artifact", "torchscript")
+    flags = (
+        "--device",
+        "cpu",
+        "--runtime",
+        "torchscript",
+        "--snapshot",
+        str(tmp_path / "sessions"),
     )
-    snapshots = Engine(manifest, loaded, settings).snapshots
-    assert snapshots is not None
-    with pytest.raises(SnapshotError, match=r"its weights cannot be served here: out of memory$"):
-        snapshots.restore()
+    with running_server(tmp_path / "artifact", *flags) as server:
+        assert put(server.address, learners[1].push().written()).status_code == 200
+        assert observe(server.address, V1, "a", 0).status_code == 200
+    before = (tmp_path / "sessions").read_bytes()
+    command = [sys.executable, "-m", "tests.service.device_server", "broken", *flags]
+    done = subprocess.run(
+        [*command, "--artifact", str(tmp_path / "artifact"), "--port", "0"],
+        cwd=ROOT,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode == 1, done
+    assert f"{tmp_path / 'sessions'}: left as it is, nothing can go on from it now" in done.stdout
+    assert "RuntimeError: out of memory" in done.stdout
+    assert (tmp_path / "sessions").read_bytes() == before
+    with running_server(tmp_path / "artifact", *flags) as server:
+        answer = observe(server.address, V1, "a", 1)
+        assert answer.json()["policy_version"] == learners[1].version()

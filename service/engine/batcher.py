@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from heapq import heapify, heappop, heappush
 from itertools import chain
 from math import inf
@@ -292,9 +291,9 @@ class Batcher:
                 admitted = self._steps.admit(waiting.block)
             except ServiceError as error:
                 result = error
-            except Exception:  # a bug of ours in one block is not to cost the others theirs
+            except Exception as error:  # a bug of ours in one block is not to cost others theirs
                 logger.exception("a block could not be admitted")
-                result = ServiceError("internal error")
+                result = self.refusal(error)
             else:
                 if isinstance(admitted, Turn):
                     waiting.turn = admitted
@@ -322,21 +321,24 @@ class Batcher:
 
     def _fail(self, blocks: Sequence[_Waiting], error: Exception) -> None:
         """Nothing of the batch has moved: all its blocks are refused."""
-        refusal: Callable[[], ServiceError] = partial(ServiceError, "internal error")
-        if isinstance(error, DeviceLost):
-            refusal = partial(Draining, "the server lost its device, and is shutting down")
-            self._is_closed = True
-            self.device_lost.set()
         logger.error("a batch of %d failed", len(blocks), exc_info=error)
         for waiting in blocks:
             assert waiting.turn is not None
             self._num_rows -= waiting.block.num_rows - waiting.num_run
             self._steps.abandon(waiting.turn)
             self._release(waiting)
-            self._tell(waiting, refusal())
+            self._tell(waiting, self.refusal(error))
             if waiting is self._partial:
                 self._partial = None
         self._busy_since_s = None  # no pace
+
+    def refusal(self, error: Exception) -> ServiceError:
+        """What is told of an error that nobody expected; a lost device is the end of all."""
+        if not isinstance(error, DeviceLost):
+            return ServiceError("internal error")
+        self._is_closed = True
+        self.device_lost.set()
+        return Draining("the server lost its device, and is shutting down")
 
     def _release(self, waiting: _Waiting) -> None:
         """A session's first block is through: its next may run, in the place it came in."""

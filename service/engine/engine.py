@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from weakref import ref
 
-from export.loaders.load import first_line
 from export.loaders.protocol import RenewableStep
 from export.manifest import Manifest
 from service.engine.batcher import Batcher
@@ -18,6 +17,7 @@ from service.engine.snapshot_file import SnapshotError
 from service.engine.snapshots import Snapshots
 from service.engine.stepper import Stepper
 from service.engine.warm_up import WarmUp
+from service.errors import Invalid
 from service.runtime.arrays import decisions
 from service.runtime.load import with_states
 from service.settings import Settings
@@ -136,9 +136,8 @@ class Engine:
         if served.parameters is not None:
             try:
                 self.versions.resume(served.policy_version, served.parameters, served.probe_error)
-            except Exception as error:  # of a device, too
-                said = first_line(error)
-                raise SnapshotError(f"its weights cannot be served here: {said}") from error
+            except Invalid as error:
+                raise SnapshotError(f"its weights cannot be served here: {error}") from error
 
     def is_stepping(self) -> bool:
         """Whether a thread is in the middle of a step, which nothing can stop."""

@@ -24,7 +24,7 @@ from service.errors import (
     VersionMismatch,
     short,
 )
-from service.runtime.protocol import Runtime
+from service.runtime.protocol import DeviceLost, Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -212,6 +212,10 @@ class PolicyVersions:
             result = error.error_type
             logger.warning("weights of %s refused: %s", by, error)
             raise
+        except DeviceLost as error:
+            refusal = self._batcher.refusal(error)
+            result = refusal.error_type
+            raise refusal from error
         finally:
             self._is_changing = False
             self._observe(result, time.perf_counter() - began_s)

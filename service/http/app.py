@@ -199,8 +199,8 @@ def create_app(
         responses={200: {"content": json_content({"ready": True})}, **error_responses(503)},
     )
     async def readyz() -> Ready:
-        """Every batch size has run once: `/act` answers at full speed."""
-        engine.warm_up.check()
+        """Every batch size has run once, and the end is not near: `/act` answers at full speed."""
+        engine.check_ready()
         return Ready()
 
     infer = InferEndpoint(app.act, engine, inference, metrics, keys)

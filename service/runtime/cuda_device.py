@@ -23,15 +23,12 @@ class CudaDevice:
         self._tf32 = tf32
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._share_memory()
+        # One for good: captures share memory only where they are on one stream.
+        self._capturing = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
         self._failed: list[torch.cuda.CUDAGraph] = []
         self._one_capture = Lock()
         self._waiting = ThreadPoolExecutor(1, "device")
-
-    def _share_memory(self) -> None:
-        """Captures from now on share memory: they have one pool, and one stream."""
-        self._capturing = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
 
     def host_buffer(self, num_rows: int, row_bytes: int) -> Tensor:
         # Page-locked, or copies would be neither one piece nor beside the caller.
@@ -54,7 +51,7 @@ class CudaDevice:
         except BaseException:
             # Torch takes the pool to be captured to still, and asks this graph about it.
             self._failed.append(graph)
-            self._share_memory()
+            self._pool = torch.cuda.graph_pool_handle()
             raise
         return graph.replay
 
@@ -86,16 +83,12 @@ class CudaDevice:
                 ended.synchronize()  # without the interpreter's lock; raises what the GPU met
         except Exception as error:
             failure = failure or error
-        if failure is None:
-            return
-        try:
-            self._stream.synchronize()
-        except Exception as error:  # CUDA tells some faults at every call, to a process's end
-            raise DeviceLost(f"the GPU is lost to this process: {first_line(error)}") from failure
-        raise failure
+        if failure is not None:
+            _settle(self._stream, failure)
+            raise failure
 
     def settle(self) -> None:
-        torch.cuda.current_stream().synchronize()
+        _settle(torch.cuda.current_stream())
 
 
 @contextmanager
@@ -109,3 +102,14 @@ def float32_products(*, tf32: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def _settle(stream: torch.cuda.Stream, first: Exception | None = None) -> None:
+    """Waits for it. Raises DeviceLost, because of what went wrong first, where that is in vain:
+    CUDA tells some faults at every call, to a process's end.
+    """
+    try:
+        stream.synchronize()
+    except Exception as error:
+        sentence = f"the GPU is lost to this process: {first_line(error)}"
+        raise DeviceLost(sentence) from first or error

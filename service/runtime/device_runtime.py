@@ -4,9 +4,9 @@ Serves torch's formats. Importing this module imports torch.
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from math import inf
 from typing import Any, NamedTuple, Protocol
@@ -23,7 +23,7 @@ from model.step_spec import StepSpec
 from service.runtime.arrays import Arrays, are_all
 from service.runtime.device_states import DeviceStates
 from service.runtime.device_step import IS_FINITE, READ_ROW, WRITE_ROW, DeviceStep, Packing
-from service.runtime.protocol import MOST_UNDER_WAY, Outputs, Rows, State
+from service.runtime.protocol import MOST_UNDER_WAY, DeviceLost, Outputs, Rows, State
 
 RUNS_BEFORE_CAPTURE = 3
 """TorchScript looks on at the first, compiles in the second, and then does the same each time."""
@@ -56,7 +56,10 @@ class Device(Protocol):
         """
 
     def settle(self) -> None:
-        """Waits for what the calling thread itself began: submitted work finds it done."""
+        """Waits for what the calling thread itself began: submitted work finds it done.
+
+        Raises DeviceLost where nothing will be any more.
+        """
 
 
 class _Lane:
@@ -185,10 +188,21 @@ class DeviceRuntime:
         return Outputs(arrays, None if are_all(is_finite) else is_finite)
 
     def read(self, rows: Rows) -> State:
-        return self._states.read(rows)
+        with self._settled():
+            return self._states.read(rows)
 
     def write(self, rows: Rows, state: State) -> None:
-        self._states.write(rows, state)
+        with self._settled():
+            self._states.write(rows, state)
+
+    @contextmanager
+    def _settled(self) -> Iterator[None]:
+        """What the calling thread does there has ended after it. A lost device says so."""
+        try:
+            yield
+        except Exception:
+            self._device.settle()
+            raise
         self._device.settle()
 
     def prepare(self, loaded: LoadedStep) -> Callable[[], None]:
@@ -203,7 +217,8 @@ class DeviceRuntime:
         if aside is not None and aside.live.parameters.keys() == loaded.parameters.keys():
             self._device.settle()
             return partial(self._adopt_aside, loaded, aside)
-        live = loaded.enliven()
+        with self._settled():
+            live = loaded.enliven()
         steps = self._captured(live)
 
         def adopt() -> None:
@@ -225,7 +240,10 @@ class DeviceRuntime:
         self._loaded = loaded
 
     def _write(self, live: LiveStep, parameters: Mapping[str, Tensor]) -> None:
-        """Copies parameters into those that the step reads: all of them, between two launches."""
+        """Copies parameters into those that the step reads: all of them, between two launches.
+
+        Raises DeviceLost where that fails: nobody knows then how many are new.
+        """
         pairs = [(live.parameters[name], parameter) for name, parameter in parameters.items()]
 
         @torch.inference_mode()
@@ -233,15 +251,16 @@ class DeviceRuntime:
             for to, parameter in pairs:
                 to.copy_(parameter, non_blocking=True)
 
-        self._device.submit(copy).result()
+        try:
+            self._device.submit(copy).result()
+        except Exception as error:
+            raise DeviceLost("new weights are there in part") from error
 
     def warm_up(self, *, is_wanted: Callable[[], bool] = lambda: True) -> None:
         if self._is_captured:  # as another was, before this
             return
-        live = self._live
-        steps = self._captured(live, is_wanted)
-        if live is self._live:  # or another was captured and adopted meanwhile
-            self._steps, self._is_captured = steps, is_wanted()
+        self._steps = self._captured(self._live, is_wanted)
+        self._is_captured = is_wanted()
 
     def _captured(self, live: LiveStep, is_wanted: Callable[[], bool] = lambda: True) -> list[Run]:
         """The step at each batch size, captured while it was wanted.

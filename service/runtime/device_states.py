@@ -21,11 +21,9 @@ class DeviceStates:
         shapes = [(num_rows + 2, *state.shape) for state in spec.states]
         try:
             self.tensors = tuple([torch.zeros(shape, device=device) for shape in shapes])
-        except RuntimeError as error:  # out of memory: on a device there is no promising it
-            num_bytes = 4 * sum(map(prod, shapes))
-            raise MemoryError(
-                f"{num_bytes / 1e9:.1f} GB of states do not, on {device.type}"
-            ) from error
+        except torch.OutOfMemoryError as error:  # a device promises nothing that it has not
+            size = 4 * sum(map(prod, shapes))
+            raise MemoryError(f"{size / 1e9:.1f} GB of states do not, on {device.type}") from error
 
     @torch.inference_mode()
     def read(self, rows: Rows) -> State:

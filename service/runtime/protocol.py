@@ -73,7 +73,7 @@ class Runtime(Protocol):
         """What that batch's step gave. Raises what went wrong with it, DeviceLost for good."""
 
     def read(self, rows: Rows) -> State:
-        """Copies of the states in these rows."""
+        """Copies of the states in these rows. Raises DeviceLost, as `write` and `prepare` do."""
 
     def write(self, rows: Rows, state: State) -> None:
         """Sets the states in these rows."""
@@ -88,5 +88,5 @@ class Runtime(Protocol):
     def warm_up(self, *, is_wanted: Callable[[], bool] = lambda: True) -> None:
         """Runs every batch size, so that no batch pays for a first run; until it is not wanted.
 
-        It touches no state and no batch but its own: another step may serve meanwhile.
+        While no batch is under way, and nothing is prepared. It moves no state.
         """

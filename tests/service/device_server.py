@@ -2,9 +2,11 @@
 
 `python -m tests.service.device_server MODE FLAGS` is `python -m service FLAGS` of one of torch's
 runtimes. In MODE `gated` the device says on stdout `step N`, for N rows, as it begins a request's
-batch, and waits for a line on stdin, which may say `lost`; in `free` it does not.
+batch, and waits for a line on stdin, which may say `lost`; in `free` it does not. In `broken` it
+fails whatever it is given. An interpreter that comes to its end says so.
 """
 
+import atexit
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -42,6 +44,14 @@ class GatedDevice(CpuDevice):
         return super().submit(wait_and_work)
 
 
+class BrokenDevice(CpuDevice):
+    def submit(self, work: Callable[[], None]) -> Future[None]:
+        def fail() -> None:
+            raise RuntimeError("out of memory")
+
+        return super().submit(fail)
+
+
 class TellingRuntime(DeviceRuntime):
     """Tells its device how many rows it launches."""
 
@@ -62,8 +72,8 @@ def on_a_device(
 ) -> DeviceRuntime:
     """In the place of `service.runtime.load.with_states`. TF32 is a GPU's."""
     assert not tf32
-    device = GatedDevice() if is_gated else CpuDevice()
-    runtime = TellingRuntime if is_gated else DeviceRuntime
+    device = DEVICES[mode]()
+    runtime = TellingRuntime if mode == "gated" else DeviceRuntime
     made = runtime(
         loaded,
         device,
@@ -78,7 +88,14 @@ def on_a_device(
     return made
 
 
+DEVICES: dict[str, type[CpuDevice]] = {
+    "gated": GatedDevice,
+    "free": CpuDevice,
+    "broken": BrokenDevice,
+}
+
 if __name__ == "__main__":
-    is_gated = sys.argv.pop(1) == "gated"
+    mode = sys.argv.pop(1)
+    atexit.register(print, "the interpreter's end")
     engine.with_states = on_a_device  # type: ignore[attr-defined]
     raise SystemExit(server.main())

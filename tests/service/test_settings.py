@@ -104,6 +104,22 @@ def test_every_option_is_a_variable_of_the_environment(
     assert getattr(parse(), name) == value
 
 
+@pytest.mark.parametrize(
+    ("largest", "padded", "checked", "sizes"),
+    [
+        (8, False, 64, (1, 2, 4, 8)),
+        (64, False, 4, (1, 2, 4)),
+        (8, True, 64, (8,)),
+        (64, True, 4, (4,)),
+    ],
+)
+def test_no_batch_is_larger_than_asked_for_or_than_the_artifact_was_checked_with(
+    largest: int, padded: bool, checked: int, sizes: tuple[int, ...]
+) -> None:
+    settings = Settings(artifact=Path("a"), max_batch_size=largest, pad_batches=padded)
+    assert settings.batch_sizes(checked) == sizes
+
+
 def test_the_artifact_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAMIYO_ARTIFACT", "elsewhere")
     assert CliApp.run(Settings, cli_args=[]).artifact == Path("elsewhere")
@@ -151,6 +167,7 @@ BAD_VALUES = [
     ("max_rows", "0"),
     ("max_waiting", "0"),
     ("max_sessions", "0"),
+    ("max_sessions", "10000000000000"),
     ("session_idle_s", "0"),
     ("session_idle_s", "nan"),
     ("snapshot_every_s", "0"),

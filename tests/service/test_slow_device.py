@@ -71,6 +71,7 @@ def test_sigterm_while_the_device_works_answers_what_waits(server: GatedServer) 
     server.let_all_go()
     assert [client.answer()[0] for client in (first, second)] == [200] * 2
     assert server.server.wait() == 0
+    assert "the interpreter's end" in server.server.log()
 
 
 def test_a_server_that_loses_its_device_refuses_all_and_ends(server: GatedServer) -> None:
@@ -90,3 +91,4 @@ def test_a_server_that_loses_its_device_refuses_all_and_ends(server: GatedServer
     log = server.server.log()
     assert "DeviceLost: an illegal memory access was encountered" in log
     assert "the device is lost to this process, which ends: another one may have it" in log
+    assert "the interpreter's end" not in log, "where a GPU's libraries may crash"

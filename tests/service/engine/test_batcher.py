@@ -666,6 +666,25 @@ def test_once_the_device_is_lost_all_that_waits_is_refused_and_nothing_more_is_t
     run(scenario())
 
 
+def test_a_device_that_is_lost_to_a_block_s_own_state_is_lost_to_all() -> None:
+    """A stateless one brings its state there before there is a batch."""
+
+    async def scenario() -> None:
+        doubling = Doubling()
+
+        def fail(numbers: list[int]) -> None:
+            raise DeviceLost("an illegal memory access was encountered")
+
+        doubling.admitting = fail
+        batcher = doubling.batcher()
+        assert await told([submitted(batcher, block(n)) for n in range(2)]) == [Draining] * 2
+        assert batcher.device_lost.is_set()
+        with pytest.raises(Draining):
+            batcher.check_room(0)
+
+    run(scenario())
+
+
 def test_an_error_among_the_results_is_its_block_s_alone() -> None:
     async def scenario() -> None:
         doubling = Doubling()

@@ -11,14 +11,15 @@ import httpx
 import pytest
 from numpy.typing import NDArray
 
-from export.loaders.protocol import RenewableStep
+from export.loaders.protocol import LoadedStep, RenewableStep
 from export.manifest import ArtifactError, Manifest
 from export.parameters import Parameters
 from model.spec import PolicySpec
 from service.engine import stepper
 from service.engine.policy_versions import Change, Successor
-from service.errors import Invalid
+from service.errors import Draining, Invalid
 from service.runtime.load import load_runtime
+from service.runtime.protocol import DeviceLost
 from service.settings import Settings
 from tests.pushes import Learner
 from tests.random_inputs import random_policy
@@ -196,3 +197,27 @@ def test_a_device_that_fails_to_take_weights_goes_on_with_those_it_has(
             assert client.run(change_behind_a_batch(client)).json() == before
         assert client.act(body).json() == before
         assert succeed(client, artifacts[1]).previous_version == before["policy_version"]
+
+
+@pytest.mark.parametrize("when", ["prepared", "adopted"])
+def test_a_device_that_is_lost_to_new_weights_is_lost_to_all(
+    when: str,
+    client: AppClient,
+    artifacts: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail() -> None:
+        raise DeviceLost("an illegal memory access was encountered")
+
+    def prepare(loaded: LoadedStep) -> Callable[[], None]:
+        if when == "prepared":
+            fail()
+        return fail
+
+    monkeypatch.setattr(client.engine.runtime, "prepare", prepare)
+    with pytest.raises(Draining, match="lost its device"):
+        succeed(client, artifacts[1])
+    assert client.engine.batcher.device_lost.is_set()
+    assert client.get("/readyz").status_code == 503
+    changes = 'tamiyo_weights_changes_total{result="draining"} 1.0'
+    assert changes in client.get("/metrics").text

@@ -1,11 +1,13 @@
 """What is said to CUDA, in which order, to a stand-in for it; `tests/gpu` says it to a GPU."""
 
+import gc
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from typing import NamedTuple
+from weakref import ref
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ class StandIn:
         self.said: list[str] = []
         self.current: object = "the default stream"
         self.num_streams = 0
+        self.graphs: list[ref[object]] = []
         self.fault: Exception | None = None
         """What the GPU meets: whatever is asked of it from then on fails with it."""
 
@@ -59,6 +62,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     stand_in = StandIn()
 
     class Graph:
+        def __init__(self) -> None:
+            stand_in.graphs.append(ref(self))
+
         def capture_begin(self, *, pool: str, capture_error_mode: str) -> None:
             stand_in.notes(f"capture in {pool}, {capture_error_mode}")
 
@@ -83,6 +89,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> StandIn:
         "Stream": stand_in.new_stream,
         "stream": stand_in.stream,
         "current_device": lambda: 0,
+        "current_stream": lambda: Stream(stand_in, 0),
         "graph_pool_handle": partial(next, map("pool {}".format, count(1))),
         "CUDAGraph": Graph,
         "Event": Event,
@@ -145,6 +152,15 @@ def test_a_fault_that_stays_is_a_lost_device_and_says_what_went_wrong_first(cuda
         assert str(caught.value.__cause__) == str(first)
 
 
+def test_what_a_thread_itself_began_is_waited_for_and_a_lost_device_says_so(cuda: StandIn) -> None:
+    device = CudaDevice()
+    device.settle()
+    assert cuda.said == ["stream 0 ended on the default stream"]
+    cuda.fault = RuntimeError("an illegal memory access\nSearch for it in the manual")
+    with pytest.raises(DeviceLost, match=r"lost to this process: an illegal memory access$"):
+        device.settle()
+
+
 def test_captures_are_on_a_stream_of_their_own_from_one_pool_and_replayed_on_the_other(
     cuda: StandIn,
 ) -> None:
@@ -183,14 +199,12 @@ def test_a_capture_that_fails_ends_and_says_why(cuda: StandIn, is_broken_off: bo
     with device.as_served():
         for _ in range(2):
             device.capture(lambda: None)
-    assert (
-        cuda.said[-4:]
-        == [
-            "capture in pool 2, thread_local on stream 3",
-            "captured on stream 3",
-        ]
-        * 2
-    )
+    assert cuda.said[-4:] == 2 * [
+        "capture in pool 2, thread_local on stream 2",
+        "captured on stream 2",
+    ]
+    gc.collect()
+    assert cuda.graphs[0]() is not None, "torch may ask it about its pool still"
 
 
 def test_one_thread_at_a_time_captures(cuda: StandIn) -> None:

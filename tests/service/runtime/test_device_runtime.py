@@ -31,7 +31,7 @@ from service.runtime.device_states import DeviceStates
 from service.runtime.host import HostRuntime, HostStates
 from service.runtime.keeping_step import KeepingStep
 from service.runtime.load import load_runtime
-from service.runtime.protocol import Outputs, Rows, Runtime, State
+from service.runtime.protocol import DeviceLost, Outputs, Rows, Runtime, State
 from tests.random_inputs import random_policy
 from tests.sb3.policies import random_sb3
 from tests.service.fakes import TIMEOUT_S
@@ -365,9 +365,64 @@ def test_a_step_that_takes_no_parameters_is_another_step_s_like_in_nothing() -> 
         assert runtime.collect().arrays["value"].tolist() == [scale]
 
 
-def test_more_states_than_the_device_has_room_for_are_an_error_in_words() -> None:
-    with pytest.raises(MemoryError, match=r"GB of states do not, on cpu"):
-        DeviceStates(TINY_V1, 10**13, torch.device("cpu"))
+def test_more_states_than_the_device_has_room_for_are_told_in_gigabytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def zeros(shape: tuple[int, ...], **_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    hidden = TINY_V1.states[0].shape[-1]
+    with pytest.raises(MemoryError, match=rf"^{8 * hidden}\.0 GB of states do not, on cpu$"):
+        DeviceStates(TINY_V1, 10**9, torch.device("cpu"))
+
+
+class Failing(CpuDevice):
+    """Fails what it is given, and is lost where `is_lost`."""
+
+    failure: Exception | None = None
+    is_lost = False
+
+    def submit(self, work: Callable[[], None]) -> Future[None]:
+        def fail() -> None:
+            if self.failure is not None:
+                raise self.failure
+            work()
+
+        return super().submit(fail)
+
+    def settle(self) -> None:
+        if self.is_lost:
+            raise DeviceLost("an illegal memory access was encountered")
+
+
+def test_weights_of_which_nobody_knows_how_many_are_new_are_served_no_more(
+    artifacts: Callable[[str], Path],
+) -> None:
+    artifact, device = artifacts(TINY_V1.name), Failing()
+    own = loaded_from(artifact, "torchscript")
+    adopt = on_device(own, TINY_V1, device).prepare(
+        own.with_parameters(parameters_of(artifact, 0.5))
+    )
+    device.failure = RuntimeError("a copy failed")
+    with pytest.raises(DeviceLost, match="new weights are there in part"):
+        adopt()
+
+
+def test_a_lost_device_is_told_wherever_it_is_met(artifacts: Callable[[str], Path]) -> None:
+    artifact, device = artifacts(TINY_V1.name), Failing()
+    runtime = on_device(loaded_from(artifact, "eager"), TINY_V1, device)
+    other = loaded_from(artifact, "torchscript")
+    out_of_range = np.array([10**6], dtype=np.intp)
+    for is_lost, error in ((False, IndexError), (True, DeviceLost)):
+        device.is_lost = is_lost
+        with pytest.raises(error):  # as an operation fails, which is why it is looked at
+            runtime.read(out_of_range)
+    row = np.array([0], dtype=np.intp)
+    with pytest.raises(DeviceLost):
+        runtime.write(row, tuple([np.zeros((1, *s.shape), np.float32) for s in TINY_V1.states]))
+    with pytest.raises(DeviceLost):
+        runtime.prepare(other)
 
 
 class Reading(DeviceRuntime):
@@ -665,30 +720,6 @@ def test_the_largest_batch_is_run_and_captured_first_and_all_as_they_are_to_be_s
         for captured in device.captured[-len(SIZES) :]:
             captured()
         assert calls[-len(SIZES) :] == [(size, False) for size in (8, 4, 2, 1)]
-
-
-def test_what_was_adopted_while_another_warmed_up_stays(
-    artifacts: Callable[[str], Path],
-) -> None:
-    """A push may end while a warm-up of the step before it does not."""
-    device, spec = Captures(), TINY_V1
-    first, second = Sums(spec, []), loaded_from(artifacts(spec.name), "eager")
-    runtime = on_device(first.step(), spec, device)
-    adopted: list[int] = []
-
-    def push_meanwhile() -> bool:
-        if len(device.captured) == 2 and not adopted:
-            adopted.append(2)
-            runtime.prepare(second)()
-        return True
-
-    runtime.warm_up(is_wanted=push_meanwhile)
-    assert adopted
-    row, other = (np.array([at], dtype=np.intp) for at in (0, 1))
-    runtime.launch(row, other)
-    outputs, wanted = runtime.collect().arrays, allocate(step_outputs(spec), 1)
-    second.bind(allocate(step_inputs(spec), 1), wanted)()
-    check_same(tuple(outputs.values()), tuple(wanted[name] for name in outputs))
 
 
 class Copied(TorchDispatchMode):  # type: ignore[no-untyped-call]
