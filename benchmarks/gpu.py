@@ -194,23 +194,21 @@ async def over_http(plan: Plan, artifact: Path, loaded: TorchStep, points: Seque
         points[0].http_p50_ms = float(np.median(load.latencies_ms))
 
 
-def measured(plan: Plan, case: Case, runtime: str, directory: Path) -> list[Point]:
-    """On the plan's device, and TorchScript on the CPU beside it."""
+def measured(plan: Plan, case: Case, runtime: str, directory: Path) -> Iterator[list[Point]]:
+    """On the plan's device, and then TorchScript on the CPU beside it."""
     try:
         artifact = exported(plan, case, runtime, directory)
     except FormatError as error:
         print(f"{case.policy} {case.precision} {runtime}: left out: {error}")
-        return []
-    found = []
+        return
     for device in dict.fromkeys((plan.device, "cpu" if runtime == "torchscript" else plan.device)):
         loaded = loaded_on(device, artifact, runtime)
         with torch.inference_mode():
             points = list(steps(plan, case, device, artifact, loaded))
         uvloop.run(through_the_engine(plan, artifact, loaded, points))
         uvloop.run(over_http(plan, artifact, loaded, points))
-        found += points
         print(f"{case.policy} {case.precision} {runtime} on {device}: done", flush=True)
-    return found
+        yield points
 
 
 def main() -> int:
@@ -242,16 +240,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         for case, runtime in runs:
             try:
-                points += measured(plan, case, runtime, Path(directory))
+                for found in measured(plan, case, runtime, Path(directory)):
+                    points += found
             except Exception:  # of one format, say: the others' figures are as good
                 traceback.print_exc()
                 failed.append(f"{case.policy} {case.precision} {runtime}")
             figures |= {"points": [asdict(point) for point in points], "failed": failed}
             (options.output / "gpu.json").write_text(json.dumps(figures, indent=1) + "\n")
             (options.output / "gpu.md").write_text(page(name, points, failed))
+    print(f"{len(points)} rows of figures in {options.output}/gpu.md and gpu.json: {name}")
     if failed:
         print(f"failed: {', '.join(failed)}")
-    print(f"{len(points)} rows of figures in {options.output}/gpu.md and gpu.json: {name}")
     return 1 if failed else 0
 
 
