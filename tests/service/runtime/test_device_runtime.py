@@ -1,7 +1,7 @@
 """States and batches on a device, here the CPU, against the same in host memory: bit for bit."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from export.exporter import export_policy
-from export.loaders.torch_step import TorchStep
+from export.loaders.torch_step import Live, TorchStep
 from export.manifest import ArtifactError, Manifest, step_inputs, step_outputs
 from export.parameters import Parameters
 from model.sb3.spec import SB3Spec
@@ -377,6 +377,10 @@ def test_more_states_than_the_device_has_room_for_are_told_in_gigabytes(
         DeviceStates(TINY_V1, 10**9, torch.device("cpu"))
 
 
+def fails_to_copy(parameters: Mapping[str, Tensor]) -> Live:
+    raise RuntimeError("a copy failed")
+
+
 class Failing(CpuDevice):
     """Fails what it is given, and is lost where `is_lost`."""
 
@@ -412,17 +416,18 @@ def test_weights_of_which_nobody_knows_how_many_are_new_are_served_no_more(
 def test_a_lost_device_is_told_wherever_it_is_met(artifacts: Callable[[str], Path]) -> None:
     artifact, device = artifacts(TINY_V1.name), Failing()
     runtime = on_device(loaded_from(artifact, "eager"), TINY_V1, device)
-    other = loaded_from(artifact, "torchscript")
+    arrays = step_inputs(TINY_V1), step_outputs(TINY_V1)
+    other = TorchStep("t", Sums(TINY_V1, []), *arrays, enlivened=fails_to_copy)
     out_of_range = np.array([10**6], dtype=np.intp)
-    for is_lost, error in ((False, IndexError), (True, DeviceLost)):
+    for is_lost in (False, True):
         device.is_lost = is_lost
-        with pytest.raises(error):  # as an operation fails, which is why it is looked at
+        with pytest.raises(DeviceLost if is_lost else IndexError):  # as an operation fails
             runtime.read(out_of_range)
+        with pytest.raises(DeviceLost if is_lost else RuntimeError):
+            runtime.prepare(other)
     row = np.array([0], dtype=np.intp)
     with pytest.raises(DeviceLost):
         runtime.write(row, tuple([np.zeros((1, *s.shape), np.float32) for s in TINY_V1.states]))
-    with pytest.raises(DeviceLost):
-        runtime.prepare(other)
 
 
 class Reading(DeviceRuntime):
