@@ -417,7 +417,7 @@ def test_a_lost_device_is_told_wherever_it_is_met(artifacts: Callable[[str], Pat
     artifact, device = artifacts(TINY_V1.name), Failing()
     runtime = on_device(loaded_from(artifact, "eager"), TINY_V1, device)
     arrays = step_inputs(TINY_V1), step_outputs(TINY_V1)
-    other = TorchStep("t", Sums(TINY_V1, []), *arrays, enlivened=fails_to_copy)
+    other = TorchStep("t", Sums(TINY_V1, []).__call__, *arrays, enlivened=fails_to_copy)
     out_of_range = np.array([10**6], dtype=np.intp)
     for is_lost in (False, True):
         device.is_lost = is_lost
