@@ -22,10 +22,10 @@ class Point:
 
 
 def page(machine: str, points: Sequence[Point], failed: Sequence[str]) -> str:
-    """The figures as Markdown, a table a policy and precision, and what there are none of."""
+    """The figures as Markdown, a table a policy and precision, and what has not all of them."""
     lines = [f"# {machine}", ""]
     if failed:
-        lines += [f"Failed, and not measured: {', '.join(failed)}.", ""]
+        lines += [f"Failed, and not measured to the end: {', '.join(failed)}.", ""]
     columns = ["runtime", "rows", "eager µs", "step µs", "batch µs", "engine rows/s", "of step"]
     columns += ["HTTP rows/s", "p50 ms, 1 client"]
     for case in dict.fromkeys((point.policy, point.precision) for point in points):
