@@ -70,6 +70,7 @@ def write_torchscript(source: StepSource) -> bytes:
     that others could take the place of."""
     content = io.BytesIO()
     with torch_speaks_of_itself(), torch.no_grad():
+        # Torch has no types for it.
         traced = torch.jit.trace(source.step, source.example)  # type: ignore[no-untyped-call]
         torch.jit.save(traced, content)
     return content.getvalue()

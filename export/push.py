@@ -190,9 +190,7 @@ def _probe(own: RebuiltPolicy, spec: StepSpec, precision: Precision) -> dict[str
     first = {of.input: array for of, array in zip(spec.states, state, strict=True)}
     follow = family_of(own.policy.spec).float_error(*own, precision)
     shown = own
-    if (
-        precision == "bf16"
-    ):  # what the server runs rounds its products, and so does what it is shown
+    if precision == "bf16":  # the server's step rounds its products: so does what it is shown
         shown = own._replace(policy=round_products(copy.deepcopy(own.policy)))
     for number in range(STEPS):
         moment = maker.moment(ROWS, number)

@@ -236,6 +236,6 @@ def _check_pickle(stream: BinaryIO, begin: bytes) -> None:
 
 def _load(file: BinaryIO) -> object:
     file.seek(0)
-    with warnings.catch_warnings(), torch.serialization.safe_globals(CONSTRUCTORS):  # type: ignore[arg-type]
+    with warnings.catch_warnings(), torch.serialization.safe_globals([*CONSTRUCTORS]):
         warnings.simplefilter("ignore")  # torch's advice on how to load what is refused here
         return torch.load(file, map_location="cpu", weights_only=True)

@@ -51,6 +51,7 @@ def ste_forward(host: Tensor, seed: Tensor) -> Tensor:
     _require_same_shape(host, "seed", seed)
     if torch.compiler.is_compiling():
         return _traceable_straight_through(host, seed)
+    # Torch has no types for it.
     result: Tensor = _StraightThrough.apply(host, seed)  # type: ignore[no-untyped-call]
     return result
 

@@ -74,6 +74,7 @@ def load_torchscript(content: bytes, device: str) -> Loaded:
 
     @torch_speaks_of_itself()
     def enlivened(parameters: Mapping[str, Tensor]) -> Live:
+        # Torch has no types for it.
         step = torch.jit.load(io.BytesIO(content), map_location=device)  # type: ignore[no-untyped-call]
         own = {**dict(step.named_parameters()), **dict(step.named_buffers())}
         check_names(parameters, own)

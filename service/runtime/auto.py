@@ -98,7 +98,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, subprocess.TimeoutExpired):
         return f"to measure it takes longer than {error.timeout:g} s"
     if isinstance(error, subprocess.CalledProcessError) and error.returncode > 0:
-        return next(iter(error.stderr.strip().splitlines()[-1:]), str(error))
+        lines = error.stderr.strip().splitlines()
+        return lines[-1] if lines else str(error)
     return str(error)  # of a signal, as a rule
 
 

@@ -22,6 +22,7 @@ class CudaDevice:
     def __init__(self, *, tf32: bool = False) -> None:
         self._tf32 = tf32
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
+        # Torch has no types for what makes streams and events.
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         # One for good: captures share memory only where they are on one stream.
         self._capturing = torch.cuda.Stream()  # type: ignore[no-untyped-call]
