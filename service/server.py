@@ -71,8 +71,9 @@ class _Server(uvicorn.Server):
         assert self._engine.warm_up.done is not None
         try:
             await asyncio.shield(self._engine.warm_up.done)
-        except Exception:
+        except Exception as error:
             logger.exception("the policy failed while warming up")
+            self._engine.batcher.refusal(error)
             self.has_failed = self.should_exit = True
             return
         _settle_garbage()

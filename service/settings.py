@@ -158,7 +158,7 @@ class Settings(BaseSettings):
         Field(
             description="A --snapshot that is damaged or of another policy stops the start; "
             "otherwise it is set aside as FILE.refused, FILE.refused.2 and so on, and sessions are "
-            "lost."
+            "lost. One that only the device cannot go on from now stops it either way."
         ),
     ] = False
     timeout_ms: Annotated[

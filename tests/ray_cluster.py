@@ -32,7 +32,7 @@ def main(directory: str, port: str) -> None:
         _temp_dir=directory,
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    api.HTTP_PROXY_TIMEOUT = START_TIMEOUT_S  # type: ignore[attr-defined]
+    vars(api)["HTTP_PROXY_TIMEOUT"] = START_TIMEOUT_S  # which it imported, and does not export
     serve.start(http_options={"host": "127.0.0.1", "port": int(port)}, proxy_location="HeadOnly")
     client = _get_global_client()
     assert client is not None

@@ -18,6 +18,10 @@ from service.bench.load import Session, new_sessions
 from service.bench.pool import POOL_SIZE, Pool
 from service.bench.replay import replay
 from service.bench.wire import Wire, wire_of
+from service.engine.engine import Engine
+from service.runtime.load import load_runtime
+from service.runtime.protocol import DeviceLost
+from service.settings import Settings
 from tests.connection import Connection, Message
 from tests.pushes import TIMEOUT_S, Learner, put
 from tests.random_inputs import random_policy
@@ -196,3 +200,25 @@ def test_one_that_the_device_cannot_go_on_from_now_is_left_as_it_is(tmp_path: Pa
     with running_server(tmp_path / "artifact", *flags) as server:
         answer = observe(server.address, V1, "a", 1)
         assert answer.json()["policy_version"] == learners[1].version()
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, ValueError, IndexError, DeviceLost])
+def test_whatever_a_device_says_is_no_fault_of_the_snapshot(
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learners = [Learner(random_policy(V1, seed)) for seed in (0, 1)]
+    manifest = learners[0].export(tmp_path / "artifact", "onnx")
+    settings = Settings(artifact=tmp_path / "artifact", snapshot=tmp_path / "sessions")
+    with running_server(settings.artifact, "--snapshot", str(settings.snapshot)) as server:
+        assert put(server.address, learners[1].push().written()).status_code == 200
+    loaded = load_runtime(settings.artifact, manifest, name="onnx", device="cpu", num_threads=1)
+    engine = Engine(manifest, loaded, settings)
+
+    def prepare(loaded: object) -> None:
+        raise error("of the device")
+
+    monkeypatch.setattr(engine.runtime, "prepare", prepare)
+    assert engine.snapshots is not None
+    with pytest.raises(RuntimeError, match="its weights cannot be served now"):
+        engine.snapshots.restore()
+    engine.snapshots.outdate()  # which closes it

@@ -137,7 +137,8 @@ class Trainer:
         tensor, _ = self.policy.obs_to_tensor(observation)
         extractor = self.policy.pi_features_extractor
         features = BasePolicy.extract_features(self.policy, tensor, extractor)
-        return features.numpy().astype(np.float32)
+        flat: NDArray[np.float32] = features.numpy().astype(np.float32)
+        return flat
 
     def drawn(self, environments: int, rng: np.random.Generator) -> Any:
         """Observations `[environments, ...]`, of a Dict by its keys."""

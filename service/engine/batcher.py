@@ -263,6 +263,8 @@ class Batcher:
         if not parts:
             return False
         try:
+            if self.device_lost.is_set():  # what waits is refused as what ran is
+                raise DeviceLost("it was before")
             self._steps.launch(parts, is_followed=self._num_ready() >= self._enough_rows)
         except Exception as error:  # of the runtime, whatever it is: the server goes on
             self._fail(blocks, error)

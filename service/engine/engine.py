@@ -17,7 +17,7 @@ from service.engine.snapshot_file import SnapshotError
 from service.engine.snapshots import Snapshots
 from service.engine.stepper import Stepper
 from service.engine.warm_up import WarmUp
-from service.errors import Invalid
+from service.errors import Draining, Invalid
 from service.runtime.arrays import decisions
 from service.runtime.load import with_states
 from service.settings import Settings
@@ -100,7 +100,12 @@ class Engine:
                 serve=self._serve,
                 clock=clock,
             )
-            self.snapshots = Snapshots(settings.snapshot, kept, every_s=settings.snapshot_every_s)
+            self.snapshots = Snapshots(
+                settings.snapshot,
+                kept,
+                every_s=settings.snapshot_every_s,
+                failed=self.batcher.refusal,
+            )
         runtime, snapshots = self.runtime, self.snapshots
 
         def first_runs(is_wanted: Callable[[], bool]) -> None:
@@ -138,6 +143,8 @@ class Engine:
                 self.versions.resume(served.policy_version, served.parameters, served.probe_error)
             except Invalid as error:
                 raise SnapshotError(f"its weights cannot be served here: {error}") from error
+            except Exception as error:  # of a device, whatever it raises: no fault of the file
+                raise RuntimeError("its weights cannot be served now") from error
 
     def is_stepping(self) -> bool:
         """Whether a thread is in the middle of a step, which nothing can stop."""
@@ -169,6 +176,8 @@ class Engine:
     def check_ready(self) -> None:
         """Raises NotReady before warm-up's end, and Draining once the server stops."""
         self.warm_up.check()
+        if self._stops_at_s is not None:
+            raise Draining("the server is shutting down")
         self.batcher.check_room(0)
 
     def check_open(self) -> None:

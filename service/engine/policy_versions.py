@@ -160,7 +160,7 @@ class PolicyVersions:
         Raises PushConflict while others are being checked, VersionMismatch where `if_match` is not
         the version that serves (nor these weights do already), what `read` does, and Invalid,
         naming the parameter or the number, where they are not this policy's or not the probe's:
-        then nothing has changed.
+        then nothing has changed. Draining where the device is lost, as all changes do.
         """
         return await self._changed(
             lambda: self._built(read(), if_match), restarts_sessions, by, "pushed"
@@ -213,6 +213,7 @@ class PolicyVersions:
             logger.warning("weights of %s refused: %s", by, error)
             raise
         except DeviceLost as error:
+            logger.exception("weights of %s found the device lost", by)
             refusal = self._batcher.refusal(error)
             result = refusal.error_type
             raise refusal from error
@@ -225,10 +226,11 @@ class PolicyVersions:
     def _settle(
         self, changed: "asyncio.Future[Change]", built: _Built, restarts_sessions: bool
     ) -> None:
-        """Between two batches, which go on whatever becomes of it: a device may fail to take it."""
+        """Between two batches, which go on if a device fails to take it, and end if it is lost."""
         try:
             changed.set_result(self._serve(built, restarts_sessions))
         except Exception as error:
+            self._batcher.refusal(error)  # before another batch is launched
             changed.set_exception(error)
 
     def _serve(self, built: _Built, restarts_sessions: bool) -> Change:

@@ -27,10 +27,17 @@ Result = TypeVar("Result")
 class Snapshots:
     """Keeps what `kept` has in the file `path`: every `every_s`, where it is given, and at the end.
 
-    Raises SnapshotError where no snapshot can be written there.
+    `failed` is told why one could not be written. Raises SnapshotError where none can be there.
     """
 
-    def __init__(self, path: Path, kept: KeptSessions, *, every_s: float | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        kept: KeptSessions,
+        *,
+        every_s: float | None,
+        failed: Callable[[Exception], object] = lambda error: None,
+    ) -> None:
         self.path = check_place(path)
         self.refused_path = _free_name(self.path)
         """Where a file goes that was not gone on from; one that went before is not replaced."""
@@ -44,6 +51,7 @@ class Snapshots:
         """How long it took to write the last one."""
         self._written_at_s = time.time()
         self._kept = kept
+        self._failed = failed
         self._found: Snapshot | None = None
         self._is_refused = False
         self._beside = ThreadPoolExecutor(1, "snapshot")
@@ -154,6 +162,7 @@ class Snapshots:
                 await self.write()
             except Exception as error:  # whatever it is, clients are answered still
                 self._note_failure(error, "serving goes on")
+                self._failed(error)
 
     async def _run(self, write: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._beside, write)

@@ -206,19 +206,20 @@ class DeviceRuntime:
         self._device.settle()
 
     def prepare(self, loaded: LoadedStep) -> Callable[[], None]:
+        with self._settled():
+            return self._prepared(loaded)
+
+    def _prepared(self, loaded: LoadedStep) -> Callable[[], None]:
         assert isinstance(loaded, TorchStep)
         parameters = loaded.parameters or self._own
         own = self._live.parameters
         is_like = loaded.is_like(self._loaded)
         if is_like and parameters and parameters.keys() <= own.keys():
-            self._device.settle()
             return partial(self._adopt_parameters, loaded, parameters)
         aside = self._aside if is_like else None
         if aside is not None and aside.live.parameters.keys() == loaded.parameters.keys():
-            self._device.settle()
             return partial(self._adopt_aside, loaded, aside)
-        with self._settled():
-            live = loaded.enliven()
+        live = loaded.enliven()
         steps = self._captured(live)
 
         def adopt() -> None:

@@ -3,7 +3,8 @@
 `python -m tests.service.device_server MODE FLAGS` is `python -m service FLAGS` of one of torch's
 runtimes. In MODE `gated` the device says on stdout `step N`, for N rows, as it begins a request's
 batch, and waits for a line on stdin, which may say `lost`; in `free` it does not. In `broken` it
-fails whatever it is given. An interpreter that comes to its end says so.
+fails whatever it is given, and in `lost` it is lost from the first. An interpreter that comes to its
+end says so.
 """
 
 import atexit
@@ -45,11 +46,17 @@ class GatedDevice(CpuDevice):
 
 
 class BrokenDevice(CpuDevice):
+    error: Exception = RuntimeError("out of memory")
+
     def submit(self, work: Callable[[], None]) -> Future[None]:
         def fail() -> None:
-            raise RuntimeError("out of memory")
+            raise self.error
 
         return super().submit(fail)
+
+
+class LostDevice(BrokenDevice):
+    error = DeviceLost("an illegal memory access was encountered")
 
 
 class TellingRuntime(DeviceRuntime):
@@ -92,6 +99,7 @@ DEVICES: dict[str, type[CpuDevice]] = {
     "gated": GatedDevice,
     "free": CpuDevice,
     "broken": BrokenDevice,
+    "lost": LostDevice,
 }
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What clients meet while a device takes its time: a real server, and a gated device."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import httpx
 import pytest
 
 from model.spec import PolicySpec
+from tests.running_server import ROOT, clean_environment
 from tests.service.test_slow_step import GatedServer, gated
 
 FLAGS = ("--device", "cpu", "--runtime", "torchscript", "--max-batch-size", "16")
@@ -92,3 +95,21 @@ def test_a_server_that_loses_its_device_refuses_all_and_ends(server: GatedServer
     assert "DeviceLost: an illegal memory access was encountered" in log
     assert "the device is lost to this process, which ends: another one may have it" in log
     assert "the interpreter's end" not in log, "where a GPU's libraries may crash"
+
+
+@pytest.mark.parametrize("mode", ["broken", "lost"])
+def test_a_warm_up_that_fails_ends_the_server_and_a_lost_device_at_once(
+    mode: str, artifact: Path
+) -> None:
+    command = [sys.executable, "-m", "tests.service.device_server", mode, *FLAGS]
+    done = subprocess.run(
+        [*command, "--artifact", str(artifact), "--port", "0"],
+        cwd=ROOT,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "the policy failed while warming up" in done.stdout
+    assert ("the interpreter's end" in done.stdout) == (mode == "broken")

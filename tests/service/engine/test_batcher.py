@@ -685,6 +685,22 @@ def test_a_device_that_is_lost_to_a_block_s_own_state_is_lost_to_all() -> None:
     run(scenario())
 
 
+def test_what_waits_is_not_run_once_something_else_has_lost_the_device() -> None:
+    """As new weights of which nobody knows how many are there."""
+
+    async def scenario() -> None:
+        doubling = Doubling()
+        batcher = doubling.batcher(max_batch_size=2)
+        sessions = ("a", "a", None, None)
+        futures = [submitted(batcher, block(n, session_id=s)) for n, s in enumerate(sessions)]
+        assert isinstance(batcher.refusal(DeviceLost("in part")), Draining)
+        assert await told(futures) == [Draining] * 4
+        assert doubling.batches == []
+        await batcher.drain()
+
+    run(scenario())
+
+
 def test_an_error_among_the_results_is_its_block_s_alone() -> None:
     async def scenario() -> None:
         doubling = Doubling()

@@ -205,6 +205,7 @@ def test_a_device_that_is_lost_to_new_weights_is_lost_to_all(
     client: AppClient,
     artifacts: tuple[Path, Path],
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def fail() -> None:
         raise DeviceLost("an illegal memory access was encountered")
@@ -214,10 +215,27 @@ def test_a_device_that_is_lost_to_new_weights_is_lost_to_all(
             fail()
         return fail
 
+    batcher = client.engine.batcher
+    between, is_lost_by_then = batcher.between, list[bool]()
+
+    def noted(change: Callable[[], None]) -> None:
+        between(change)
+        is_lost_by_then.append(batcher.device_lost.is_set())
+
+    monkeypatch.setattr(batcher, "between", noted)
     monkeypatch.setattr(client.engine.runtime, "prepare", prepare)
     with pytest.raises(Draining, match="lost its device"):
         succeed(client, artifacts[1])
-    assert client.engine.batcher.device_lost.is_set()
+    assert batcher.device_lost.is_set()
+    assert is_lost_by_then == ([True] if when == "adopted" else []), "no batch comes between"
+    assert "an illegal memory access was encountered" in caplog.text
     assert client.get("/readyz").status_code == 503
     changes = 'tamiyo_weights_changes_total{result="draining"} 1.0'
     assert changes in client.get("/metrics").text
+
+
+def test_a_server_that_stops_is_not_ready(client: AppClient) -> None:
+    assert client.get("/readyz").status_code == 200
+    client.engine.stops()
+    answer = client.get("/readyz")
+    assert (answer.status_code, answer.json()["error_type"]) == (503, "draining")

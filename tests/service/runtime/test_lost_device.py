@@ -33,6 +33,15 @@ def test_more_states_than_the_device_has_room_for_are_told_in_gigabytes(
         DeviceStates(TINY_V1, 10**9, torch.device("cpu"))
 
 
+def test_another_fault_there_says_nothing_of_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def zeros(shape: tuple[int, ...], **_: Any) -> Tensor:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        DeviceStates(TINY_V1, 8, torch.device("cpu"))
+
+
 def fails_to_copy(parameters: Mapping[str, Tensor]) -> Live:
     raise RuntimeError("a copy failed")
 
