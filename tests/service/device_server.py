@@ -3,8 +3,8 @@
 `python -m tests.service.device_server MODE FLAGS` is `python -m service FLAGS` of one of torch's
 runtimes. In MODE `gated` the device says on stdout `step N`, for N rows, as it begins a request's
 batch, and waits for a line on stdin, which may say `lost`; in `free` it does not. In `broken` it
-fails whatever it is given, and in `lost` it is lost from the first. An interpreter that comes to its
-end says so.
+fails whatever it is given, and in `lost` it is lost from the first. An interpreter that comes to
+its end says so.
 """
 
 import atexit

@@ -123,12 +123,14 @@ def test_one_that_fails_is_an_error_in_the_log_and_the_next_may_not(
     large: Bench, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def story() -> None:
-        snapshots = Snapshots(path, large.kept(), every_s=1e-3)
+        told: list[Exception] = []
+        snapshots = Snapshots(path, large.kept(), every_s=1e-3, failed=told.append)
         snapshots.start(opened())
         with full_disk(1000):
             await until(snapshots, "failed", 2)
         await until(snapshots, "written", 1)
         await snapshots.stop()
+        assert len(told) == snapshots.by_result["failed"]
         errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
         sentence = f"{path}: no snapshot could be written (File too large); serving goes on"
         assert errors == [sentence] * snapshots.by_result["failed"]
