@@ -239,3 +239,24 @@ def test_a_server_that_stops_is_not_ready(client: AppClient) -> None:
     client.engine.stops()
     answer = client.get("/readyz")
     assert (answer.status_code, answer.json()["error_type"]) == (503, "draining")
+
+
+def test_a_device_that_is_lost_to_a_snapshot_is_lost_to_all(
+    artifacts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while nobody acts."""
+    manifest, load = successor(artifacts[0])
+    settings = Settings(
+        artifact=artifacts[0], snapshot=tmp_path / "sessions", snapshot_every_s=0.01
+    )
+
+    def read(rows: object) -> None:
+        raise DeviceLost("an illegal memory access was encountered")
+
+    with AppClient(Served.make(manifest, load(), settings)) as client:
+        body = {"observation": [0.5] * TINY_V1.observation_dim}
+        assert client.act(body | {"session_id": "a", "episode_start": True}).status_code == 200
+        monkeypatch.setattr(client.engine.runtime, "read", read)
+        lost = client.engine.batcher.device_lost.wait()
+        client.run(asyncio.wait_for(lost, TIMEOUT_S))
+        assert client.get("/readyz").status_code == 503
